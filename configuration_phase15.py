@@ -1,0 +1,134 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""Phase15 model configuration."""
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+
+# TinyLlama-1.1B (Zhang et al. 2024, arXiv 2401.02385): what `Phase15Config()` wraps when it is given no `text_config`.
+TINYLLAMA = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+}
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_phase15.Phase15Config",
+    "AutoModel": "modeling_phase15.Phase15ForCausalLM",
+    "AutoModelForCausalLM": "modeling_phase15.Phase15ForCausalLM",
+}
+
+
+class Phase15Config(PreTrainedConfig):
+    r"""
+    Configuration of a [`Phase15ForCausalLM`]: an LLM that sees a soft prompt and one chunk of the answer, and a
+    HyperNetwork that steps the soft prompt from chunk to chunk. The defaults are TinyLlama-1.1B with a HyperNetwork
+    of 75.8 million parameters.
+
+    Args:
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of the LLM, Llama unless its `model_type` says otherwise. Defaults to TinyLlama-1.1B's.
+        num_soft_tokens (`int`, defaults to 128):
+            Slots of the soft prompt, in vectors of the LLM's hidden size.
+        num_sink_tokens (`int`, defaults to 4):
+            Slots that hold the first tokens of the stream for good; fewer than `num_soft_tokens`.
+        chunk_length (`int`, defaults to 16):
+            Answer tokens between two steps of the soft prompt.
+        max_query_length (`int`, defaults to 256):
+            Query tokens read in one step; a longer query takes several.
+        max_answer_length (`int`, defaults to 256):
+            Answer tokens kept of a training record. Generation is not limited by it.
+        hypernet_hidden_size (`int`, defaults to 1024):
+            Width of the HyperNetwork; a multiple of `hypernet_num_attention_heads`.
+        hypernet_num_hidden_layers (`int`, defaults to 4):
+            Blocks of the HyperNetwork.
+        hypernet_num_attention_heads (`int`, defaults to 16):
+            Attention heads of each block, in its self-attention and its cross-attention.
+        hypernet_intermediate_size (`int`, defaults to 4096):
+            Width of each block's MLP.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of the HyperNetwork's initial weights.
+
+    Raises:
+        ValueError: for a value that cannot work, naming the field, the value and the rule.
+
+    ```python
+    >>> config = Phase15Config(num_soft_tokens=64)
+    >>> config.text_config.hidden_size
+    2048
+    ```"""
+
+    model_type = "phase15"
+    sub_configs = {"text_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values", "soft_prompt", "chunk_losses", "chunk_tokens"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    num_soft_tokens: int = 128
+    num_sink_tokens: int = 4
+    chunk_length: int = 16
+    max_query_length: int = 256
+    max_answer_length: int = 256
+    hypernet_hidden_size: int = 1024
+    hypernet_num_hidden_layers: int = 4
+    hypernet_num_attention_heads: int = 16
+    hypernet_intermediate_size: int = 4096
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any):
+        if self.text_config is None:
+            self.text_config = dict(TINYLLAMA)
+        if isinstance(self.text_config, dict):
+            model_type = self.text_config.get("model_type", "llama")
+            if model_type not in CONFIG_MAPPING:
+                raise ValueError(f"`text_config.model_type` is {model_type!r}, which transformers does not know.")
+            self.text_config = CONFIG_MAPPING[model_type](**self.text_config)
+        # The LLM ties its own embeddings; the library asks the outer config whether anything is tied.
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)  # the code travels with every folder that is saved
+        self._check_sizes()
+
+    def _check_sizes(self):
+        for name in (
+            "num_soft_tokens",
+            "num_sink_tokens",
+            "chunk_length",
+            "max_query_length",
+            "max_answer_length",
+            "hypernet_hidden_size",
+            "hypernet_num_hidden_layers",
+            "hypernet_num_attention_heads",
+            "hypernet_intermediate_size",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}` is {value!r}, but it must be a positive integer.")
+        if self.num_sink_tokens >= self.num_soft_tokens:
+            raise ValueError(
+                f"`num_sink_tokens` is {self.num_sink_tokens}, but it must be smaller than `num_soft_tokens` "
+                f"({self.num_soft_tokens}): the other slots hold the newest tokens."
+            )
+        if self.hypernet_hidden_size % self.hypernet_num_attention_heads:
+            raise ValueError(
+                f"`hypernet_hidden_size` is {self.hypernet_hidden_size}, but it must be a multiple of "
+                f"`hypernet_num_attention_heads` ({self.hypernet_num_attention_heads})."
+            )
+        window = getattr(self.text_config, "sliding_window", None)
+        if window is not None and window < self.num_soft_tokens + self.chunk_length:
+            raise ValueError(
+                f"`text_config.sliding_window` is {window}, but it must be at least `num_soft_tokens` + "
+                f"`chunk_length` ({self.num_soft_tokens} + {self.chunk_length}), or the LLM could not see the soft prompt."
+            )
+
+
+Phase15Config.register_for_auto_class()
+
+__all__ = ["Phase15Config"]
