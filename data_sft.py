@@ -1,0 +1,261 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""
+Records to token ids. A record is one question with its answer, in any of these columns (TRL's dataset formats and the
+common pairs; the first that matches is used):
+
+    messages               the conversation; its last turn, the assistant's, is the answer
+    prompt, completion     two strings, taken as they are, or two lists of messages
+    question, answer
+    query, answer
+    instruction (, input), output
+
+All but the string prompt/completion go through the tokenizer's chat template. The end token closes every answer.
+"""
+
+import ast
+import json
+import sysconfig
+import textwrap
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+
+logger = logging.get_logger("phase15.data")
+
+FORMATS = (
+    ("messages",),
+    ("prompt", "completion"),
+    ("question", "answer"),
+    ("query", "answer"),
+    ("instruction", "output"),
+)
+BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+DOCSTRINGS = "python-docstrings"  # the embedded data set
+
+
+def load_records(name: str, config: str | None = None, split: str = "train") -> Dataset:
+    """
+    Opens a data set.
+
+    Args:
+        name (`str`): a JSONL, JSON, CSV or Parquet file, a Hub id, or "python-docstrings", which every machine has.
+        config (`str`, *optional*): configuration of a Hub data set.
+        split (`str`): split of a Hub data set.
+
+    Raises:
+        ValueError: for a file that is missing, empty, of another type or not readable, with the first bad record.
+    """
+    if name == DOCSTRINGS:
+        return Dataset.from_list(list(docstring_records()))
+    path = Path(name)
+    if path.suffix.lower() not in BUILDERS:
+        if path.exists():
+            raise ValueError(
+                f"{name}: expected a file that ends in {', '.join(BUILDERS)}, or the id of a Hub data set."
+            )
+        return load_dataset(name, config, split=split)
+    if not path.is_file():
+        raise ValueError(f"{name}: no such file.")
+    if not path.stat().st_size:
+        raise ValueError(f"{name}: the file is empty.")
+    try:
+        return load_dataset(BUILDERS[path.suffix.lower()], data_files=str(path), split="train")
+    except (DatasetGenerationError, ValueError) as error:
+        raise ValueError(f"{name}: {_unreadable(path) or error.__cause__ or error}") from error
+
+
+def _unreadable(path: Path) -> str | None:
+    """Where a JSON Lines file stops being one."""
+    if path.suffix.lower() != ".jsonl":
+        return None
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:  # broken JSON, or not UTF-8
+                return f"record {number} is not JSON: {error}"
+            if not isinstance(record, dict):
+                return f"record {number} is a {type(record).__name__}, but an object with named fields was expected."
+    return None
+
+
+def tokenize(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_answer_length: int, source: str = "data set"
+) -> Dataset:
+    """
+    Turns records into `input_ids` (query, then answer), `query_length` and `record`, the record's number from 1.
+    Answers longer than `max_answer_length` tokens are cut, and the cuts counted in the log.
+
+    Raises:
+        ValueError: for a data set without a record, an unknown format, a missing or empty field or one of the wrong
+            type, or a tokenizer without an end token or chat template where one is needed.
+    """
+    columns = dataset.column_names
+    if not len(dataset):
+        raise ValueError(f"{source}: there is no usable record.")
+    fields = next((names for names in FORMATS if set(names) <= set(columns)), None)
+    if fields is None:
+        expected = "; ".join(", ".join(names) for names in FORMATS)
+        raise ValueError(f"{source}, record 1: unknown format with columns {columns}; expected one of: {expected}.")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{source}: the tokenizer has no end token (`eos_token`) to close the answers with.")
+
+    def encode(record: dict, index: int) -> dict:
+        where = f"{source}, record {index + 1}"
+        query, answer = split_record(record, fields, where)
+        if isinstance(query, str):
+            query_ids = tokenizer(query)["input_ids"]
+        elif tokenizer.chat_template is None:
+            raise ValueError(f"{where}: the tokenizer has no chat template; use string columns prompt, completion.")
+        else:
+            query_ids = tokenizer.apply_chat_template(query, add_generation_prompt=True, return_dict=True)["input_ids"]
+        answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        return {
+            "input_ids": query_ids + answer_ids[:max_answer_length],
+            "query_length": len(query_ids),
+            "record": index + 1,
+            "cut": len(answer_ids) > max_answer_length,
+        }
+
+    encoded = dataset.map(encode, with_indices=True, remove_columns=columns, desc=f"Tokenizing {source}")
+    if num_cut := sum(encoded["cut"]):
+        logger.warning(f"{source}: {num_cut} of {len(encoded)} answers were cut at {max_answer_length} tokens.")
+    return encoded.remove_columns("cut")
+
+
+def split_record(record: dict, fields: tuple[str, ...], where: str) -> tuple[str | list[dict], str]:
+    """The query, a string or a list of messages, and the answer of a record in the format of `fields`."""
+    if fields == ("messages",):
+        *query, answer = check_messages(record["messages"], f"{where}: `messages`", at_least=2)
+        return query, answer_of(answer, f"{where}: the last of `messages`")
+    prompt, completion = (record[name] for name in fields)
+    if fields == ("prompt", "completion") and isinstance(prompt, list):
+        prompt = check_messages(prompt, f"{where}: `prompt`")
+        *more, answer = check_messages(completion, f"{where}: `completion`")
+        return prompt + more, answer_of(answer, f"{where}: the last of `completion`")
+    for name in fields:
+        check_text(record[name], f"{where}: `{name}`", seen=record)
+    if fields == ("prompt", "completion"):
+        return prompt, completion
+    if fields == ("instruction", "output") and record.get("input"):
+        prompt = f"{prompt}\n\n{check_text(record['input'], f'{where}: `input`', seen=record)}"
+    return [{"role": "user", "content": prompt}], completion
+
+
+def check_text(value, where: str, seen: dict) -> str:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise ValueError(
+            f"{where} is missing or empty; the record has {[k for k, v in seen.items() if v is not None]}."
+        )
+    if not isinstance(value, str):
+        raise ValueError(f"{where} is a {type(value).__name__} ({value!r:.40}), but a string was expected.")
+    return value
+
+
+def check_messages(value, where: str, at_least: int = 1) -> list[dict]:
+    if not isinstance(value, list) or len(value) < at_least:
+        raise ValueError(f"{where} must be a list of {at_least} or more messages, not {value!r:.80}.")
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"{where} must hold messages with `role` and `content`, not {message!r:.80}.")
+        check_text(message.get("content"), f"{where}: the `content` of a message of role {message['role']!r}", message)
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def answer_of(message: dict, where: str) -> str:
+    if message["role"] != "assistant":
+        raise ValueError(f"{where} is the answer, so its role must be 'assistant', not {message['role']!r}.")
+    return message["content"]
+
+
+@dataclass
+class Phase15DataCollator:
+    """
+    Pads a list of tokenized records on the right.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels`, `torch.LongTensor` of shape `(batch_size, sequence_length)`, with
+        -100 as the label of query and padding; and `records` of shape `(batch_size,)`, the records' numbers.
+    """
+
+    pad_token_id: int = 0
+
+    def __call__(self, features: list[dict]) -> dict[str, torch.Tensor]:
+        length = max(len(feature["input_ids"]) for feature in features)
+        batch = {"input_ids": [], "attention_mask": [], "labels": []}
+        for feature in features:
+            ids, query_length = list(feature["input_ids"]), feature["query_length"]
+            padding = length - len(ids)
+            batch["input_ids"].append(ids + [self.pad_token_id] * padding)
+            batch["attention_mask"].append([1] * len(ids) + [0] * padding)
+            batch["labels"].append([-100] * query_length + ids[query_length:] + [-100] * padding)
+        batch["records"] = [feature["record"] for feature in features]
+        return {name: torch.tensor(values) for name, values in batch.items()}
+
+
+# what the quickstart runs on, with no network
+
+
+def docstring_records() -> Iterator[dict]:
+    """Questions answered by the docstrings of the public functions and classes in Python's standard library."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages"}
+    seen = set()
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if left_out & set(parts) or any(part.startswith("_") and part != "__init__" for part in parts):
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the library's own old escapes
+            tree = ast.parse(path.read_bytes())
+        module = ".".join(part for part in parts if part != "__init__")
+        for kind, name, docstring in _definitions(tree, module):
+            if 40 <= len(docstring) <= 1200 and docstring not in seen:
+                seen.add(docstring)
+                yield {"question": f"What is the {kind} {name} for?", "answer": docstring}
+
+
+def _definitions(node: ast.AST, prefix: str) -> Iterator[tuple[str, str, str]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and child.name[0] != "_":
+            kind = "class" if isinstance(child, ast.ClassDef) else "function"
+            name = f"{prefix}.{child.name}"
+            yield kind, name, textwrap.dedent(ast.get_docstring(child) or "").strip()
+            yield from _definitions(child, name)
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def train_tokenizer(dataset: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with a chat template, trained on the strings of a data set."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    texts = (text for record in dataset for text in record.values() if isinstance(text, str))
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=special[2:],
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+    )

@@ -1,0 +1,134 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""
+What the soft prompt carries: loss on the same validation records, in nats per answer token and by chunk index, of
+
+    the model              what was trained
+    Δ = 0                  its LLM behind the sliding window alone
+    soft prompt at sp_0    every chunk predicted from the query's soft prompt: no recursion
+    full context           its LLM on the whole query and answer, as an ordinary causal LM
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from modeling_phase15 import HyperNetwork, Phase15ForCausalLM
+
+
+@torch.no_grad()
+def compare(model: Phase15ForCausalLM, batches: Iterable[dict[str, torch.Tensor]]) -> dict[str, dict]:
+    """
+    Measures the four variants, with the model in evaluation mode.
+
+    Args:
+        model (`Phase15ForCausalLM`): the trained model.
+        batches (iterable of `dict`): of a [`Phase15DataCollator`].
+
+    Returns:
+        `dict`: for each variant `loss` (nats per answer token), `loss_by_chunk` (the same by chunk index) and
+        `tokens_by_chunk`.
+    """
+    model.eval()
+    sums = defaultdict(lambda: defaultdict(float))  # variant -> chunk index -> nats
+    counts = defaultdict(lambda: defaultdict(int))
+    for batch in tqdm(batches, desc="Comparing"):
+        batch = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels")}
+        variants = {"the model": chunk_losses(model, batch)}
+        with no_delta(model):
+            variants["Δ = 0"] = chunk_losses(model, batch)
+        variants["soft prompt at sp_0"] = first_soft_prompt_losses(model, batch)
+        variants["full context"] = full_context_losses(model, batch)
+        for variant, losses in variants.items():
+            for chunk, nats, tokens in losses:
+                sums[variant][chunk] += nats
+                counts[variant][chunk] += tokens
+    return {
+        variant: {
+            "loss": sum(sums[variant].values()) / sum(counts[variant].values()),
+            "loss_by_chunk": [sums[variant][chunk] / tokens for chunk, tokens in sorted(counts[variant].items())],
+            "tokens_by_chunk": [tokens for _, tokens in sorted(counts[variant].items())],
+        }
+        for variant in sums
+    }
+
+
+@contextmanager
+def no_delta(model: Phase15ForCausalLM) -> Iterator[None]:
+    """Sets Δ to zero, exactly: only the window of `carry` is left."""
+    alphas = [module.alpha for module in model.modules() if isinstance(module, HyperNetwork)]
+    kept = [alpha.detach().clone() for alpha in alphas]
+    for alpha in alphas:
+        alpha.data.zero_()
+    try:
+        yield
+    finally:
+        for alpha, value in zip(alphas, kept, strict=True):
+            alpha.data.copy_(value)
+
+
+def chunk_losses(model: Phase15ForCausalLM, batch: dict[str, torch.Tensor]) -> list[tuple[int, float, int]]:
+    """The model's own loss: (chunk index, sum in nats, answer tokens) of each chunk index."""
+    outputs = model(**batch, skip_logits=True)
+    sums = zip(outputs.chunk_losses.tolist(), outputs.chunk_tokens.tolist(), strict=True)
+    return [(chunk, nats, tokens) for chunk, (nats, tokens) in enumerate(sums)]
+
+
+def first_soft_prompt_losses(
+    model: Phase15ForCausalLM, batch: dict[str, torch.Tensor]
+) -> list[tuple[int, float, int]]:
+    """As `chunk_losses`, with every chunk put right behind the query, so that it is predicted from sp_0."""
+    is_target = batch["labels"] != -100
+    answer_index = is_target.cumsum(dim=1) - 1
+    chunk = torch.where(is_target, answer_index // model.config.chunk_length, -1)
+    losses = []
+    for index in range(int(chunk.max()) + 1):
+        has_chunk = (chunk == index).any(dim=1)
+        mask = batch["attention_mask"].bool() & (~is_target | (chunk == index))  # query and this chunk
+        outputs = model(
+            batch["input_ids"][has_chunk],
+            attention_mask=mask[has_chunk],
+            labels=batch["labels"][has_chunk],
+            skip_logits=True,
+        )
+        losses.append((index, outputs.chunk_losses.sum().item(), outputs.chunk_tokens.sum().item()))
+    return losses
+
+
+def full_context_losses(model: Phase15ForCausalLM, batch: dict[str, torch.Tensor]) -> list[tuple[int, float, int]]:
+    """As `chunk_losses`, of the model's LLM with query and answer in its context."""
+    logits = model.llm(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
+    targets = batch["labels"][:, 1:]
+    is_target = targets != -100
+    losses = F.cross_entropy(logits[is_target].float(), targets[is_target], reduction="none")
+    chunk = ((is_target.cumsum(dim=1) - 1) // model.config.chunk_length)[is_target]
+    nats = losses.new_zeros(int(chunk.max()) + 1).index_add_(0, chunk, losses)
+    sums = zip(nats.tolist(), torch.bincount(chunk).tolist(), strict=True)
+    return [(chunk, nats, tokens) for chunk, (nats, tokens) in enumerate(sums)]
+
+
+def table(results: dict[str, dict]) -> str:
+    """The results in Markdown."""
+    tokens = sum(next(iter(results.values()))["tokens_by_chunk"])
+    rows = [f"| {variant} | {result['loss']:.4f} |" for variant, result in results.items()]
+    return "\n".join([f"| validation, {tokens:,} answer tokens | nats per token |", "|---|---|", *rows])
+
+
+def plot(results: dict[str, dict], path: str | Path):
+    """Draws the loss by chunk index into a picture file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for variant, result in results.items():
+        axes.plot(result["loss_by_chunk"], marker="o", markersize=3, label=f"{variant} ({result['loss']:.3f})")
+    axes.set(xlabel="chunk index", ylabel="nats per answer token", title="Validation loss by chunk")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

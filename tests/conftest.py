@@ -1,0 +1,161 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""Tiny random models, and the design's equations written naively: one row, one vector, one chunk at a time."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the network
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
+
+from modeling_phase15 import Phase15ForCausalLM, SoftPrompt
+
+
+torch.set_num_threads(1)
+
+VOCAB, SLOTS, SINKS, CHUNK, QUERY = 60, 24, 2, 4, 7
+SIZES = {
+    "num_soft_tokens": SLOTS,
+    "num_sink_tokens": SINKS,
+    "chunk_length": CHUNK,
+    "max_query_length": QUERY,
+    "hypernet_hidden_size": 32,
+    "hypernet_num_hidden_layers": 2,
+    "hypernet_num_attention_heads": 4,
+    "hypernet_intermediate_size": 48,
+}
+LLM_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 40,
+    "initializer_range": 0.2,  # large enough for outputs that depend on the whole context
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+BASES = {
+    "llama": LlamaConfig(**LLM_SIZES),
+    "llama-tied": LlamaConfig(**LLM_SIZES, tie_word_embeddings=True),
+    "mistral": MistralConfig(**LLM_SIZES, sliding_window=SLOTS + CHUNK),  # the smallest that is allowed
+    "qwen2": Qwen2Config(**LLM_SIZES),
+}
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory) -> dict[str, str]:
+    """Folders of tiny random base models, by name."""
+    folders = {}
+    for name, config in BASES.items():
+        torch.manual_seed(0)
+        folders[name] = str(tmp_path_factory.mktemp(name))
+        AutoModelForCausalLM.from_config(config).save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture(scope="session", params=[name for name in BASES if name != "llama-tied"])
+def pair(request, bases):
+    """A base model, and a Phase15 model that was made of it and never trained."""
+    base = AutoModelForCausalLM.from_pretrained(bases[request.param]).eval()
+    return base, Phase15ForCausalLM.from_base(bases[request.param], **SIZES)
+
+
+@pytest.fixture
+def tiny(bases) -> Phase15ForCausalLM:
+    """A Llama Phase15 model as training would leave it: Δ ≠ 0."""
+    torch.manual_seed(1)
+    return randomise_alpha(Phase15ForCausalLM.from_base(bases["llama"], **SIZES))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One printable character per token id."""
+    tokenizer = Tokenizer(models.WordLevel({chr(33 + index): index for index in range(VOCAB)}, unk_token="!"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+
+
+def randomise_alpha(model: Phase15ForCausalLM) -> Phase15ForCausalLM:
+    """Makes Δ large: α starts at zero, and so does Δ."""
+    with torch.no_grad():
+        model.hypernet.alpha.normal_(generator=torch.Generator().manual_seed(0))
+    return model
+
+
+def random_ids(*shape: int, seed: int = 0) -> torch.LongTensor:
+    return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pad(rows: list[torch.Tensor], side: str = "left", value: int = 5) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Rows of different lengths as `input_ids` and `attention_mask`; the padding is an ordinary token's id."""
+    width = max(len(row) for row in rows)
+    before = {"left": lambda gap: gap, "right": lambda gap: 0, "both": lambda gap: gap // 2}[side]
+    gaps = [(before(width - len(row)), width - len(row) - before(width - len(row))) for row in rows]
+    ids = [F.pad(row, gap, value=value) for row, gap in zip(rows, gaps, strict=True)]
+    mask = [F.pad(torch.ones_like(row), gap) for row, gap in zip(rows, gaps, strict=True)]
+    return torch.stack(ids), torch.stack(mask)
+
+
+# the reference: a list of vectors for the slots, and nothing of the model but its HyperNetwork and its LLM
+
+
+def reference_carry(slots: list, tokens: list, num_slots: int = SLOTS, num_sinks: int = SINKS) -> list:
+    stream = [*slots, *tokens]
+    return stream[:num_sinks] + stream[num_sinks:][-(num_slots - num_sinks) :]
+
+
+def as_soft_prompt(slots: list[torch.Tensor], hidden_size: int) -> SoftPrompt:
+    unused = [torch.zeros(hidden_size)] * (SLOTS - len(slots))
+    return SoftPrompt(torch.stack([*slots, *unused])[None], torch.tensor([len(slots)]))
+
+
+def reference_step(model, slots: list[torch.Tensor], ids: torch.LongTensor) -> list[torch.Tensor]:
+    """step(sp, tokens) = carry(sp, E[tokens]) + Δ(sp, E[tokens])"""
+    tokens = model.llm.get_input_embeddings()(ids)
+    carried = as_soft_prompt(reference_carry(slots, list(tokens)), tokens.shape[1])
+    old = as_soft_prompt(slots, tokens.shape[1])
+    delta = model.hypernet(carried, old, tokens[None], torch.tensor([len(ids)]))
+    return list((carried.embeds + delta)[0, : carried.length])
+
+
+def reference_read(model, slots: list[torch.Tensor], query: torch.LongTensor) -> list[torch.Tensor]:
+    for segment in query.split(QUERY):
+        slots = reference_step(model, slots, segment)
+    return slots
+
+
+def reference_predict(model, slots: list[torch.Tensor], ids: torch.LongTensor) -> torch.Tensor:
+    """LLM([sp ; chunk]): scores of the token after sp and of those after each of `ids`, `(1 + len(ids), vocab_size)`."""
+    embeds = torch.cat([torch.stack(slots), model.llm.get_input_embeddings()(ids)])
+    return model.llm(inputs_embeds=embeds[None]).logits[0, len(slots) - 1 :]
+
+
+def reference_logits(model, ids: torch.LongTensor, query_length: int = 1, bptt_chunks: int | None = None):
+    """One row's logits `(len(ids), vocab_size)`, chunk after chunk; zeros inside the query. Also the last slots."""
+    slots = reference_read(model, [], ids[:query_length])
+    logits, rest, num_chunks = [torch.zeros(query_length - 1, VOCAB)], ids[query_length:], 0
+    while len(rest) >= CHUNK:
+        chunk, rest, num_chunks = rest[:CHUNK], rest[CHUNK:], num_chunks + 1
+        logits.append(reference_predict(model, slots, chunk[:-1]))
+        if bptt_chunks and num_chunks % bptt_chunks == 0:
+            slots = [slot.detach() for slot in slots]
+        slots = reference_step(model, slots, chunk)
+    return torch.cat([*logits, reference_predict(model, slots, rest)]), slots
+
+
+def window_logits(base, ids: torch.LongTensor, query_length: int = 1) -> torch.Tensor:
+    """The same for a base model under plain transformers, run on the token ids of explicit sinks + window + chunk."""
+    logits = [torch.zeros(query_length - 1, VOCAB)]
+    for start in range(int(query_length), len(ids) + 1, CHUNK):
+        context = torch.tensor(reference_carry([], ids[:start].tolist()))
+        scores = base(torch.cat([context, ids[start : start + CHUNK]])[None]).logits[0, len(context) - 1 :]
+        logits.append(scores[:CHUNK])
+    return torch.cat(logits)

@@ -1,0 +1,411 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""
+Supervised fine-tuning of a Phase15 model, chunk by chunk with teacher forcing.
+
+    python train_sft.py                                   recipes/quickstart.yaml: minutes on two CPU cores, offline
+    python train_sft.py recipes/tinyllama_stage1.yaml     HyperNetwork alone, the LLM frozen
+    python train_sft.py recipes/tinyllama_stage2.yaml     then both, starting from stage 1's output
+    python train_sft.py recipes/smollm2_gsm8k.yaml --model_name_or_path FILE.gguf --dataset_name gsm8k_train.jsonl
+    python train_sft.py --help                            every flag; flags override the recipe
+
+A run that was killed resumes from its last checkpoint when the same command is given again.
+"""
+
+import difflib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoTokenizer,
+    HfArgumentParser,
+    LlamaConfig,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+import eval_sft
+from configuration_phase15 import Phase15Config
+from data_sft import Phase15DataCollator, load_records, tokenize, train_tokenizer
+from modeling_phase15 import HyperNetwork, Phase15ForCausalLM
+
+
+logger = logging.get_logger("phase15.train")
+QUICKSTART = Path(__file__).parent / "recipes" / "quickstart.yaml"
+
+
+@dataclass
+class Phase15ModelArguments:
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "The base LLM (Hub id, folder or .gguf file), or a Phase15 model to go on with."},
+    )
+    base_config: dict | str | None = field(
+        default=None,
+        metadata={"help": "Fields of a LlamaConfig: without model_name_or_path, a Llama of this size from scratch."},
+    )
+    dtype: str = field(default="float32", metadata={"help": "Of the weights in training; use bf16 to compute in it."})
+    stage: str = field(
+        default="full",
+        metadata={
+            "help": "What is trained: hypernet (LLM frozen), full (both), lora (HyperNetwork and LoRA on the LLM).",
+            "choices": ["hypernet", "full", "lora"],
+        },
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of LoRA."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA."})
+    merge_adapter: bool = field(default=False, metadata={"help": "Save the merged model instead of the adapter."})
+    num_soft_tokens: int | None = field(default=None, metadata={"help": "This and what follows: see Phase15Config."})
+    num_sink_tokens: int | None = None
+    chunk_length: int | None = None
+    max_query_length: int | None = None
+    max_answer_length: int | None = None
+    hypernet_hidden_size: int | None = None
+    hypernet_num_hidden_layers: int | None = None
+    hypernet_num_attention_heads: int | None = None
+    hypernet_intermediate_size: int | None = None
+
+    @property
+    def config_fields(self) -> dict:
+        """The fields of [`Phase15Config`] that were given."""
+        names = [f.name for f in fields(self) if f.name in Phase15Config.__annotations__]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass
+class Phase15DataArguments:
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "A JSONL, JSON, CSV or Parquet file, a Hub id, or python-docstrings (see data_sft.py)."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of a Hub data set to train on."})
+    validation_split: float = field(
+        default=0.1, metadata={"help": "Share of the records, the last, kept to validate."}
+    )
+    max_validation_records: int | None = field(default=None, metadata={"help": "Validate on so many of them."})
+    shuffle_records: bool = field(default=False, metadata={"help": "Shuffle the records before they are split."})
+
+
+@dataclass
+class Phase15TrainingArguments(TrainingArguments):
+    learning_rate: float = field(default=1e-4, metadata={"help": "Of the HyperNetwork."})
+    llm_learning_rate: float = field(default=3e-5, metadata={"help": "Of the LLM, or of its LoRA."})
+    bptt_chunks: int | None = field(
+        default=None, metadata={"help": "Stop the gradient through the recursion after every so many chunks."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew where output_dir holds a finished run."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator decides what it needs."})
+
+
+class Phase15ProgressCallback(ProgressCallback):
+    """Trainer's progress bar; the losses by chunk go to the trackers and `trainer_state.json` only."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        logs = {name: value for name, value in (logs or {}).items() if "loss_chunk" not in name}
+        super().on_log(args, state, control, logs=logs, **kwargs)
+
+
+class Phase15Meters:
+    """Sums over the steps since the last reading: loss by chunk index, norms of Δ and of the soft prompt."""
+
+    def __init__(self, num_chunks: int, device: torch.device):
+        self.chunk_losses = torch.zeros(num_chunks, device=device)
+        self.chunk_tokens = torch.zeros(num_chunks, device=device)
+        self.norms = torch.zeros(2, device=device)
+        self.started = time.perf_counter()
+
+    def add_loss(self, losses: torch.Tensor, tokens: torch.Tensor):
+        index = torch.arange(len(losses), device=losses.device).clamp(max=len(self.chunk_losses) - 1)
+        self.chunk_losses.index_add_(0, index, losses)
+        self.chunk_tokens.index_add_(0, index, tokens.float())
+
+    def add_delta(self, delta: torch.Tensor, carried: torch.Tensor):
+        self.norms += torch.stack([delta.float().norm(), (carried + delta).float().norm()])
+
+    def read(self, accelerator) -> dict[str, float]:
+        """The metrics, over all processes."""
+        losses, tokens, (delta, soft_prompt) = (
+            accelerator.reduce(meter, "sum").tolist() for meter in (self.chunk_losses, self.chunk_tokens, self.norms)
+        )
+        return {
+            "loss": sum(losses) / max(sum(tokens), 1),
+            **{f"loss_chunk_{i:02}": x / n for i, (x, n) in enumerate(zip(losses, tokens, strict=True)) if n},
+            "delta_share": delta / max(soft_prompt, 1e-12),
+            "target_tokens_per_second": round(sum(tokens) / (time.perf_counter() - self.started), 1),
+        }
+
+
+class Phase15Trainer(Trainer):
+    """
+    A [`~transformers.Trainer`] whose loss unrolls the chunks of the answers. HyperNetwork and LLM have their own
+    learning rates, and every log has the loss by chunk index (nats per answer token), the share of Δ in the soft
+    prompt's norm, and target tokens per second.
+
+    Raises:
+        FloatingPointError: when the loss is not finite, naming the step and the records of the batch.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(Phase15ProgressCallback)
+        self.meters = self._new_meters()
+        for module in self.model.modules():
+            if isinstance(module, HyperNetwork):
+                module.register_forward_hook(
+                    lambda _, inputs, delta: self.meters.add_delta(delta.detach(), inputs[0].embeds.detach())
+                )
+
+    def _new_meters(self) -> Phase15Meters:
+        config = self.model.config
+        return Phase15Meters(math.ceil(config.max_answer_length / config.chunk_length), self.args.device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {**inputs, "skip_logits": True}
+        records = inputs.pop("records", None)
+        if model.training:
+            inputs["bptt_chunks"] = self.args.bptt_chunks
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if not torch.isfinite(loss):
+            numbers = "unknown" if records is None else ", ".join(map(str, records.tolist()))
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, in a batch of the records {numbers}"
+            )
+        self.meters.add_loss(outputs.chunk_losses, outputs.chunk_tokens)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        if "loss" in logs:
+            logs = {**self.meters.read(self.accelerator), **logs}
+            self.meters = self._new_meters()
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As Trainer's, but the loss is the mean over answer tokens instead of over batches."""
+        training_meters, self.meters = self.meters, self._new_meters()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = self.meters.read(self.accelerator)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        self.meters = training_meters
+        return output
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """One group of parameters for each of HyperNetwork and LLM, with and without weight decay."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            decays = set(self.get_decay_parameter_names(model))
+            groups = {}
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    groups.setdefault(("hypernet" in name.split("."), name in decays), []).append(parameter)
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(
+                [
+                    {
+                        "params": parameters,
+                        "lr": self.args.learning_rate if is_hypernet else self.args.llm_learning_rate,
+                        "weight_decay": self.args.weight_decay if decay else 0.0,
+                    }
+                    for (is_hypernet, decay), parameters in groups.items()
+                ],
+                **kwargs,
+            )
+        return self.optimizer
+
+
+def parse_args(argv: list[str]) -> tuple[Phase15ModelArguments, Phase15DataArguments, Phase15TrainingArguments]:
+    """
+    Arguments of a run: a recipe, `recipes/NAME.yaml` or `--config recipes/NAME.yaml`, then flags that override it.
+    The recipe is the quickstart when there is neither a recipe nor a model or data set.
+
+    Raises:
+        ValueError: for a recipe that is missing or not a mapping, or for a key of it that does not exist.
+    """
+    parser = HfArgumentParser((Phase15ModelArguments, Phase15DataArguments, Phase15TrainingArguments))
+    parser.add_argument("recipe", nargs="?", help="a YAML file with values for the flags below")
+    parser.add_argument("--config", help="the same as recipe")
+    known, _ = parser.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
+    recipe = known.recipe or known.config
+    if recipe is None and known.model_name_or_path is None and known.dataset_name is None:
+        recipe = QUICKSTART
+    if recipe is not None:
+        if not Path(recipe).is_file():
+            raise ValueError(f"{recipe}: no such recipe.")
+        values = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"{recipe}: a recipe is a mapping of flags to values, not a {type(values).__name__}.")
+        names = [f.name for cls in parser.dataclass_types for f in fields(cls) if f.init]
+        for name in values:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, n=1)
+                raise ValueError(
+                    f"{recipe}: unknown key {name!r}" + (f"; did you mean {close[0]!r}?" if close else ".")
+                )
+        parser.set_defaults(**values)
+    arguments = parser.parse_args(argv)
+    outputs = []
+    for cls in parser.dataclass_types:
+        outputs.append(cls(**{f.name: getattr(arguments, f.name) for f in fields(cls) if f.init}))
+    return tuple(outputs)
+
+
+def load_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM, PreTrainedTokenizerBase]:
+    """The model that `args` describe, ready for its stage, and its tokenizer."""
+    name = args.model_name_or_path
+    if name is None and not args.base_config:
+        raise ValueError(
+            "`model_name_or_path` is missing: a base LLM or a Phase15 model (or `base_config` for a new one)."
+        )
+    if name is None:
+        base_config = json.loads(args.base_config) if isinstance(args.base_config, str) else dict(args.base_config)
+        tokenizer = train_tokenizer(records, base_config.pop("vocab_size"))
+        ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        text_config = LlamaConfig(vocab_size=len(tokenizer), **ids, **base_config)
+        model = Phase15ForCausalLM(Phase15Config(text_config=text_config, **args.config_fields))
+    elif is_phase15(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)  # of our own code
+        model = Phase15ForCausalLM.from_pretrained(name, dtype=args.dtype)
+        for key, value in args.config_fields.items():
+            if value != getattr(model.config, key):
+                raise ValueError(f"`{key}` is {value}, but {name} was made with {getattr(model.config, key)}.")
+    else:
+        folder, gguf_file = os.path.split(os.path.abspath(name)) if name.endswith(".gguf") else (name, None)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+        model = Phase15ForCausalLM.from_base(name, dtype=args.dtype, **args.config_fields)
+    if args.stage == "hypernet":
+        model.llm.requires_grad_(False)
+    elif args.stage == "lora":
+        lora = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=r"llm\..*_proj",
+            modules_to_save=["hypernet"],
+        )
+        model = get_peft_model(model, lora)
+    return model, tokenizer
+
+
+def is_phase15(name: str) -> bool:
+    if name.endswith(".gguf"):
+        return False
+    return Phase15Config.get_config_dict(name)[0].get("model_type") == Phase15Config.model_type
+
+
+def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments]:
+    """Everything that can fail because of the input, before the first step."""
+    model_args, data_args, training_args = parse_args(argv)
+    if data_args.dataset_name is None:
+        raise ValueError(
+            "`dataset_name` is missing: a JSONL, JSON, CSV or Parquet file, a Hub id, or python-docstrings."
+        )
+    finished = Path(training_args.output_dir) / "results.json"
+    if finished.exists() and not training_args.overwrite_output_dir:
+        raise ValueError(
+            f"{training_args.output_dir} holds a finished run; give another --output_dir or --overwrite_output_dir."
+        )
+    set_seed(training_args.seed)
+    with training_args.main_process_first(desc="data"):
+        records = load_records(data_args.dataset_name, data_args.dataset_config, data_args.dataset_train_split)
+        if data_args.shuffle_records:
+            records = records.shuffle(seed=training_args.seed)
+        model, tokenizer = load_model(model_args, records)
+        dataset = tokenize(records, tokenizer, model.config.max_answer_length, data_args.dataset_name)
+    num_validation = math.ceil(len(dataset) * data_args.validation_split)
+    num_training = len(dataset) - num_validation
+    if num_training < 1:
+        raise ValueError(f"{data_args.dataset_name}: of {len(dataset)} records none is left to train on.")
+    validation = dataset.select(range(num_training, len(dataset)))
+    if data_args.max_validation_records is not None:
+        validation = validation.take(min(data_args.max_validation_records, num_validation))
+    trainer = Phase15Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=dataset.select(range(num_training)),
+        eval_dataset=validation if num_validation else None,
+        data_collator=Phase15DataCollator(
+            next(x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if x is not None)
+        ),
+        processing_class=tokenizer,
+    )
+    return trainer, model_args
+
+
+def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments):
+    """Trains, saves, compares and reports."""
+    args, output_dir = trainer.args, Path(trainer.args.output_dir)
+    if (output_dir / "results.json").exists() and trainer.is_world_process_zero():  # overwrite_output_dir
+        (output_dir / "results.json").unlink()
+        for checkpoint in output_dir.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    args.distributed_state.wait_for_everyone()
+    checkpoint = args.resume_from_checkpoint or (get_last_checkpoint(output_dir) if output_dir.is_dir() else None)
+    if checkpoint is not None:
+        logger.warning(f"Resuming from {checkpoint}.")
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if model_args.stage == "lora":
+        if model_args.merge_adapter:
+            trainer.model = model.merge_and_unload()
+        model = trainer.model if model_args.merge_adapter else model.get_base_model()
+    trainer.save_model()
+    trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return
+    results = {"train": result.metrics, "arguments": asdict(model_args), "validation": {}}
+    if trainer.eval_dataset is not None:
+        loader = DataLoader(trainer.eval_dataset, args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
+        with trainer.accelerator.autocast():
+            results["validation"] = eval_sft.compare(model, loader)
+        eval_sft.plot(results["validation"], output_dir / "loss_by_chunk.png")
+        print(f"\n{eval_sft.table(results['validation'])}\n")
+    (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if model_args.stage != "lora" or model_args.merge_adapter:
+        print(f"Saved to {output_dir}. Loaded in a new process:")
+        query = trainer.train_dataset[0]
+        query = query["input_ids"][: query["query_length"]]
+        subprocess.run([sys.executable, "-c", LOAD_AND_ANSWER, output_dir, json.dumps(query)], check=True)
+
+
+LOAD_AND_ANSWER = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+query = torch.tensor([json.loads(sys.argv[2])])
+output = model.generate(query, attention_mask=torch.ones_like(query), max_new_tokens=64, do_sample=False)
+print("Q:", tokenizer.decode(query[0], skip_special_tokens=True))
+print("A:", tokenizer.decode(output[0, query.shape[1]:], skip_special_tokens=True))
+"""
+
+
+if __name__ == "__main__":
+    try:
+        run = prepare(sys.argv[1:])
+    except ValueError as error:  # about the input: one line, and nothing was written
+        raise SystemExit(f"train_sft.py: {error}") from error
+    try:
+        main(*run)
+    except FloatingPointError as error:
+        raise SystemExit(f"train_sft.py: {error}") from error
