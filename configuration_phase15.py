@@ -125,7 +125,7 @@ class Phase15Config(PreTrainedConfig):
         if window is not None and window < self.num_soft_tokens + self.chunk_length:
             raise ValueError(
                 f"`text_config.sliding_window` is {window}, but it must be at least `num_soft_tokens` + "
-                f"`chunk_length` ({self.num_soft_tokens} + {self.chunk_length}), or the LLM could not see the soft prompt."
+                f"`chunk_length` ({self.num_soft_tokens} + {self.chunk_length}), so that the LLM sees all slots."
             )
 
 

@@ -85,9 +85,7 @@ def carry(soft_prompt: SoftPrompt, tokens: torch.Tensor, token_length: torch.Lon
     slot = torch.arange(num_slots, device=tokens.device).expand(batch_size, -1)  # (B, N)
     place = slot + evicted * (slot >= num_sinks)  # which token of the stream [used slots ; tokens] the slot holds
     old = place < soft_prompt.length[:, None]
-    source = torch.where(
-        old, place, place - soft_prompt.length[:, None] + num_slots
-    )  # its index in [all slots ; tokens]
+    source = torch.where(old, place, place - soft_prompt.length[:, None] + num_slots)  # index in [all slots ; tokens]
     stream = torch.cat([soft_prompt.embeds, tokens], dim=1)
     source = source.clamp(max=stream.shape[1] - 1)[..., None].expand(-1, -1, hidden_size)
     carried = SoftPrompt(stream.gather(1, source), length.clamp(max=num_slots))
@@ -277,19 +275,17 @@ class Phase15CausalLMOutputWithPast(CausalLMOutputWithPast):
     A [`~transformers.modeling_outputs.CausalLMOutputWithPast`] with the recursion's state.
 
     Args:
-        loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` is given):
+        loss (`torch.Tensor` of shape `()`, *optional*, returned when `labels` is given):
             Cross-entropy in nats, summed over target tokens and divided by their number or by `num_items_in_batch`.
         logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*):
             Scores of the token after each position; zeros at positions inside the query and at padding.
         past_key_values (`Phase15Cache`, *optional*): the cache given, or made because of `use_cache=True`.
-        hidden_states, attentions (`tuple(torch.Tensor)`, *optional*): of the LLM's last call, whose rows are chunks and
-            whose positions are slots and chunk tokens.
+        hidden_states, attentions (`tuple(torch.Tensor)`, *optional*):
+            Of the LLM's last call, whose rows are chunks and whose positions are slots and chunk tokens.
         soft_prompt (`torch.Tensor` of shape `(batch_size, num_soft_tokens, hidden_size)`):
             The soft prompt behind each row's last prediction.
-        chunk_losses (`torch.Tensor` of shape `(num_chunks,)`, *optional*, returned when `labels` is given):
-            Sum of the target tokens' cross-entropy by index of their chunk, in nats, without gradient.
-        chunk_tokens (`torch.LongTensor` of shape `(num_chunks,)`, *optional*, returned when `labels` is given):
-            Number of target tokens by index of their chunk.
+        chunk_losses, chunk_tokens (`torch.Tensor` of shape `(num_chunks,)`, *optional*, returned with `labels`):
+            By index of the chunk: summed cross-entropy in nats, without gradient, and number of target tokens.
     """
 
     soft_prompt: torch.Tensor | None = None
@@ -380,12 +376,6 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         model.generation_config = llm.generation_config
         return model.eval()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.llm.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.llm.set_input_embeddings(value)
-
     def get_output_embeddings(self) -> nn.Module:
         return self.llm.get_output_embeddings()
 
@@ -432,14 +422,13 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
 
         Args:
             soft_prompt (`SoftPrompt`): of `batch_size` chunks.
-            chunk (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): the chunk's first tokens, embedded.
+            chunk (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): embeddings of chunk tokens.
             llm_cache (`DynamicCache`, *optional*): keys and values of the soft prompt and of the chunk's tokens before
-                those given; filled with the soft prompt's first when empty.
+                these; filled with the soft prompt's first when empty.
 
         Returns:
-            the hidden states from which the tokens after the soft prompt (if it was not in the cache) and after each
-            chunk token are predicted, of shape `(batch_size, 1 + num_tokens or num_tokens, hidden_size)`, and the LLM's
-            own output.
+            the hidden states that predict the tokens after the soft prompt (unless it was in the cache) and after each
+            chunk token, of shape `(batch_size, (1 +) num_tokens, hidden_size)`, and the LLM's output.
         """
         shortest, used = torch.stack(torch.aminmax(soft_prompt.length)).tolist()
         batch_size, num_tokens, hidden_size = chunk.shape
@@ -492,30 +481,22 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
                 Query and answer. Padding may be on any side; it is compacted away.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-                1 for tokens, 0 for padding. With a cache it may also cover the tokens before, as in transformers.
+                1 for tokens, 0 for padding. With a cache it may cover the tokens before too, as in transformers.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Token ids, aligned with `input_ids`; -100 where there is no target. A row's query is what comes before
-                its first label, and at least one token.
+                Target ids aligned with `input_ids`, -100 for none. What comes before a row's first label is its query.
             query_lengths (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-                Tokens of each row, padding not counted, that are its query; overrides what `labels` say. Without both,
-                the query is the first token (with a cache that has seen tokens: none), and the model a causal LM over
-                any text.
+                How many tokens of each row are its query, padding not counted; goes before what `labels` say. Without
+                both the query is the first token (none, if the cache has seen tokens): a causal LM over any text.
             past_key_values (`Phase15Cache`, *optional*):
-                State to continue from; updated in place. Rows must have equally many answer tokens.
-            use_cache (`bool`, *optional*):
-                Whether to make a `Phase15Cache` when none is given. Unlike in other models the default is no.
+                State to continue from, updated in place. Its rows must have equally many answer tokens.
+            use_cache (`bool`, *optional*): make a `Phase15Cache` when none is given; unlike elsewhere not the default.
             logits_to_keep (`int` or `torch.Tensor` of shape `(num_columns,)`, defaults to 0):
-                Compute logits for the last columns only, or for these columns; 0 is all.
-            skip_logits (`bool`, defaults to `False`):
-                With `labels`: compute the loss alone, from the positions that have a target, to save memory.
-            bptt_chunks (`int`, *optional*):
-                Stop the gradient through the recursion after every so many chunks.
+                Compute logits for so many last columns, or for these columns; 0 is all.
+            skip_logits (`bool`, defaults to `False`): with `labels`, compute nothing but the loss, to save memory.
+            bptt_chunks (`int`, *optional*): stop the gradient through the recursion after every so many chunks.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
-                Divisor of the loss, the target tokens of the whole accumulated batch; those of this batch by default.
+                Divisor of the loss: the target tokens of the whole accumulated batch. Defaults to this batch's.
             kwargs: go to the LLM (`output_hidden_states`, `output_attentions`).
-
-        Returns:
-            [`Phase15CausalLMOutputWithPast`]
 
         Raises:
             ValueError: for shapes that do not match, rows without a token, a query longer than its row, rows that a
@@ -525,13 +506,9 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         if cache is None and use_cache:
             cache = Phase15Cache(self.config)
         if cache is not None and not isinstance(cache, Phase15Cache):
-            raise ValueError(
-                f"`past_key_values` is a {type(cache).__name__}, but Phase15 continues from a Phase15Cache."
-            )
+            raise ValueError(f"`past_key_values` must be a Phase15Cache, not a {type(cache).__name__}.")
         if cache is not None and labels is not None:
-            raise ValueError(
-                "`labels` cannot be given with a cache; call forward without `past_key_values` and `use_cache`."
-            )
+            raise ValueError("`labels` cannot be given with `past_key_values` or `use_cache=True`.")
         rows = compact(input_ids, attention_mask, labels, query_lengths, 0 if cache is None else cache.seen_tokens)
         kept = torch.arange(input_ids.shape[1], device=input_ids.device)
         kept = kept[-logits_to_keep:] if isinstance(logits_to_keep, int) else kept[logits_to_keep]
@@ -627,13 +604,14 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         Returns:
             the hidden states of the predictions `(num_predictions, hidden_size)` and the LLM's last output.
         """
+        chunk_length = self.config.chunk_length
         answer_length = rows.length - rows.query_length
         has_query = rows.query_length > 0
         if (answer_length != answer_length[0]).any() or (has_query != has_query[0]).any():
             raise ValueError(
-                "A cache holds rows whose chunks open and close together, but after their queries the rows have "
-                f"{answer_length.tolist()} tokens (and queries of {rows.query_length.tolist()}); pad on the left and give "
-                "`query_lengths`, or call forward without a cache."
+                "In a cache the chunks of all rows open and close together, but the rows have queries of "
+                f"{rows.query_length.tolist()} tokens and {answer_length.tolist()} tokens after them; give "
+                "`query_lengths` that leave equally many, or call forward without a cache."
             )
         states = []
         if has_query[0]:
@@ -645,16 +623,14 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         answer = rows.query_length[:, None] + torch.arange(int(answer_length[0]), device=row.device)
         answer = self.get_input_embeddings()(rows.input_ids.gather(1, answer))  # (B, A, d)
         while answer.shape[1]:
-            room = self.config.chunk_length - cache.chunk.shape[1]
+            room = chunk_length - cache.chunk.shape[1]
             tokens, answer = answer[:, :room], answer[:, room:]
             is_full = tokens.shape[1] == room
             if heard := tokens.shape[1] - is_full:  # the last token of a chunk predicts nothing inside it
                 states.append(self.predict(cache.soft_prompt, tokens[:, :heard], cache.llm_cache, **kwargs))
             cache.chunk = torch.cat([cache.chunk, tokens], dim=1)
             if is_full:
-                soft_prompt = self.step(
-                    cache.soft_prompt, cache.chunk, torch.full_like(rows.length, cache.chunk.shape[1])
-                )
+                soft_prompt = self.step(cache.soft_prompt, cache.chunk, torch.full_like(rows.length, chunk_length))
                 states.append(self._open_chunk(cache, soft_prompt, **kwargs))
         hidden_states = torch.cat([hidden_states for hidden_states, _ in states], dim=1)  # (B, predictions, d)
         first_place = rows.length - hidden_states.shape[1]
@@ -683,17 +659,13 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
                 conversation, and what the cache has not seen is read as the next message.
 
         Raises:
-            ValueError: for assisted decoding, contrastive search, paged caches and chunked prefill, which need what the
-                recursion has already replaced, or for a cache of another kind.
+            ValueError: for assisted decoding, contrastive search, paged or other caches, and chunked prefill.
         """
 
+        sources = [kwargs, *(vars(config) for config in (generation_config, self.generation_config) if config)]
+
         def setting(name):
-            values = (
-                kwargs.get(name),
-                getattr(generation_config, name, None),
-                getattr(self.generation_config, name, None),
-            )
-            return next((value for value in values if value is not None), None)
+            return next((source[name] for source in sources if source.get(name) is not None), None)
 
         for name, (mode, reason) in UNSUPPORTED_GENERATION.items():
             if setting(name):
@@ -703,8 +675,8 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         cache = kwargs.get("past_key_values")
         if isinstance(cache, Phase15Cache) and num_columns <= cache.seen_tokens:
             raise ValueError(
-                f"`inputs` has {num_columns} columns, but the cache has already seen {cache.seen_tokens}; give the whole "
-                "conversation, old tokens first."
+                f"`inputs` has {num_columns} columns, but the cache has already seen {cache.seen_tokens}; give the "
+                "whole conversation, old tokens first."
             )
         if cache is None and setting("use_cache") is not False:
             kwargs["past_key_values"] = Phase15Cache(self.config)
@@ -742,11 +714,10 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
             query_lengths = mask[:, query_columns].sum(dim=1)
         return {**model_inputs, "query_lengths": query_lengths}
 
-    def generate_batch(self, *args, **kwargs):
-        raise ValueError(f"Phase15 does not support continuous batching (`generate_batch`): {_ONE_CACHE}.")
-
     def init_continuous_batching(self, *args, **kwargs):
-        raise ValueError(f"Phase15 does not support continuous batching (`init_continuous_batching`): {_ONE_CACHE}.")
+        raise ValueError(f"Phase15 does not support paged and continuous batching: {_ONE_CACHE}.")
+
+    generate_batch = init_continuous_batching
 
 
 def compact(
@@ -758,9 +729,8 @@ def compact(
 ) -> Rows:
     """Checks the arguments of [`Phase15ForCausalLM.forward`] and left-aligns the rows; see there."""
     if input_ids is None or input_ids.ndim != 2:
-        raise ValueError(
-            f"`input_ids` must have shape (batch_size, sequence_length), not {getattr(input_ids, 'shape', None)}."
-        )
+        shape = None if input_ids is None else tuple(input_ids.shape)
+        raise ValueError(f"`input_ids` must have shape (batch_size, sequence_length), not {shape}.")
     batch_size, num_columns = input_ids.shape
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if mask.shape not in ((batch_size, num_columns), (batch_size, seen_tokens + num_columns)):
@@ -784,8 +754,8 @@ def compact(
     if bad.any():
         index = int(bad.nonzero()[0])
         raise ValueError(
-            f"Row {index} has {length[index]} tokens and a query of {query_length[index]}; a row needs at least one token, "
-            f"and its query {shortest} to all of them."
+            f"Row {index} has {length[index]} tokens and a query of {query_length[index]}; a row needs at least one "
+            f"token, and its query {shortest} to all of them."
         )
     return Rows(input_ids.gather(1, column), column, length, query_length, labels)
 
@@ -795,16 +765,14 @@ def check_base(llm: PreTrainedModel):
     arguments = inspect.signature(llm.base_model.forward).parameters
     missing = [name for name in ("inputs_embeds", "position_ids", "past_key_values") if name not in arguments]
     if missing:
-        raise ValueError(
-            f"{type(llm).__name__} cannot be a base of Phase15: its forward takes no {', '.join(missing)}."
-        )
+        raise ValueError(f"{type(llm).__name__} cannot be a base of Phase15: it takes no {', '.join(missing)}.")
     with torch.no_grad():
         token = torch.zeros(1, 1, dtype=torch.long, device=llm.get_input_embeddings().weight.device)
         hidden_states = llm.base_model(inputs_embeds=llm.get_input_embeddings()(token)).last_hidden_state
         if not torch.equal(llm.get_output_embeddings()(hidden_states), llm(token).logits):
             raise ValueError(
-                f"{type(llm).__name__} cannot be a base of Phase15: its logits are not its output embeddings applied to "
-                "the hidden states of its input embeddings."
+                f"{type(llm).__name__} cannot be a base of Phase15: its logits are more than its output embeddings "
+                "applied to the hidden states of its input embeddings."
             )
 
 

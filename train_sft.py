@@ -107,6 +107,9 @@ class Phase15DataArguments:
 class Phase15TrainingArguments(TrainingArguments):
     learning_rate: float = field(default=1e-4, metadata={"help": "Of the HyperNetwork."})
     llm_learning_rate: float = field(default=3e-5, metadata={"help": "Of the LLM, or of its LoRA."})
+    alpha_learning_rate: float = field(
+        default=1e-2, metadata={"help": "Of α, which scales Δ and starts at zero: at the others' it would stay there."}
+    )
     bptt_chunks: int | None = field(
         default=None, metadata={"help": "Stop the gradient through the recursion after every so many chunks."}
     )
@@ -209,24 +212,22 @@ class Phase15Trainer(Trainer):
         return output
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """One group of parameters for each of HyperNetwork and LLM, with and without weight decay."""
+        """HyperNetwork, its α and the LLM have learning rates of their own; weight decay spares norms and α."""
         if self.optimizer is None:
             model = self.model if model is None else model
             decays = set(self.get_decay_parameter_names(model))
-            groups = {}
+            groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
             for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    groups.setdefault(("hypernet" in name.split("."), name in decays), []).append(parameter)
+                if not parameter.requires_grad:
+                    continue
+                is_hypernet, is_alpha = "hypernet" in name.split("."), name.endswith(".alpha")
+                rate = self.args.learning_rate if is_hypernet else self.args.llm_learning_rate
+                rate = self.args.alpha_learning_rate if is_alpha else rate
+                decay = self.args.weight_decay if name in decays and not is_alpha else 0.0
+                groups.setdefault((rate, decay), []).append(parameter)
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(
-                [
-                    {
-                        "params": parameters,
-                        "lr": self.args.learning_rate if is_hypernet else self.args.llm_learning_rate,
-                        "weight_decay": self.args.weight_decay if decay else 0.0,
-                    }
-                    for (is_hypernet, decay), parameters in groups.items()
-                ],
+                [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()],
                 **kwargs,
             )
         return self.optimizer
@@ -288,9 +289,11 @@ def load_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM
             if value != getattr(model.config, key):
                 raise ValueError(f"`{key}` is {value}, but {name} was made with {getattr(model.config, key)}.")
     else:
+        model = Phase15ForCausalLM.from_base(name, dtype=args.dtype, **args.config_fields)
         folder, gguf_file = os.path.split(os.path.abspath(name)) if name.endswith(".gguf") else (name, None)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
-        model = Phase15ForCausalLM.from_base(name, dtype=args.dtype, **args.config_fields)
+        if gguf_file:  # whose end token transformers 5.17 takes for the start token
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.text_config.eos_token_id)
     if args.stage == "hypernet":
         model.llm.requires_grad_(False)
     elif args.stage == "lora":

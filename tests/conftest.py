@@ -77,7 +77,7 @@ def tiny(bases) -> Phase15ForCausalLM:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """One printable character per token id."""
-    tokenizer = Tokenizer(models.WordLevel({chr(33 + index): index for index in range(VOCAB)}, unk_token="!"))
+    tokenizer = Tokenizer(models.WordLevel({chr(65 + index): index for index in range(VOCAB)}, unk_token="A"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
@@ -133,7 +133,7 @@ def reference_read(model, slots: list[torch.Tensor], query: torch.LongTensor) ->
 
 
 def reference_predict(model, slots: list[torch.Tensor], ids: torch.LongTensor) -> torch.Tensor:
-    """LLM([sp ; chunk]): scores of the token after sp and of those after each of `ids`, `(1 + len(ids), vocab_size)`."""
+    """LLM([sp ; chunk]): scores of the token after sp and after each of `ids`, `(1 + len(ids), vocab_size)`."""
     embeds = torch.cat([torch.stack(slots), model.llm.get_input_embeddings()(ids)])
     return model.llm(inputs_embeds=embeds[None]).logits[0, len(slots) - 1 :]
 

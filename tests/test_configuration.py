@@ -75,8 +75,8 @@ def test_sizes_are_positive_integers(name, value):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"num_soft_tokens": 8, "num_sink_tokens": 8}, r"`num_sink_tokens` is 8.*smaller than `num_soft_tokens` \(8\)"),
-        ({"num_soft_tokens": 8, "num_sink_tokens": 9}, r"`num_sink_tokens` is 9.*smaller than `num_soft_tokens` \(8\)"),
+        ({"num_soft_tokens": 8, "num_sink_tokens": 8}, r"`num_sink_tokens` is 8.*smaller than `num_soft_tokens`"),
+        ({"num_soft_tokens": 8, "num_sink_tokens": 9}, r"`num_sink_tokens` is 9.*smaller than `num_soft_tokens`"),
         (
             {"hypernet_hidden_size": 100, "hypernet_num_attention_heads": 16},
             r"`hypernet_hidden_size` is 100.*multiple of `hypernet_num_attention_heads` \(16\)",

@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import infer_auto_device_map
 from conftest import (
     BASES,
     CHUNK,
@@ -39,7 +40,7 @@ ROWS = [(6, 5), (8, 5), (9, 5), (10, 5), (5, 5), (1, 1), (9, 1), (12, 7), (20, 1
 def make_batch(rows=ROWS, side="left", seed=0):
     """`input_ids`, `attention_mask`, `labels` of the answers, `query_lengths`, and the rows without padding."""
     ids = [random_ids(length, seed=seed + index) for index, (length, _) in enumerate(rows)]
-    labels = [torch.where(torch.arange(len(row)) < query, -100, row) for row, (_, query) in zip(ids, rows, strict=True)]
+    labels = [torch.cat([torch.full((query,), -100), row[query:]]) for row, (_, query) in zip(ids, rows, strict=True)]
     input_ids, attention_mask = pad(ids, side)
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": pad(labels, side, value=-100)[0]}
     return batch, torch.tensor([query for _, query in rows]), ids
@@ -133,7 +134,11 @@ def test_hypernet_sees_old_slots_and_new_tokens_and_no_padding(tiny):
     assert changed(old=old._replace(embeds=old.embeds + evicted))
     assert changed(tokens=tokens + F.one_hot(torch.tensor(CHUNK - 1), CHUNK + 2)[:, None])
     assert not changed(tokens=tokens + F.one_hot(torch.tensor(CHUNK), CHUNK + 2)[:, None])
-    assert not changed(old=old._replace(embeds=old.embeds * 1.0))
+    fresh = as_soft_prompt(list(torch.randn(3, 32)), 32)  # what stands in slots that are not used must not matter
+    noisy = fresh._replace(embeds=fresh.embeds + torch.randn(1, SLOTS, 32) * ~fresh.mask[..., None])
+    carried = carry(fresh, tokens, length, 2)
+    deltas = [tiny.hypernet(carried, old, tokens, length) for old in (fresh, noisy)]
+    assert torch.equal(*deltas)
 
 
 def test_embedding_scale_is_the_bases(bases, tmp_path):
@@ -390,7 +395,10 @@ def splits_of(length, query, seed):
     return [*sizes[:-1], length - sum(sizes[:-1])]
 
 
-@pytest.mark.parametrize("sizes", [[39], [8] + [1] * 31, [12, 4, 4, 19], *(splits_of(39, 8, seed) for seed in range(9))])
+SPLITS = [[39], [8] + [1] * 31, [12, 4, 4, 19], *(splits_of(39, 8, seed) for seed in range(9))]
+
+
+@pytest.mark.parametrize("sizes", SPLITS, ids=str)
 def test_cached_form_in_any_split_equals_the_uncached(tiny, sizes):
     """Rows of queries 8, 3 and 1, padded on the left, and answers of 31 tokens each."""
     batch, query_lengths, _ = make_batch([(39, 8), (34, 3), (32, 1)])
@@ -478,7 +486,7 @@ def test_cache_rows_can_be_picked_and_repeated(tiny):
         ({"labels": torch.full((2, 6), -100), "skip_logits": True}, "no target after any row's query"),
         ({"past_key_values": DynamicCache()}, "`past_key_values` is a DynamicCache"),
         ({"labels": random_ids(2, 6), "use_cache": True}, "`labels` cannot be given with a cache"),
-        ({"use_cache": True, "query_lengths": torch.tensor([3, 4])}, r"after their queries the rows have \[3, 2\] tokens"),
+        ({"use_cache": True, "query_lengths": torch.tensor([3, 4])}, r"after their queries the rows have \[3, 2\]"),
     ],
 )
 def test_arguments_that_cannot_work(tiny, arguments, message):
@@ -604,7 +612,18 @@ def test_device_map_auto(tiny, bases, tmp_path):
     assert_close(loaded(ids.to(loaded.device)).logits.cpu(), tiny(ids).logits, atol=1e-3, rtol=1e-3)
     model = Phase15ForCausalLM.from_base(bases["llama"], device_map="auto", **SIZES)
     base = AutoModelForCausalLM.from_pretrained(bases["llama"])
-    assert_close(model(ids[:, :SLOTS].to(model.device)).logits.cpu(), base(ids[:, :SLOTS]).logits, atol=1e-3, rtol=1e-3)
+    ids = ids[:, :SLOTS]
+    assert_close(model(ids.to(model.device)).logits.cpu(), base(ids).logits, atol=1e-3, rtol=1e-3)
+
+
+def test_device_map_never_splits_the_hypernet(tiny):
+    """It adds the outputs of its parts, so these must be on one device; the LLM may be spread by layers."""
+    total = tiny.num_parameters() * 4
+    for share in (7, 8, 9, 10):
+        device_map = infer_auto_device_map(
+            tiny, {"cpu": total * share // 10, "disk": total}, no_split_module_classes=list(tiny._no_split_modules)
+        )
+        assert len(device_map) > 1 and not [name for name in device_map if name.startswith("hypernet.")]
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -1,0 +1,104 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""
+Real weights: SmolLM2-135M-Instruct (tied embeddings, Llama architecture) as a GGUF file.
+
+    PHASE15_REAL_BASE=path/to/SmolLM2-135M-Instruct.Q4_1.gguf python -m pytest tests/test_real_base.py
+"""
+
+import os
+
+import pytest
+import torch
+from conftest import pad, reference_carry
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_phase15 import Phase15ForCausalLM
+
+
+REAL_BASE = os.environ.get("PHASE15_REAL_BASE")
+pytestmark = pytest.mark.skipif(
+    not REAL_BASE, reason="no real weights: the environment variable PHASE15_REAL_BASE does not name a GGUF file"
+)
+SLOTS, SINKS, CHUNK = 128, 4, 16
+TEXT = (
+    "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips "
+    "did Natalia sell altogether in April and May? In April she sold 48 clips. In May she sold half of that, which "
+    "is 24. So in April and May she sold 48 + 24 = 72 clips. The answer is 72. "
+)
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time there was a small robot who wanted to",
+    "To make a good cup of tea, first",
+]
+
+
+@pytest.fixture(scope="module")
+def real():
+    """The base under plain transformers, the Phase15 model made of it (the weights are shared), and the tokenizer."""
+    model = Phase15ForCausalLM.from_base(REAL_BASE, dtype=torch.float32)
+    folder, name = os.path.split(os.path.abspath(REAL_BASE))
+    return model.llm, model, AutoTokenizer.from_pretrained(folder, gguf_file=name)
+
+
+def batch_of(tokenizer, texts):
+    ids, mask = pad([tokenizer(text, return_tensors="pt").input_ids[0] for text in texts])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def test_the_file_is_the_base_that_is_wanted(real):
+    _, model, _ = real
+    assert model.config.text_config.model_type == "llama" and model.config.num_soft_tokens == SLOTS
+    assert 130e6 < model.llm.num_parameters() < 140e6
+    assert_close(model.hypernet.embedding_scale, model.get_input_embeddings().weight.square().mean().sqrt()[None])
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+@torch.no_grad()
+def test_warm_start_equals_the_base_within_the_slots(real):
+    base, model, tokenizer = real
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    assert 64 < ids.shape[1] <= SLOTS
+    expected = base(ids).logits
+    for query in (1, 40):
+        logits = model(ids, query_lengths=torch.tensor([query])).logits
+        assert_close(logits[:, query - 1 :], expected[:, query - 1 :], atol=2e-3, rtol=2e-3)
+
+
+@torch.no_grad()
+def test_warm_start_equals_the_base_on_sinks_and_window_beyond_the_slots(real):
+    base, model, tokenizer = real
+    ids = tokenizer(TEXT * 5, return_tensors="pt").input_ids[0, :330]
+    query = 290  # more than one segment
+    logits = model(ids[None], query_lengths=torch.tensor([query])).logits[0]
+    for start in range(query, len(ids) + 1, CHUNK):
+        context = torch.tensor(reference_carry([], ids[:start].tolist(), SLOTS, SINKS))
+        scores = base(torch.cat([context, ids[start : start + CHUNK]])[None]).logits[0, len(context) - 1 :][:CHUNK]
+        assert_close(logits[start - 1 :][: len(scores)], scores, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
+def test_greedy_and_beam_output_equal_the_bases(real, settings):
+    """A left-padded batch, over three chunks."""
+    base, model, tokenizer = real
+    arguments = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, **settings}
+    batch = batch_of(tokenizer, PROMPTS)
+    assert torch.equal(model.generate(**batch, **arguments), base.generate(**batch, **arguments))
+
+
+def test_the_capital_of_france_is_paris(real):
+    _, model, tokenizer = real
+    batch = batch_of(tokenizer, ["The capital of France is"])
+    output = model.generate(**batch, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert "Paris" in tokenizer.decode(output[0, batch["input_ids"].shape[1] :])
+
+
+@torch.no_grad()
+def test_save_and_reload(real, tmp_path):
+    _, model, tokenizer = real
+    batch = batch_of(tokenizer, PROMPTS)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    assert loaded.generation_config.eos_token_id == model.generation_config.eos_token_id
