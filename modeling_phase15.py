@@ -311,7 +311,7 @@ class Phase15PreTrainedModel(PreTrainedModel):
     config_class = Phase15Config
     base_model_prefix = "llm"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["HyperNetworkLayer"]
+    _no_split_modules = ["HyperNetwork"]  # it adds what its parts give
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -415,7 +415,12 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         return soft_prompt
 
     def predict(
-        self, soft_prompt: SoftPrompt, chunk: torch.Tensor, llm_cache: DynamicCache | None = None, **kwargs
+        self,
+        soft_prompt: SoftPrompt,
+        chunk: torch.Tensor,
+        llm_cache: DynamicCache | None = None,
+        num_opened: int = 0,
+        **kwargs,
     ) -> tuple[torch.Tensor, CausalLMOutputWithPast]:
         """
         Calls the LLM on `[soft_prompt ; chunk]`.
@@ -423,8 +428,8 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         Args:
             soft_prompt (`SoftPrompt`): of `batch_size` chunks.
             chunk (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): embeddings of chunk tokens.
-            llm_cache (`DynamicCache`, *optional*): keys and values of the soft prompt and of the chunk's tokens before
-                these; filled with the soft prompt's first when empty.
+            llm_cache (`DynamicCache`, *optional*): keys and values of the soft prompt and of the chunk's `num_opened`
+                tokens before these; filled with the soft prompt's first when empty.
 
         Returns:
             the hidden states that predict the tokens after the soft prompt (unless it was in the cache) and after each
@@ -433,7 +438,8 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         shortest, used = torch.stack(torch.aminmax(soft_prompt.length)).tolist()
         batch_size, num_tokens, hidden_size = chunk.shape
         past = 0 if llm_cache is None else llm_cache.get_seq_length()
-        num_opened = max(past - used, 0)  # chunk tokens in the cache
+        if past:
+            used = past - num_opened  # the longest row may have left since
         last_slot = soft_prompt.length[:, None] - 1
         position = last_slot + 1 + torch.arange(num_opened, num_opened + num_tokens, device=chunk.device)
         inputs_embeds, predicting = chunk, torch.arange(num_tokens, device=chunk.device).expand(batch_size, -1)
@@ -627,7 +633,7 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
             tokens, answer = answer[:, :room], answer[:, room:]
             is_full = tokens.shape[1] == room
             if heard := tokens.shape[1] - is_full:  # the last token of a chunk predicts nothing inside it
-                states.append(self.predict(cache.soft_prompt, tokens[:, :heard], cache.llm_cache, **kwargs))
+                states.append(self._hear(cache, tokens[:, :heard], **kwargs))
             cache.chunk = torch.cat([cache.chunk, tokens], dim=1)
             if is_full:
                 soft_prompt = self.step(cache.soft_prompt, cache.chunk, torch.full_like(rows.length, chunk_length))
@@ -636,10 +642,14 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         first_place = rows.length - hidden_states.shape[1]
         return hidden_states[row, place - first_place[row]], states[-1][1]
 
+    def _hear(self, cache: Phase15Cache, tokens: torch.Tensor, **kwargs):
+        """Calls the LLM on more tokens of the open chunk; returns as `predict`."""
+        return self.predict(cache.soft_prompt, tokens, cache.llm_cache, cache.chunk.shape[1], **kwargs)
+
     def _open_chunk(self, cache: Phase15Cache, soft_prompt: SoftPrompt, **kwargs):
         """Puts a new soft prompt into the cache and calls the LLM on it; returns as `predict`."""
         cache.open_chunk(soft_prompt)
-        return self.predict(soft_prompt, cache.chunk, cache.llm_cache, **kwargs)
+        return self._hear(cache, cache.chunk, **kwargs)
 
     # generation: the library's own loop
 
@@ -673,7 +683,9 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         num_columns = 1 if input_ids is None else input_ids.shape[-1]  # the library starts from a BOS token
         cache = kwargs.get("past_key_values")
-        if isinstance(cache, Phase15Cache) and num_columns <= cache.seen_tokens:
+        if cache is not None and not isinstance(cache, Phase15Cache):
+            raise ValueError(f"`past_key_values` must be a Phase15Cache, not a {type(cache).__name__}.")
+        if cache is not None and num_columns <= cache.seen_tokens:
             raise ValueError(
                 f"`inputs` has {num_columns} columns, but the cache has already seen {cache.seen_tokens}; give the "
                 "whole conversation, old tokens first."
@@ -767,9 +779,9 @@ def check_base(llm: PreTrainedModel):
     if missing:
         raise ValueError(f"{type(llm).__name__} cannot be a base of Phase15: it takes no {', '.join(missing)}.")
     with torch.no_grad():
-        token = torch.zeros(1, 1, dtype=torch.long, device=llm.get_input_embeddings().weight.device)
-        hidden_states = llm.base_model(inputs_embeds=llm.get_input_embeddings()(token)).last_hidden_state
-        if not torch.equal(llm.get_output_embeddings()(hidden_states), llm(token).logits):
+        tokens = torch.arange(8, device=llm.get_input_embeddings().weight.device)[None]
+        hidden_states = llm.base_model(inputs_embeds=llm.get_input_embeddings()(tokens)).last_hidden_state
+        if not torch.equal(llm.get_output_embeddings()(hidden_states), llm(tokens).logits):
             raise ValueError(
                 f"{type(llm).__name__} cannot be a base of Phase15: its logits are more than its output embeddings "
                 "applied to the hidden states of its input embeddings."

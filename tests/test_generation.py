@@ -325,7 +325,7 @@ def test_continuous_batching_is_refused(tiny, method):
 
 
 def test_a_foreign_cache_is_refused(tiny):
-    with pytest.raises(ValueError, match="`past_key_values` is a DynamicCache, but Phase15"):
+    with pytest.raises(ValueError, match="`past_key_values`.* DynamicCache"):
         generate(tiny, [PROMPTS[0]], max_new_tokens=4, past_key_values=DynamicCache())
 
 
