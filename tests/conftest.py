@@ -9,9 +9,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the network
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
 
+from data_sft import train_tokenizer
 from modeling_phase15 import Phase15ForCausalLM, SoftPrompt
 
 
@@ -81,6 +83,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes and a few merges, with a chat template and an end token."""
+    return train_tokenizer(Dataset.from_list([{"text": "Why is the sky blue? Blue light scatters most."}]), 270)
 
 
 def randomise_alpha(model: Phase15ForCausalLM) -> Phase15ForCausalLM:

@@ -1,0 +1,283 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""Records of every format and file type to token ids, and what is said of records that cannot be used."""
+
+import copy
+import inspect
+import json
+import logging
+import re
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
+
+from data_sft import FORMATS, Phase15DataCollator, docstring_records, load_records, tokenize
+
+
+USER, ASSISTANT = "<|user|>\n{}<|end|>\n", "<|assistant|>\n"
+ASKED = USER.format("Why is the sky blue?") + ASSISTANT
+ANSWER = "Blue light scatters most."
+TURNS = [
+    {"role": "system", "content": "Be brief.", "name": "x"},  # of its keys the template gets the usual two
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi."},
+    {"role": "user", "content": "Why is the sky blue?"},
+    {"role": "assistant", "content": ANSWER},
+]
+CHAT = "<|system|>\nBe brief.<|end|>\n" + USER.format("Hello") + "<|assistant|>\nHi.<|end|>\n" + ASKED
+QUESTION = "Why is the sky blue?"
+CASES = {  # record, text of its query
+    "messages": ({"messages": TURNS}, CHAT),
+    "prompt-completion": ({"prompt": "The sky is ", "completion": ANSWER}, "The sky is "),
+    "message-lists": ({"prompt": TURNS[:-1], "completion": TURNS[-1:]}, CHAT),
+    "long-completion": ({"prompt": TURNS[:2], "completion": TURNS[2:]}, CHAT),
+    "question-answer": ({"question": QUESTION, "answer": ANSWER, "source": "a book"}, ASKED),
+    "query-answer": ({"query": QUESTION, "answer": ANSWER}, ASKED),
+    "instruction-output": ({"instruction": QUESTION, "output": ANSWER}, ASKED),
+    "instruction-input": (
+        {"instruction": "Why so?", "input": "A blue sky.", "output": ANSWER},
+        USER.format("Why so?\n\nA blue sky.") + ASSISTANT,
+    ),
+}
+SUFFIXES = [".jsonl", ".json", ".csv", ".parquet"]
+
+
+def write(path, records):
+    if path.suffix == ".csv":
+        Dataset.from_list(records).to_csv(path)
+    elif path.suffix == ".parquet":
+        Dataset.from_list(records).to_parquet(path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(records, indent=1))
+    else:
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def read(path, tokenizer, max_answer_length=64):
+    return tokenize(load_records(str(path)), tokenizer, max_answer_length, str(path))
+
+
+def ids_of(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("case", CASES)
+def test_ids_of_every_format_from_every_file(case, suffix, chat_tokenizer, tmp_path):
+    record, query = CASES[case]
+    if suffix == ".csv" and any(isinstance(value, list) for value in record.values()):
+        assert set(record) <= {"messages", "prompt", "completion"}  # which a CSV file cannot hold
+        return
+    plain = {"prompt": "a", "completion": "b"} if case == "prompt-completion" else record
+    first, second = read(write(tmp_path / f"data{suffix}", [record, plain]), chat_tokenizer)
+    query_ids, answer_ids = ids_of(chat_tokenizer, query), ids_of(chat_tokenizer, ANSWER)
+    assert first == {
+        "input_ids": query_ids + answer_ids + [chat_tokenizer.eos_token_id],
+        "query_length": len(query_ids),
+        "record": 1,
+    }
+    assert second["record"] == 2
+
+
+def test_every_format_has_a_case():
+    assert {tuple(name for name in record if name not in ("input", "source")) for record, _ in CASES.values()} == {
+        *FORMATS
+    }
+
+
+def test_an_empty_input_is_no_input(chat_tokenizer, tmp_path):
+    records = [{"instruction": QUESTION, "input": value, "output": ANSWER} for value in ("", None, "x")]
+    rows = read(write(tmp_path / "data.jsonl", records), chat_tokenizer)
+    assert rows[0]["input_ids"] == rows[1]["input_ids"] != rows[2]["input_ids"]
+    assert chat_tokenizer.decode(rows[0]["input_ids"][: rows[0]["query_length"]]) == ASKED
+
+
+def test_a_csv_file_holds_text(chat_tokenizer, tmp_path):
+    """Answers that look like numbers or like missing values are answers."""
+    (tmp_path / "data.csv").write_text("question,answer\n3+4?,7\n1/0?,NA\nNothing?,None\n007?,007\n")
+    rows = read(tmp_path / "data.csv", chat_tokenizer)
+    answers = [chat_tokenizer.decode(row["input_ids"][row["query_length"] : -1]) for row in rows]
+    assert answers == ["7", "NA", "None", "007"]
+
+
+def test_start_token_before_a_string_prompt_only(chat_tokenizer):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    start = tokenizer.convert_tokens_to_ids("<|system|>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|system|> $A", special_tokens=[("<|system|>", start)]
+    )
+    for case, count in (("prompt-completion", 1), ("question-answer", 0)):
+        ids = tokenize(Dataset.from_list([CASES[case][0]]), tokenizer, 64)[0]["input_ids"]
+        assert ids.count(start) == count and ids[1:].count(start) == 0, case
+
+
+def test_cut_answers_are_counted(chat_tokenizer, caplog):
+    length = len(ids_of(chat_tokenizer, ANSWER)) + 1  # and the end token
+    records = Dataset.from_list([{"question": QUESTION, "answer": text} for text in (ANSWER, f"{ANSWER}!", "No.")])
+    with caplog.at_level(logging.WARNING):
+        rows = tokenize(records, chat_tokenizer, length, "some data")
+        assert re.search(rf"some data.* 1 of 3 .*cut.* {length} ", caplog.text)
+        caplog.clear()
+        tokenize(records, chat_tokenizer, length + 1)
+        assert "cut" not in caplog.text
+    answers = [row["input_ids"][row["query_length"] :] for row in rows]
+    assert answers[0] == ids_of(chat_tokenizer, ANSWER) + [chat_tokenizer.eos_token_id]
+    assert answers[1] == ids_of(chat_tokenizer, f"{ANSWER}!")[:length]  # and so it has no end
+    assert set(rows.column_names) == {"input_ids", "query_length", "record"}
+
+
+@pytest.mark.parametrize("pad", [0, 2])
+def test_collator_masks_by_length(pad):
+    """2 is the end token; with `pad=2` it is the padding too, and must stay a label where it is an answer's end."""
+    features = [
+        {"input_ids": [5, 2, 7, 2], "query_length": 2, "record": 4},
+        {"input_ids": [2, 2], "query_length": 1, "record": 9},
+        {"input_ids": [1, 2, 3, 4, 2], "query_length": 4, "record": 1},
+    ]
+    batch = Phase15DataCollator(pad)(features)
+    assert {name: values.tolist() for name, values in batch.items()} == {
+        "input_ids": [[5, 2, 7, 2, pad], [2, 2, pad, pad, pad], [1, 2, 3, 4, 2]],
+        "attention_mask": [[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]],
+        "labels": [[-100, -100, 7, 2, -100], [-100, 2, -100, -100, -100], [-100, -100, -100, -100, 2]],
+        "records": [4, 9, 1],
+    }
+    assert all(values.dtype == torch.long for values in batch.values())
+
+
+GOOD = '{"question": "a", "answer": "b"}\n'
+UNREADABLE = {  # file, content, what the error says besides the file
+    "missing": ("none.jsonl", None, ["no such file"]),
+    "empty": ("data.jsonl", "", ["empty"]),
+    "extension": ("data.txt", "a", [".jsonl", ".json", ".csv", ".parquet"]),
+    "broken-jsonl": ("data.jsonl", GOOD + '{"question": "c", "answer": }\n' + GOOD, ["record 2", "JSON"]),
+    "cut-off-jsonl": ("data.jsonl", GOOD * 2 + '{"question": "c", "ans', ["record 3", "JSON"]),
+    "broken-json": ("data.json", f'[{GOOD}, {{"question": "c", "answer": }}]', ["record 2"]),
+    "not-utf8-jsonl": ("data.jsonl", GOOD.encode() + GOOD.encode().replace(b"b", b"\xff"), ["record 2", "utf-8"]),
+    "not-utf8-json": ("data.json", f"[{GOOD}]".encode().replace(b"b", b"\xff"), ["utf-8"]),
+    "not-utf8-csv": ("data.csv", b"question,answer\na,b\nc,\xff\n", ["utf-8"]),
+    "list-jsonl": ("data.jsonl", GOOD + "[1]\n", ["record 2", "list", "object"]),
+    "number-jsonl": ("data.jsonl", "1\n" + GOOD, ["record 1", "int", "object"]),
+    "string-jsonl": ("data.jsonl", '"a"\n"b"\n', ["record 1", "str", "object"]),
+    "number-json": ("data.json", f"[{GOOD}, 5]", ["record 2", "int"]),
+    "not-parquet": ("data.parquet", "PAR2", ["parquet"]),
+    "wide-csv": ("data.csv", "question,answer\na,b,c\n", ["record 1"]),
+    "no-records-csv": ("data.csv", "question,answer\n", ["no usable record"]),
+    "no-records-json": ("data.json", "[]", ["no usable record"]),
+    "no-fields-jsonl": ("data.jsonl", "{}\n{}\n", []),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_unreadable_files(case, chat_tokenizer, tmp_path):
+    name, content, words = UNREADABLE[case]
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError) as error:
+        read(tmp_path / name, chat_tokenizer)
+    for word in [str(tmp_path / name), *words]:
+        assert re.search(rf"{re.escape(word)}\b" if word[-1].isdigit() else re.escape(word), str(error.value), re.I)
+    assert "Instruction" not in str(error.value)  # the library's "train" corresponds to no data
+
+
+def chat(*roles, **fields):
+    return {"messages": [{"role": role, "content": "a", **fields} for role in roles]}
+
+
+PAIR = {"question": "a", "answer": "b"}
+UNUSABLE = {  # the second record, what the error says besides the file and the record
+    "missing": ({"question": "c"}, ["answer", "missing", "['question']"]),
+    "null": (PAIR | {"answer": None}, ["answer", "missing", "['question']"]),
+    "empty": (PAIR | {"answer": ""}, ["answer", "empty"]),
+    "blank": (PAIR | {"question": " \n\t"}, ["question", "empty"]),
+    "number": (PAIR | {"answer": 3}, ["answer", "int", "string"]),
+    "list": (PAIR | {"question": ["x"]}, ["question", "list", "string"]),
+    "object": (PAIR | {"answer": {"x": 1}}, ["answer", "dict", "string"]),
+    "input": ({"instruction": "a", "input": 5, "output": "b"}, ["input", "int", "string"]),
+    "empty-completion": ({"prompt": "a", "completion": ""}, ["completion", "empty"]),
+    "user-last": (chat("user", "assistant", "user"), ["last", "'assistant'", "'user'"]),
+    "user-completes": ({"prompt": chat("user")["messages"], "completion": chat("user")["messages"]}, ["'assistant'"]),
+    "one-message": (chat("assistant"), ["messages", "2 or more"]),
+    "no-messages": ({"messages": []}, ["messages", "2 or more"]),
+    "text-messages": ({"messages": "hello"}, ["messages", "list", "'hello'"]),
+    "strange-message": ({"messages": [{"from": "user", "value": "a"}] * 2}, ["role", "content"]),
+    "empty-content": (chat("user", "assistant", content=" "), ["content", "'user'", "empty"]),
+    "number-content": (chat("user", "assistant", content=3), ["content", "'user'", "int"]),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_unusable_records(case, chat_tokenizer, tmp_path):
+    record, words = UNUSABLE[case]
+    good = {
+        "question": PAIR,
+        "instruction": {"instruction": "a", "input": "i", "output": "b"},
+        "prompt": {"prompt": "a", "completion": "b"},
+        "messages": chat("user", "assistant"),
+    }[next(iter(record))]
+    if case == "user-completes":
+        good = {name: chat(role)["messages"] for name, role in (("prompt", "user"), ("completion", "assistant"))}
+    path = write(tmp_path / "data.jsonl", [good, record, good])
+    with pytest.raises(ValueError) as error:
+        read(path, chat_tokenizer)
+    for word in [path, "record 2", *words]:
+        assert word in str(error.value)
+
+
+def test_a_mixture_of_strings_and_messages_is_refused(chat_tokenizer, tmp_path):
+    path = write(tmp_path / "data.jsonl", [{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}])
+    with pytest.raises(ValueError, match=r"data\.jsonl, record 1: `completion` .*list"):
+        read(path, chat_tokenizer)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_unknown_columns(suffix, chat_tokenizer, tmp_path):
+    path = write(tmp_path / f"data{suffix}", [{"text": "a", "answer": "b"}])
+    with pytest.raises(ValueError) as error:
+        read(path, chat_tokenizer)
+    for word in [path, "record 1", "['text', 'answer']", *("; ".join(", ".join(names) for names in FORMATS)).split()]:
+        assert word in str(error.value)
+
+
+def test_a_data_set_without_records(chat_tokenizer):
+    with pytest.raises(ValueError, match="some data: .*no usable record"):
+        tokenize(Dataset.from_dict({"question": [], "answer": []}), chat_tokenizer, 64, "some data")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_tokenizer_without_chat_template(case, chat_tokenizer):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = None
+    records = Dataset.from_list([CASES[case][0]])
+    if case == "prompt-completion":
+        assert tokenize(records, tokenizer, 64)[0] == tokenize(records, chat_tokenizer, 64)[0]
+    else:
+        with pytest.raises(ValueError, match="some data, record 1: .*chat template.*prompt, completion"):
+            tokenize(records, tokenizer, 64, "some data")
+
+
+def test_a_tokenizer_without_end_token(chat_tokenizer):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="some data: .*eos_token"):
+        tokenize(Dataset.from_list([PAIR]), tokenizer, 64, "some data")
+
+
+def test_docstrings_of_the_standard_library():
+    records = {record["question"]: record["answer"] for record in docstring_records()}
+    assert len(records) > 1000 and len(set(records.values())) == len(list(records.values()))
+    assert all(40 <= len(answer) <= 1200 for answer in records.values())
+    assert records["What is the function textwrap.dedent for?"] == inspect.getdoc(__import__("textwrap").dedent)
+    assert records["What is the class argparse.ArgumentParser for?"].startswith("Object for parsing command line")
+    assert not any(re.search(r"\b(test|idlelib)\.|\._", question) for question in records)
+
+
+def test_the_quickstarts_tokenizer(chat_tokenizer):
+    """Any text survives it, and its marks are single tokens."""
+    text = "Any tëxt at all: 日本語 🙂\n\tdef f(x): return x"
+    assert chat_tokenizer.decode(ids_of(chat_tokenizer, text)) == text
+    ids = ids_of(chat_tokenizer, "<|user|>\nHi<|end|>\n<|assistant|>\n")
+    marks = chat_tokenizer.convert_tokens_to_ids(["<|user|>", "<|end|>", "<|assistant|>"])
+    assert [id for id in ids if id in marks] == marks
+    assert chat_tokenizer.eos_token_id == marks[1] != chat_tokenizer.pad_token_id

@@ -1,0 +1,651 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""Steps of Phase15Trainer against naive ones, the stages, runs of the script, and its comparison of variants."""
+
+import copy
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from conftest import (
+    BASES,
+    CHUNK,
+    LLM_SIZES,
+    SIZES,
+    as_soft_prompt,
+    random_ids,
+    randomise_alpha,
+    reference_carry,
+    reference_logits,
+    reference_predict,
+    reference_read,
+    reference_step,
+    window_logits,
+)
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainerCallback
+
+import eval_sft
+from data_sft import Phase15DataCollator
+from modeling_phase15 import Phase15ForCausalLM
+from train_sft import Phase15Trainer, Phase15TrainingArguments, main, parse_args, prepare
+
+
+ROOT = Path(__file__).parent.parent
+QUERIES, ANSWERS = (3, 9, 5, 1, 4), (1, 4, 10, 13, 7)  # lengths; 9 is more than one segment, 4 one whole chunk
+RATES = {"learning_rate": 0.5, "llm_learning_rate": 0.2, "alpha_learning_rate": 3.0}
+
+
+def records(queries=QUERIES, answers=ANSWERS) -> Dataset:
+    rows = zip(queries, answers, strict=True)
+    return Dataset.from_list(
+        [
+            {"input_ids": random_ids(query + answer, seed=i).tolist(), "query_length": query, "record": 11 + i}
+            for i, (query, answer) in enumerate(rows)
+        ]
+    )
+
+
+def trainer_of(model, folder, data=None, callbacks=None, **settings) -> Phase15Trainer:
+    defaults = {"max_steps": 1, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
+    return Phase15Trainer(
+        model=model,
+        args=Phase15TrainingArguments(output_dir=str(folder), **{**defaults, "disable_tqdm": True, **settings}),
+        train_dataset=records() if data is None else data,
+        data_collator=Phase15DataCollator(),
+        callbacks=callbacks,
+    )
+
+
+def naive_losses(model, record) -> torch.Tensor:
+    """Cross-entropy of each answer token of one record, from the reference recursion."""
+    ids, query = torch.tensor(record["input_ids"]), record["query_length"]
+    return F.cross_entropy(reference_logits(model, ids, query)[0][query - 1 : -1], ids[query:], reduction="none")
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def changed(before, after) -> set[str]:
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+# the trainer
+
+
+@pytest.mark.parametrize("rows, accumulation", [(4, 1), (2, 2), (1, 4)])
+def test_a_step_is_that_of_the_mean_over_all_answer_tokens(rows, accumulation, tiny, tmp_path):
+    """However the batch is accumulated; plain gradient descent shows the gradient's scale and each learning rate."""
+    expected, data = copy.deepcopy(tiny), records(QUERIES[:4], ANSWERS[:4])
+    loss = torch.cat([naive_losses(expected, record) for record in data]).mean()
+    loss.backward()
+    trainer = trainer_of(
+        tiny,
+        tmp_path,
+        data,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=accumulation,
+        optim="sgd",
+        max_grad_norm=0,
+        lr_scheduler_type="constant",
+        **RATES,
+    )
+    before = state(tiny)
+    trainer.train()
+    for name, parameter in expected.named_parameters():
+        rate = 3.0 if name.endswith("alpha") else 0.5 if name.startswith("hypernet") else 0.2
+        step = before[name] - tiny.get_parameter(name).detach()
+        assert parameter.grad.abs().max() > 0 and step.abs().max() > 0, name
+        assert_close(step, rate * parameter.grad, atol=2e-5, rtol=2e-3, msg=lambda text, name=name: f"{name}: {text}")
+    assert_close(trainer.state.log_history[0]["loss"], loss.item(), atol=1e-4, rtol=1e-4)
+
+
+def test_optimizer_groups(tiny, tmp_path):
+    tiny.llm.lm_head.requires_grad_(False)
+    optimizer = trainer_of(tiny, tmp_path, weight_decay=0.1, **RATES).create_optimizer()
+    groups = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    expected = {}
+    for name, parameter in tiny.named_parameters():
+        rate = 3.0 if name == "hypernet.alpha" else 0.5 if name.startswith("hypernet.") else 0.2
+        expected[id(parameter)] = (rate, 0.0 if "norm" in name or "alpha" in name else 0.1)
+    expected.pop(id(tiny.llm.lm_head.weight))
+    assert groups == expected
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(expected)
+
+
+def test_logs_of_one_row(tiny, tmp_path):
+    """Loss by chunk index and the share of Δ, recomputed token by token."""
+    record = records()[2]
+    ids, query = torch.tensor(record["input_ids"]), record["query_length"]
+    with torch.no_grad():
+        losses, slots, norms = naive_losses(tiny, record), [], []
+        answer = ids[query:]
+        for tokens in [*ids[:query].split(SIZES["max_query_length"]), *answer[: (len(answer) - 1) // CHUNK * CHUNK].split(CHUNK)]:
+            carried = reference_carry(slots, list(tiny.llm.get_input_embeddings()(tokens)))
+            slots = reference_step(tiny, slots, tokens)
+            norms.append((torch.stack(slots) - torch.stack(carried), torch.stack(slots)))
+    deltas, prompts = (sum(x.norm().item() for x in values) for values in zip(*norms, strict=True))
+    trainer = trainer_of(tiny, tmp_path, records().select([2]))
+    trainer.train()
+    log = trainer.state.log_history[0]
+    by_chunk = [log.pop(name) for name in sorted(log) if name.startswith("loss_chunk")]
+    assert_close(by_chunk, [chunk.mean().item() for chunk in losses.split(CHUNK)], atol=1e-4, rtol=1e-4)
+    assert 0.01 < deltas / prompts < 10
+    assert_close(log["delta_share"], deltas / prompts, atol=1e-4, rtol=1e-4)
+    assert log["target_tokens_per_second"] > 0
+
+
+def test_logs_average_since_the_last_log_whatever_is_evaluated_between(tiny, tmp_path):
+    """Every step sees all records and changes nothing, so that every log must show the same, weighted by tokens."""
+    losses = [naive_losses(tiny, record).split(CHUNK) for record in records()]
+    naive = [torch.cat([row[i] for row in losses if len(row) > i]).mean().item() for i in range(4)]
+    trainer = trainer_of(
+        tiny,
+        tmp_path,
+        max_steps=4,
+        logging_steps=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        learning_rate=0,
+        llm_learning_rate=0,
+        alpha_learning_rate=0,
+    )
+    trainer.eval_dataset = records().select([0, 3])
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 2
+    for log in logs:
+        assert_close([log[f"loss_chunk_0{i}"] for i in range(4)], naive, atol=1e-4, rtol=1e-4)
+        assert {"delta_share", "target_tokens_per_second", "learning_rate", "grad_norm"} <= set(log)
+
+
+@torch.no_grad()
+def test_evaluation_loss_is_the_mean_over_tokens(tiny, tmp_path):
+    """Three batches of 5, 23 and 7 answer tokens: the mean over batches would be another."""
+    losses = [naive_losses(tiny, record) for record in records()]
+    by_batch = torch.stack([torch.cat(losses[i : i + 2]).mean() for i in (0, 2, 4)]).mean().item()
+    loss = torch.cat(losses).mean().item()
+    assert abs(by_batch - loss) > 1e-2
+    metrics = trainer_of(tiny, tmp_path, per_device_eval_batch_size=2).evaluate(records())
+    assert_close(metrics["eval_loss"], loss, atol=1e-4, rtol=1e-4)
+    assert_close(
+        [metrics[f"eval_loss_chunk_0{i}"] for i in (0, 3)],
+        [torch.cat([row[:4] for row in losses]).mean().item(), losses[3][12:].mean().item()],
+        atol=1e-4,
+        rtol=1e-4,
+    )
+
+
+class At(TrainerCallback):
+    """Does something after a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            self.action(model)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tiny, tmp_path):
+    poison = At(2, lambda model: model.llm.lm_head.weight.data.fill_(float("nan")))
+    trainer = trainer_of(tiny, tmp_path, callbacks=[poison], max_steps=5, per_device_train_batch_size=5)
+    with pytest.raises(FloatingPointError, match=r"nan.*step 3\b") as error:
+        trainer.train()
+    assert sorted(re.findall(r"\b1[1-5]\b", str(error.value))) == ["11", "12", "13", "14", "15"]
+
+
+def test_the_record_behind_a_bad_loss_is_named(tiny, tmp_path):
+    data = records().to_list()
+    data[3]["input_ids"][0] = 2  # which random_ids never gives
+    tiny.llm.get_input_embeddings().weight.data[2] = float("inf")
+    trainer = trainer_of(tiny, tmp_path, Dataset.from_list(data), max_steps=5, per_device_train_batch_size=1)
+    with pytest.raises(FloatingPointError, match=r"nan.*step [1-5]\b.*\b14$"):
+        trainer.train()
+
+
+def test_bptt_chunks_reach_the_training_form(tiny, tmp_path):
+    expected = copy.deepcopy(tiny)
+    ids = torch.tensor(records()[3]["input_ids"])
+    logits, _ = reference_logits(expected, ids, 1, bptt_chunks=2)
+    F.cross_entropy(logits[:-1], ids[1:]).backward()
+    settings = {"optim": "sgd", "max_grad_norm": 0, "lr_scheduler_type": "constant", **RATES}
+    before = state(tiny)
+    trainer_of(tiny, tmp_path, records().select([3]), bptt_chunks=2, **settings).train()
+    assert_close(before["hypernet.alpha"] - tiny.hypernet.alpha, 3 * expected.hypernet.alpha.grad, atol=2e-5, rtol=2e-3)
+
+
+# the stages
+
+
+WORDS = "the cat and a dog ran over the hill to see seven red birds under some old tree by the river at night".split()
+
+
+def sentence(*numbers):
+    return " ".join(WORDS[number % len(WORDS)] for number in numbers)
+
+
+@pytest.fixture(scope="module")
+def base(chat_tokenizer, tmp_path_factory) -> str:
+    """A tiny Llama with a tokenizer and a chat template."""
+    folder = str(tmp_path_factory.mktemp("base"))
+    torch.manual_seed(0)
+    config = LlamaConfig(**LLM_SIZES | {"vocab_size": len(chat_tokenizer)})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    chat_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    pairs = [{"question": sentence(i), "answer": sentence(*range(i, 2 * i % 5 + i + 1))} for i in range(15)]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return str(path)
+
+
+@pytest.fixture
+def recipe(base, data, tmp_path) -> dict:
+    """Values for a recipe of three steps."""
+    return SIZES | {
+        "model_name_or_path": base,
+        "dataset_name": data,
+        "output_dir": str(tmp_path / "run"),
+        "max_answer_length": 14,
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "llm_learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "report_to": "none",
+        "use_cpu": True,
+    }
+
+
+def write(recipe: dict, folder: Path, **values) -> str:
+    path = folder / f"recipe-{len(list(folder.glob('recipe-*')))}.yaml"
+    path.write_text(yaml.safe_dump({**recipe, **values}))
+    return str(path)
+
+
+@pytest.mark.parametrize("stage", ["hypernet", "full"])
+def test_what_a_stage_trains(stage, recipe, tmp_path):
+    trainer, _ = prepare([write(recipe, tmp_path, stage=stage)])
+    before = state(trainer.model)
+    trainer.train()
+    moved = changed(before, trainer.model.state_dict())
+    hypernet = {name for name in before if name.startswith("hypernet.")} - {"hypernet.embedding_scale"}
+    llm = {name for name in before if name.startswith("llm.")}
+    assert llm and hypernet and moved == (hypernet if stage == "hypernet" else hypernet | llm)
+
+
+def test_stage_2_starts_from_stage_1(recipe, tmp_path):
+    first, _ = prepare([write(recipe, tmp_path, stage="hypernet")])
+    first.train()
+    first.save_model(tmp_path / "stage1")
+    recipe = {**recipe, "model_name_or_path": str(tmp_path / "stage1")}
+    second, _ = prepare([write(recipe, tmp_path, stage="full", output_dir=str(tmp_path / "stage2"))])
+    assert not changed(state(first.model), state(second.model)) and second.model.hypernet.alpha.abs().min() > 0
+    assert all(parameter.requires_grad for parameter in second.model.parameters())
+    assert second.train_dataset[:] == first.train_dataset[:]
+    with pytest.raises(ValueError, match=r"(?s)chunk_length.*\b8\b.*stage1.*\b4\b"):
+        prepare([write(recipe, tmp_path, chunk_length=8)])
+
+
+def inputs_of(trainer):
+    return {k: v for k, v in trainer.data_collator(list(trainer.train_dataset)).items() if k != "records"}
+
+
+@pytest.mark.filterwarnings("ignore:.*merge.*")
+def test_lora(recipe, tmp_path, capfd):
+    """Adapter beside a frozen LLM; loaded onto the base again, and merged."""
+    trainer, model_args = prepare([write(recipe, tmp_path, stage="lora", lora_r=2)])
+    before = state(trainer.model)
+    main(trainer, model_args)
+    moved = changed(before, trainer.model.state_dict())
+    lora = {name for name in before if "lora_" in name}
+    hypernet = {name for name in before if "hypernet.modules_to_save" in name and "embedding_scale" not in name}
+    assert len(hypernet) == len(list(trainer.model.get_base_model().hypernet.original_module.parameters()))
+    assert len(lora) == 2 * 7 * LLM_SIZES["num_hidden_layers"] and moved == lora | hypernet
+
+    fields = {name: recipe[name] for name in [*SIZES, "max_answer_length"]}
+    base = Phase15ForCausalLM.from_base(recipe["model_name_or_path"], **fields)
+    batch = inputs_of(trainer)
+    with torch.no_grad():
+        expected, warm = trainer.model.eval()(**batch).logits, base(**batch).logits
+        loaded = PeftModel.from_pretrained(base, recipe["output_dir"]).eval()
+        assert_close(loaded(**batch).logits, expected, atol=1e-5, rtol=1e-5)
+    assert (expected - warm).abs().max() > 1e-2
+    results = json.loads((Path(recipe["output_dir"]) / "results.json").read_text())["validation"]
+    loss = trainer.evaluate()["eval_loss"]
+    assert_close(results["the model"]["loss"], loss, atol=1e-5, rtol=1e-5)
+    assert abs(results["Δ = 0"]["loss"] - loss) > 1e-5
+
+    folder = str(tmp_path / "merged")
+    main(*prepare([write(recipe, tmp_path, stage="lora", lora_r=2), "--merge_adapter", "--output_dir", folder]))
+    merged, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    assert not any(info.values())
+    with torch.no_grad():
+        assert_close(merged(**batch).logits, expected, atol=1e-4, rtol=1e-4)
+    assert re.search(r"^A: ", capfd.readouterr().out, re.M)
+
+
+class Killed(Exception):
+    pass
+
+
+def kill(model):
+    raise Killed
+
+
+@pytest.mark.parametrize("stage", ["hypernet", "lora"])
+def test_a_stage_resumes(stage, recipe, tmp_path):
+    """The same weights and losses, over several epochs and with dropout."""
+    recipe |= {"stage": stage, "lora_dropout": 0.3, "max_steps": 8, "save_steps": 3}
+    whole, _ = prepare([write(recipe, tmp_path, output_dir=str(tmp_path / "whole"))])
+    whole.train()
+    path = write(recipe, tmp_path)
+    killed, _ = prepare([path])
+    killed.add_callback(At(5, kill))
+    with pytest.raises(Killed):
+        killed.train()
+    resumed, _ = prepare([path])
+    resumed.train(resume_from_checkpoint=True)
+    assert not changed(state(whole.model), state(resumed.model))
+    assert losses_of(resumed.state.log_history) == losses_of(whole.state.log_history)
+
+
+def losses_of(log_history) -> dict[int, list[float]]:
+    """Everything that a step logs, but for its speed."""
+    return {
+        log["step"]: [log[name] for name in sorted(log) if name != "target_tokens_per_second"]
+        for log in log_history
+        if "loss" in log
+    }
+
+
+# the script
+
+
+@pytest.fixture(scope="module")
+def killed_run(chat_tokenizer, data, tmp_path_factory):
+    """A run of the script that is killed, with half a checkpoint left behind, and then started again."""
+    folder = tmp_path_factory.mktemp("killed")
+    llm = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    recipe = SIZES | {
+        "base_config": llm | {"vocab_size": 270, "num_key_value_heads": 1, "tie_word_embeddings": True},
+        "dataset_name": data,
+        "shuffle_records": True,
+        "output_dir": str(folder / "run"),
+        "max_steps": 60,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "llm_learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    path = write(recipe, folder)
+    command = [sys.executable, str(ROOT / "train_sft.py"), path]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(folder.glob("run/checkpoint-*/trainer_state.json")):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1].decode()[-3000:]
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    checkpoints = {path.parent for path in folder.glob("run/checkpoint-*/trainer_state.json")}
+    last = max(checkpoints, key=lambda path: int(path.name.split("-")[1]))
+    step = int(last.name.split("-")[1])
+    assert step < 50 and not (folder / "run" / "model.safetensors").exists()
+    half = folder / "run" / f"checkpoint-{step + 2}"  # what a run leaves that is killed while it saves
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(last / name, half)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return path, folder / "run", step, done
+
+
+def test_a_killed_run_resumes_bit_for_bit(killed_run, tmp_path):
+    path, folder, step, done = killed_run
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(rf"[Rr]esum.*checkpoint-{step}\b", done.stderr)
+    whole, _ = prepare([path, "--output_dir", str(tmp_path)])
+    whole.train()
+    resumed = json.loads((folder / "trainer_state.json").read_text())
+    assert losses_of(resumed["log_history"]) == losses_of(whole.state.log_history)
+    assert len(losses_of(resumed["log_history"])) == 60
+    saved, expected = load_file(folder / "model.safetensors"), state(whole.model)
+    assert set(expected) - set(saved) == {"llm.lm_head.weight"} and not changed(saved, expected)
+
+
+def test_what_a_run_leaves_and_says(killed_run):
+    path, folder, _, done = killed_run
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["validation"]) == ["the model", "Δ = 0", "soft prompt at sp_0", "full context"]
+    for variant, result in results["validation"].items():
+        assert f"| {variant} | {result['loss']:.4f} |" in done.stdout
+    assert (folder / "loss_by_chunk.png").read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"^Q: .*^A: ", done.stdout, re.M | re.S) and "100%" in done.stderr
+    assert "loss_chunk" not in done.stdout  # the log of a step stays one line
+    assert AutoTokenizer.from_pretrained(folder, trust_remote_code=True).chat_template
+
+
+def script(*argv: str) -> str:
+    """Runs the script in this process, and returns its one line of complaint, which ends it with exit code 1."""
+    sys.argv = ["train_sft.py", *argv]
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(ROOT / "train_sft.py"), run_name="__main__")
+    message = exit.value.code
+    assert isinstance(message, str) and message.startswith("train_sft.py: ") and "\n" not in message.strip(), message
+    return message
+
+
+@pytest.fixture
+def argv(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [])
+
+
+def test_a_finished_run_is_not_overwritten_unasked(killed_run, argv, tmp_path):
+    path, folder, *_ = killed_run
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    assert re.search(rf"{folder}.*finished.*--overwrite_output_dir", script(path))
+    assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+
+
+def test_overwriting_starts_anew(recipe, tmp_path):
+    arguments = [write(recipe, tmp_path, stage="lora", max_steps=2)]
+    main(*prepare(arguments))
+    folder = Path(recipe["output_dir"])
+    with pytest.raises(ValueError, match="--overwrite_output_dir"):
+        prepare(arguments)
+    trainer, model_args = prepare([*arguments, "--overwrite_output_dir", "--seed", "1", "--max_steps", "3"])
+    main(trainer, model_args)
+    assert trainer.state.global_step == 3 and [log["step"] for log in trainer.state.log_history][:3] == [1, 2, 3]
+    assert (folder / "results.json").is_file() and (folder / "checkpoint-3").is_dir()
+
+
+def test_errors_in_a_process_of_its_own(recipe, tmp_path):
+    """`null` records have crashed pyarrow, so this one is not run in the tests' own."""
+    (tmp_path / "data.jsonl").write_text('{"question": "a", "answer": "b"}\nnull\n')
+    for name in ("data.jsonl", "null.jsonl"):
+        (tmp_path / "null.jsonl").write_text("null\n")
+        path = write(recipe, tmp_path, dataset_name=str(tmp_path / name))
+        command = [sys.executable, str(ROOT / "train_sft.py"), path]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        last = done.stderr.strip().splitlines()[-1]
+        assert done.returncode == 1, (done.returncode, last)
+        assert re.search(rf"^train_sft.py: .*{name}.*record {1 if name == 'null.jsonl' else 2}\b", last)
+        assert "Traceback" not in done.stderr and not Path(recipe["output_dir"]).exists()
+
+
+BAD_RECIPES = {  # text of the recipe, what the error says
+    "list": ("- stage\n", ["mapping", "list"]),
+    "empty": ("", ["mapping"]),
+    "not-yaml": ("stage: [full\n", ["recipe.yaml"]),
+    "unknown": ("lerning_rate: 1.0e-4\n", ["lerning_rate", "learning_rate"]),
+    "unlike-any": ("xyzzy: 1\n", ["xyzzy"]),
+    "number-key": ("1: 2\n", ["1"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RECIPES)
+def test_bad_recipes(case, argv, tmp_path):
+    text, words = BAD_RECIPES[case]
+    (tmp_path / "recipe.yaml").write_text(text)
+    message = script(str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run"))
+    assert all(word in message for word in ["recipe.yaml", *words]), message
+    assert not (tmp_path / "run").exists()
+
+
+BAD_VALUES = {
+    "no-data": ({"dataset_name": None}, ["dataset_name"]),
+    "no-model": ({"model_name_or_path": None}, ["model_name_or_path", "base_config"]),
+    "no-such-file": ({"dataset_name": "none.jsonl"}, ["none.jsonl"]),
+    "no-such-data-set": ({"dataset_name": "nobody/nothing"}, ["nobody/nothing"]),
+    "no-such-folder": ({"model_name_or_path": "/no/such/model"}, ["/no/such/model"]),
+    "no-such-gguf": ({"model_name_or_path": "/no/such/model.gguf"}, ["/no/such/model.gguf"]),
+    "size": ({"num_soft_tokens": 2}, ["num_sink_tokens", "num_soft_tokens"]),
+    "heads": ({"hypernet_num_attention_heads": 5}, ["hypernet_num_attention_heads", "hypernet_hidden_size"]),
+    "stage": ({"stage": "fulll"}, ["stage", "fulll"]),
+    "no-training-record": ({"validation_split": 1.0}, ["data.jsonl", "15 records"]),
+    "negative-split": ({"validation_split": -1.0}, ["validation_split", "-1"]),
+    "not-json": ({"model_name_or_path": None, "base_config": "{vocab"}, ["base_config"]),
+    "llm-heads": (
+        {"model_name_or_path": None, "base_config": {"vocab_size": 270, "hidden_size": 30}},
+        ["hidden size"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_VALUES)
+def test_bad_values(case, recipe, argv, tmp_path):
+    """One line, exit code 1, and nothing written."""
+    values, words = BAD_VALUES[case]
+    message = script(write(recipe, tmp_path, **values))
+    assert all(word in message for word in words), message
+    assert not Path(recipe["output_dir"]).exists()
+
+
+def test_a_missing_recipe(argv):
+    assert "none.yaml" in script("recipes/none.yaml")
+    assert "none.yaml" in script("--config", "recipes/none.yaml")
+
+
+def test_flags_override_the_recipe(recipe, tmp_path):
+    path = write(recipe, tmp_path, stage="hypernet", warmup_steps=7)
+    flags = ["--stage", "lora", "--chunk_length", "6", "--learning_rate", "3e-3", "--dataset_name", "x.csv"]
+    for arguments in ([path, *flags], [*flags, path], ["--config", path, *flags]):
+        model, data, training = parse_args(arguments)
+        assert (model.stage, model.chunk_length, data.dataset_name) == ("lora", 6, "x.csv")
+        assert (training.learning_rate, training.warmup_steps, training.max_steps) == (3e-3, 7, 3)
+        assert model.config_fields == {name: recipe[name] for name in model.config_fields} | {"chunk_length": 6}
+        assert set(SIZES) | {"max_answer_length"} == set(model.config_fields)
+
+
+def test_without_arguments_it_is_the_quickstart():
+    model, data, _ = parse_args([])
+    assert data.dataset_name == "python-docstrings" and model.base_config["hidden_size"] <= 256
+    assert parse_args(["--model_name_or_path", "x", "--dataset_name", "y"])[0].base_config is None
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.stem)
+def test_recipes(path, tmp_path):
+    """Every recipe parses; the ones of TinyLlama hold the card's values."""
+    model, data, training = parse_args([str(path), "--use_cpu", "--output_dir", str(tmp_path)])
+    assert data.dataset_name and (model.model_name_or_path or model.base_config)
+    if path.stem == "quickstart":
+        return
+    fields = model.config_fields
+    names = ("chunk_length", "num_soft_tokens", "max_query_length", "max_answer_length")
+    assert tuple(fields[name] for name in names) == (16, 128, 256, 256)
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 64
+    assert (training.learning_rate, training.llm_learning_rate, training.bf16) == (1e-4, 3e-5, True)
+    if path.stem.startswith("tinyllama"):
+        assert training.gradient_checkpointing
+    stage = {"tinyllama_stage1": "hypernet"}.get(path.stem, "full")
+    assert model.stage == stage
+    if path.stem == "tinyllama_stage2":
+        assert model.model_name_or_path == yaml.safe_load((path.parent / "tinyllama_stage1.yaml").read_text())[
+            "output_dir"
+        ]
+
+
+def test_the_padding_of_a_tokenizer_whose_padding_is_its_end(base, recipe, tmp_path):
+    """End tokens stay labels: every answer that was not cut has one."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = tokenizer.eos_token
+    shutil.copytree(base, tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    trainer, _ = prepare([write(recipe, tmp_path, model_name_or_path=str(tmp_path / "base"), max_answer_length=256)])
+    for batch in trainer.get_train_dataloader():
+        assert ((batch["labels"] == tokenizer.eos_token_id).sum(1) == 1).all()
+        assert batch["attention_mask"].min() == 0 or len(batch["labels"]) < 4
+
+
+# eval_sft
+
+
+@torch.no_grad()
+def naive_variants(model, record) -> dict[str, torch.Tensor]:
+    ids, query = torch.tensor(record["input_ids"]), record["query_length"]
+    answer, slots = ids[query:], reference_read(model, [], ids[:query])
+    logits = {
+        "the model": reference_logits(model, ids, query)[0][query - 1 : -1],
+        "Δ = 0": window_logits(model.llm, ids, query)[query - 1 : -1],
+        "soft prompt at sp_0": torch.cat([reference_predict(model, slots, c[:-1]) for c in answer.split(CHUNK)]),
+        "full context": model.llm(ids[None]).logits[0, query - 1 : -1],
+    }
+    return {name: F.cross_entropy(scores, answer, reduction="none") for name, scores in logits.items()}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_compare_equals_naive_references(kind, bases):
+    model = randomise_alpha(Phase15ForCausalLM.from_base(bases[kind], **SIZES)).train()
+    answers = (1, 4, 10, 30, 22)  # the longest do not fit in the slots
+    data, before = records(answers=answers), state(model)
+    batches = [Phase15DataCollator()(list(data.select(rows))) for rows in ([0, 1, 2], [3, 4])]
+    results = eval_sft.compare(model, batches)
+    naive = [naive_variants(model, record) for record in data]
+    losses = set()
+    for variant in naive[0]:
+        rows = [row[variant] for row in naive]
+        chunks = [torch.cat([row[i : i + CHUNK] for row in rows]) for i in range(0, max(answers), CHUNK)]
+        assert_close(results[variant]["loss"], torch.cat(rows).mean().item(), atol=1e-4, rtol=1e-4)
+        assert_close(results[variant]["loss_by_chunk"], [c.mean().item() for c in chunks], atol=1e-4, rtol=1e-4)
+        assert results[variant]["tokens_by_chunk"] == [len(chunk) for chunk in chunks]
+        losses.add(round(results[variant]["loss"], 3))
+    assert len(losses) == 4 and len(results) == 4  # so that no variant could stand for another
+    assert not changed(before, state(model))
+
+
+def test_no_delta_restores_alpha_after_an_error(tiny):
+    alpha = tiny.hypernet.alpha.detach().clone()
+    with pytest.raises(KeyError), eval_sft.no_delta(tiny):
+        assert not tiny.hypernet.alpha.any()
+        raise KeyError
+    assert torch.equal(tiny.hypernet.alpha, alpha)
