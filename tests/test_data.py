@@ -153,7 +153,7 @@ UNREADABLE = {  # file, content, what the error says besides the file
     "extension": ("data.txt", "a", [".jsonl", ".json", ".csv", ".parquet"]),
     "broken-jsonl": ("data.jsonl", GOOD + '{"question": "c", "answer": }\n' + GOOD, ["record 2", "JSON"]),
     "cut-off-jsonl": ("data.jsonl", GOOD * 2 + '{"question": "c", "ans', ["record 3", "JSON"]),
-    "broken-json": ("data.json", f'[{GOOD}, {{"question": "c", "answer": }}]', ["record 2"]),
+    "broken-json": ("data.json", f'[{GOOD}, {{"question": "c", "answer": }}]', ["line 2"]),
     "not-utf8-jsonl": ("data.jsonl", GOOD.encode() + GOOD.encode().replace(b"b", b"\xff"), ["record 2", "utf-8"]),
     "not-utf8-json": ("data.json", f"[{GOOD}]".encode().replace(b"b", b"\xff"), ["utf-8"]),
     "not-utf8-csv": ("data.csv", b"question,answer\na,b\nc,\xff\n", ["utf-8"]),

@@ -5,7 +5,9 @@ Real weights: SmolLM2-135M-Instruct (tied embeddings, Llama architecture) as a G
     PHASE15_REAL_BASE=path/to/SmolLM2-135M-Instruct.Q4_1.gguf python -m pytest tests/test_real_base.py
 """
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from conftest import pad, reference_carry
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import train_sft
 from modeling_phase15 import Phase15ForCausalLM
 
 
@@ -102,3 +105,80 @@ def test_save_and_reload(real, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
     assert loaded.generation_config.eos_token_id == model.generation_config.eos_token_id
+
+
+# training on real data
+
+HYPERNET = ["--num_soft_tokens=32", "--hypernet_hidden_size=256", "--hypernet_intermediate_size=512"]
+
+
+def train(data, folder, *flags):
+    """Three steps of the script's trainer on all records of `data`, saved to `folder`."""
+    settings = {
+        "dataset_name": data,
+        "output_dir": folder,
+        "validation_split": 0,
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "llm_learning_rate": 5e-5,
+        "alpha_learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    trainer, _ = train_sft.prepare([*flags, "--use_cpu", *(f"--{name}={value}" for name, value in settings.items())])
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    trainer.save_model()
+    after = trainer.model.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    return trainer, losses, moved
+
+
+@pytest.fixture(scope="module")
+def medquad(tmp_path_factory):
+    """A file with the four records of MedQuAD whose answers are the shortest."""
+    folder = Path(os.environ.get("PHASE15_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not (folder / "medquad_train.jsonl").is_file():
+        pytest.skip(f"no real data: {folder} (or the environment variable PHASE15_DATA) has no medquad_train.jsonl")
+    lines = (folder / "medquad_train.jsonl").read_text(encoding="utf-8").splitlines()
+    path = tmp_path_factory.mktemp("medquad") / "data.jsonl"
+    path.write_text("\n".join(sorted(lines, key=lambda line: len(json.loads(line)["answer"]))[:4]))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def stage_1(medquad, tmp_path_factory):
+    """Stage 1 from the GGUF file, and the folder it was saved to."""
+    folder = str(tmp_path_factory.mktemp("stage1"))
+    return *train(medquad, folder, f"--model_name_or_path={REAL_BASE}", "--stage=hypernet", *HYPERNET), folder
+
+
+def test_stage_1_on_real_data(stage_1):
+    trainer, losses, moved, _ = stage_1
+    assert len(losses) == 3 and losses[0] < 4 and losses[-1] < losses[0] - 0.02
+    names = {name for name, _ in trainer.model.named_parameters() if name.startswith("hypernet.")}
+    assert moved == names
+    template = trainer.processing_class.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    record = trainer.train_dataset[0]
+    text = trainer.processing_class.decode(record["input_ids"])
+    assert text.startswith(template[: template.index("?")].rsplit("\n")[0]) and text.endswith("<|im_end|>")
+    assert text[: -len("<|im_end|>")].count("<|im_end|>") >= 1 and record["input_ids"][-1] == 2
+
+
+@torch.no_grad()
+def test_stage_2_on_real_data_then_save_and_reload(stage_1, medquad, tmp_path):
+    """Starts where stage 1 ended."""
+    *_, folder = stage_1
+    _, losses_1, _, _ = stage_1
+    with torch.enable_grad():
+        trainer, losses, moved = train(medquad, str(tmp_path), f"--model_name_or_path={folder}", "--stage=full")
+    assert losses[0] < losses_1[0] and losses[-1] < losses[0] - 0.2
+    assert moved == {name for name, _ in trainer.model.named_parameters()} | {"llm.lm_head.weight"}
+    ids = torch.tensor(trainer.train_dataset[0]["input_ids"])[None]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True).eos_token_id == 2

@@ -18,11 +18,9 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import (
-    BASES,
     CHUNK,
     LLM_SIZES,
     SIZES,
-    as_soft_prompt,
     random_ids,
     randomise_alpha,
     reference_carry,
@@ -59,12 +57,13 @@ def records(queries=QUERIES, answers=ANSWERS) -> Dataset:
     )
 
 
-def trainer_of(model, folder, data=None, callbacks=None, **settings) -> Phase15Trainer:
+def trainer_of(model, folder, data=None, eval_dataset=None, callbacks=None, **settings) -> Phase15Trainer:
     defaults = {"max_steps": 1, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
     return Phase15Trainer(
         model=model,
         args=Phase15TrainingArguments(output_dir=str(folder), **{**defaults, "disable_tqdm": True, **settings}),
         train_dataset=records() if data is None else data,
+        eval_dataset=eval_dataset,
         data_collator=Phase15DataCollator(),
         callbacks=callbacks,
     )
@@ -134,7 +133,8 @@ def test_logs_of_one_row(tiny, tmp_path):
     with torch.no_grad():
         losses, slots, norms = naive_losses(tiny, record), [], []
         answer = ids[query:]
-        for tokens in [*ids[:query].split(SIZES["max_query_length"]), *answer[: (len(answer) - 1) // CHUNK * CHUNK].split(CHUNK)]:
+        num_read = (len(answer) - 1) // CHUNK * CHUNK  # what follows the last prediction is not
+        for tokens in [*ids[:query].split(SIZES["max_query_length"]), *answer[:num_read].split(CHUNK)]:
             carried = reference_carry(slots, list(tiny.llm.get_input_embeddings()(tokens)))
             slots = reference_step(tiny, slots, tokens)
             norms.append((torch.stack(slots) - torch.stack(carried), torch.stack(slots)))
@@ -156,6 +156,7 @@ def test_logs_average_since_the_last_log_whatever_is_evaluated_between(tiny, tmp
     trainer = trainer_of(
         tiny,
         tmp_path,
+        eval_dataset=records().select([0, 3]),
         max_steps=4,
         logging_steps=2,
         per_device_train_batch_size=2,
@@ -166,7 +167,6 @@ def test_logs_average_since_the_last_log_whatever_is_evaluated_between(tiny, tmp
         llm_learning_rate=0,
         alpha_learning_rate=0,
     )
-    trainer.eval_dataset = records().select([0, 3])
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert len(logs) == 2
@@ -228,7 +228,8 @@ def test_bptt_chunks_reach_the_training_form(tiny, tmp_path):
     settings = {"optim": "sgd", "max_grad_norm": 0, "lr_scheduler_type": "constant", **RATES}
     before = state(tiny)
     trainer_of(tiny, tmp_path, records().select([3]), bptt_chunks=2, **settings).train()
-    assert_close(before["hypernet.alpha"] - tiny.hypernet.alpha, 3 * expected.hypernet.alpha.grad, atol=2e-5, rtol=2e-3)
+    step = before["hypernet.alpha"] - tiny.hypernet.alpha
+    assert_close(step, 3 * expected.hypernet.alpha.grad, atol=2e-5, rtol=2e-3)
 
 
 # the stages
@@ -381,6 +382,18 @@ def losses_of(log_history) -> dict[int, list[float]]:
     }
 
 
+def test_records_are_split(recipe, tmp_path):
+    """The last ones validate; all train where none shall."""
+    trainer, _ = prepare([write(recipe, tmp_path), "--validation_split", "0.3", "--max_validation_records", "4"])
+    assert trainer.train_dataset["record"][:] == list(range(1, 11))
+    assert trainer.eval_dataset["record"][:] == list(range(11, 15))
+    arguments = [write(recipe, tmp_path, stage="lora", validation_split=0.0), "--max_steps", "1"]
+    trainer, model_args = prepare(arguments)
+    assert trainer.train_dataset["record"][:] == list(range(1, 16)) and trainer.eval_dataset is None
+    main(trainer, model_args)
+    assert json.loads((Path(recipe["output_dir"]) / "results.json").read_text())["validation"] == {}
+
+
 # the script
 
 
@@ -488,18 +501,16 @@ def test_overwriting_starts_anew(recipe, tmp_path):
     assert (folder / "results.json").is_file() and (folder / "checkpoint-3").is_dir()
 
 
-def test_errors_in_a_process_of_its_own(recipe, tmp_path):
-    """`null` records have crashed pyarrow, so this one is not run in the tests' own."""
-    (tmp_path / "data.jsonl").write_text('{"question": "a", "answer": "b"}\nnull\n')
-    for name in ("data.jsonl", "null.jsonl"):
-        (tmp_path / "null.jsonl").write_text("null\n")
-        path = write(recipe, tmp_path, dataset_name=str(tmp_path / name))
-        command = [sys.executable, str(ROOT / "train_sft.py"), path]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        last = done.stderr.strip().splitlines()[-1]
-        assert done.returncode == 1, (done.returncode, last)
-        assert re.search(rf"^train_sft.py: .*{name}.*record {1 if name == 'null.jsonl' else 2}\b", last)
-        assert "Traceback" not in done.stderr and not Path(recipe["output_dir"]).exists()
+def test_an_error_in_a_process_of_its_own(recipe, tmp_path):
+    """A `null` record has crashed pyarrow, so this is not run in the tests' own."""
+    (tmp_path / "null.jsonl").write_text("null\n")
+    path = write(recipe, tmp_path, dataset_name=str(tmp_path / "null.jsonl"))
+    command = [sys.executable, str(ROOT / "train_sft.py"), path]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, (done.returncode, done.stderr[-3000:])
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.search(r"^train_sft.py: .*null\.jsonl.*record 1\b", last) and "Traceback" not in done.stderr
+    assert not Path(recipe["output_dir"]).exists()
 
 
 BAD_RECIPES = {  # text of the recipe, what the error says
@@ -531,7 +542,7 @@ BAD_VALUES = {
     "size": ({"num_soft_tokens": 2}, ["num_sink_tokens", "num_soft_tokens"]),
     "heads": ({"hypernet_num_attention_heads": 5}, ["hypernet_num_attention_heads", "hypernet_hidden_size"]),
     "stage": ({"stage": "fulll"}, ["stage", "fulll"]),
-    "no-training-record": ({"validation_split": 1.0}, ["data.jsonl", "15 records"]),
+    "no-training-record": ({"validation_split": 0.99}, ["data.jsonl", "15 records"]),
     "negative-split": ({"validation_split": -1.0}, ["validation_split", "-1"]),
     "not-json": ({"model_name_or_path": None, "base_config": "{vocab"}, ["base_config"]),
     "llm-heads": (
@@ -590,9 +601,8 @@ def test_recipes(path, tmp_path):
     stage = {"tinyllama_stage1": "hypernet"}.get(path.stem, "full")
     assert model.stage == stage
     if path.stem == "tinyllama_stage2":
-        assert model.model_name_or_path == yaml.safe_load((path.parent / "tinyllama_stage1.yaml").read_text())[
-            "output_dir"
-        ]
+        first = yaml.safe_load((path.parent / "tinyllama_stage1.yaml").read_text())
+        assert model.model_name_or_path == first["output_dir"]
 
 
 def test_the_padding_of_a_tokenizer_whose_padding_is_its_end(base, recipe, tmp_path):
