@@ -13,6 +13,7 @@ All but the string prompt/completion go through the tokenizer's chat template. T
 """
 
 import ast
+import csv
 import json
 import sysconfig
 import textwrap
@@ -67,24 +68,50 @@ def load_records(name: str, config: str | None = None, split: str = "train") -> 
     if not path.stat().st_size:
         raise ValueError(f"{name}: the file is empty.")
     try:
+        if path.suffix.lower() == ".csv":
+            return Dataset.from_list(list(_csv_records(path)))
+        if problem := _json_problem(path):
+            raise ValueError(problem)
         return load_dataset(BUILDERS[path.suffix.lower()], data_files=str(path), split="train")
     except (DatasetGenerationError, ValueError) as error:
-        raise ValueError(f"{name}: {_unreadable(path) or error.__cause__ or error}") from error
+        raise ValueError(f"{name}: {error.__cause__ or error}") from error
 
 
-def _unreadable(path: Path) -> str | None:
-    """Where a JSON Lines file stops being one."""
-    if path.suffix.lower() != ".jsonl":
+def _csv_records(path: Path) -> Iterator[dict[str, str]]:
+    """Every value is a string: 007 stays 007, and an answer may be NA."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        number = 0
+        for number, record in enumerate(csv.DictReader(file, restkey="", restval=""), start=1):
+            if "" in record:
+                raise ValueError(f"record {number} has more values than the header has columns.")
+            yield record
+    if not number:
+        raise ValueError("there is no usable record.")
+
+
+def _json_problem(path: Path) -> str | None:
+    """What keeps a JSON or JSON Lines file from being records, found before pyarrow, which may crash on it."""
+    if path.suffix.lower() == ".parquet":
         return None
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-            except ValueError as error:  # broken JSON, or not UTF-8
-                return f"record {number} is not JSON: {error}"
-            if not isinstance(record, dict):
-                return f"record {number} is a {type(record).__name__}, but an object with named fields was expected."
-    return None
+    if path.suffix.lower() == ".jsonl":
+        records = (line for line in path.open("rb") if line.strip())
+    else:
+        try:
+            records = json.loads(path.read_bytes())
+        except ValueError as error:
+            return f"not JSON: {error}"
+        records = records if isinstance(records, list) else [records]
+    number = 0
+    for number, record in enumerate(records, start=1):
+        try:
+            record = json.loads(record) if isinstance(record, bytes) else record
+        except ValueError as error:  # broken JSON, or not UTF-8
+            return f"record {number} is not JSON: {error}"
+        if not isinstance(record, dict):
+            return f"record {number} is a {type(record).__name__}, but an object with named fields was expected."
+        if not record:
+            return f"record {number} has no field."
+    return None if number else "there is no usable record."
 
 
 def tokenize(

@@ -508,6 +508,8 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
             ValueError: for shapes that do not match, rows without a token, a query longer than its row, rows that a
                 cache cannot hold side by side, or a cache of another class.
         """
+        if kwargs.pop("inputs_embeds", None) is not None:  # None comes from PEFT
+            raise ValueError("`inputs_embeds` cannot be given: the recursion reads `input_ids`.")
         cache = past_key_values
         if cache is None and use_cache:
             cache = Phase15Cache(self.config)

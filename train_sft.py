@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import (
@@ -42,7 +43,7 @@ from transformers.utils import logging
 import eval_sft
 from configuration_phase15 import Phase15Config
 from data_sft import Phase15DataCollator, load_records, tokenize, train_tokenizer
-from modeling_phase15 import HyperNetwork, Phase15ForCausalLM
+from modeling_phase15 import HyperNetwork, Phase15ForCausalLM, SoftPrompt
 
 
 logger = logging.get_logger("phase15.train")
@@ -141,8 +142,11 @@ class Phase15Meters:
         self.chunk_losses.index_add_(0, index, losses)
         self.chunk_tokens.index_add_(0, index, tokens.float())
 
-    def add_delta(self, delta: torch.Tensor, carried: torch.Tensor):
-        self.norms += torch.stack([delta.float().norm(), (carried + delta).float().norm()])
+    def add_delta(self, delta: torch.Tensor, carried: SoftPrompt, old: SoftPrompt, tokens, token_length):
+        """What a call of the HyperNetwork gave and was given; rows without a token do not step."""
+        reads = (token_length > 0)[:, None, None]
+        soft_prompt = carried.embeds.detach() + delta
+        self.norms += torch.stack([(delta * reads).float().norm(), (soft_prompt * reads).float().norm()])
 
     def read(self, accelerator) -> dict[str, float]:
         """The metrics, over all processes."""
@@ -174,9 +178,7 @@ class Phase15Trainer(Trainer):
         self.meters = self._new_meters()
         for module in self.model.modules():
             if isinstance(module, HyperNetwork):
-                module.register_forward_hook(
-                    lambda _, inputs, delta: self.meters.add_delta(delta.detach(), inputs[0].embeds.detach())
-                )
+                module.register_forward_hook(lambda _, inputs, delta: self.meters.add_delta(delta.detach(), *inputs))
 
     def _new_meters(self) -> Phase15Meters:
         config = self.model.config
@@ -251,18 +253,25 @@ def parse_args(argv: list[str]) -> tuple[Phase15ModelArguments, Phase15DataArgum
     if recipe is not None:
         if not Path(recipe).is_file():
             raise ValueError(f"{recipe}: no such recipe.")
-        values = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+        try:
+            values = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{recipe}: not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{recipe}: a recipe is a mapping of flags to values, not a {type(values).__name__}.")
         names = [f.name for cls in parser.dataclass_types for f in fields(cls) if f.init]
         for name in values:
             if name not in names:
-                close = difflib.get_close_matches(name, names, n=1)
+                close = difflib.get_close_matches(str(name), names, n=1)
                 raise ValueError(
                     f"{recipe}: unknown key {name!r}" + (f"; did you mean {close[0]!r}?" if close else ".")
                 )
         parser.set_defaults(**values)
     arguments = parser.parse_args(argv)
+    if arguments.stage not in ("hypernet", "full", "lora"):  # argparse does not check defaults, and so recipes
+        raise ValueError(f"`stage` is {arguments.stage!r}, but it must be hypernet, full or lora.")
+    if not 0 <= arguments.validation_split < 1:
+        raise ValueError(f"`validation_split` is {arguments.validation_split}, but it must be from 0 to below 1.")
     outputs = []
     for cls in parser.dataclass_types:
         outputs.append(cls(**{f.name: getattr(arguments, f.name) for f in fields(cls) if f.init}))
@@ -277,11 +286,16 @@ def load_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM
             "`model_name_or_path` is missing: a base LLM or a Phase15 model (or `base_config` for a new one)."
         )
     if name is None:
-        base_config = json.loads(args.base_config) if isinstance(args.base_config, str) else dict(args.base_config)
+        try:
+            base_config = json.loads(args.base_config) if isinstance(args.base_config, str) else dict(args.base_config)
+        except ValueError as error:
+            raise ValueError(f"`base_config` is not JSON: {error}") from error
         tokenizer = train_tokenizer(records, base_config.pop("vocab_size"))
         ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
         text_config = LlamaConfig(vocab_size=len(tokenizer), **ids, **base_config)
         model = Phase15ForCausalLM(Phase15Config(text_config=text_config, **args.config_fields))
+    elif name.endswith(".gguf") and not Path(name).is_file():
+        raise ValueError(f"{name}: no such file.")
     elif is_phase15(name):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)  # of our own code
         model = Phase15ForCausalLM.from_pretrained(name, dtype=args.dtype)
@@ -338,14 +352,13 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments]:
     num_training = len(dataset) - num_validation
     if num_training < 1:
         raise ValueError(f"{data_args.dataset_name}: of {len(dataset)} records none is left to train on.")
-    validation = dataset.select(range(num_training, len(dataset)))
     if data_args.max_validation_records is not None:
-        validation = validation.take(min(data_args.max_validation_records, num_validation))
+        num_validation = min(data_args.max_validation_records, num_validation)
     trainer = Phase15Trainer(
         model=model,
         args=training_args,
         train_dataset=dataset.select(range(num_training)),
-        eval_dataset=validation if num_validation else None,
+        eval_dataset=dataset.select(range(num_training, num_training + num_validation)) if num_validation else None,
         data_collator=Phase15DataCollator(
             next(x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if x is not None)
         ),
@@ -361,6 +374,11 @@ def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments):
         (output_dir / "results.json").unlink()
         for checkpoint in output_dir.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
+    args.distributed_state.wait_for_everyone()
+    for half in output_dir.glob("checkpoint-*"):  # left by a run that was killed while it saved
+        if not (half / "trainer_state.json").is_file() and trainer.is_world_process_zero():
+            logger.warning(f"Removing {half}, which was not saved to its end.")
+            shutil.rmtree(half)
     args.distributed_state.wait_for_everyone()
     checkpoint = args.resume_from_checkpoint or (get_last_checkpoint(output_dir) if output_dir.is_dir() else None)
     if checkpoint is not None:
@@ -406,8 +424,8 @@ print("A:", tokenizer.decode(output[0, query.shape[1]:], skip_special_tokens=Tru
 if __name__ == "__main__":
     try:
         run = prepare(sys.argv[1:])
-    except ValueError as error:  # about the input: one line, and nothing was written
-        raise SystemExit(f"train_sft.py: {error}") from error
+    except (ValueError, OSError, StrictDataclassError) as error:  # about the input: nothing was written
+        raise SystemExit(f"train_sft.py: {' '.join(str(error).split())}") from error
     try:
         main(*run)
     except FloatingPointError as error:

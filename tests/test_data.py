@@ -19,7 +19,7 @@ USER, ASSISTANT = "<|user|>\n{}<|end|>\n", "<|assistant|>\n"
 ASKED = USER.format("Why is the sky blue?") + ASSISTANT
 ANSWER = "Blue light scatters most."
 TURNS = [
-    {"role": "system", "content": "Be brief.", "name": "x"},  # of its keys the template gets the usual two
+    {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Hello"},
     {"role": "assistant", "content": "Hi."},
     {"role": "user", "content": "Why is the sky blue?"},
@@ -100,6 +100,14 @@ def test_a_csv_file_holds_text(chat_tokenizer, tmp_path):
     rows = read(tmp_path / "data.csv", chat_tokenizer)
     answers = [chat_tokenizer.decode(row["input_ids"][row["query_length"] : -1]) for row in rows]
     assert answers == ["7", "NA", "None", "007"]
+
+
+def test_templates_see_role_and_content_only(chat_tokenizer):
+    """A table gives every message the keys of all, and templates ask whether a key is there."""
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = "{% for message in messages %}{{ message | list | join(' ') }};{% endfor %}"
+    row = tokenize(Dataset.from_list([{"messages": [TURNS[0] | {"tool_calls": ["x"]}, *TURNS[1:]]}]), tokenizer, 64)[0]
+    assert tokenizer.decode(row["input_ids"][: row["query_length"]]) == "role content;" * 4
 
 
 def test_start_token_before_a_string_prompt_only(chat_tokenizer):
