@@ -36,6 +36,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 
 try:  # inside a package: how transformers loads this file from a Hub repository or a saved folder
@@ -462,6 +463,7 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
 
     # forward: the training form and the cached form
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor,

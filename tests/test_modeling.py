@@ -469,6 +469,13 @@ def test_cache_rows_can_be_picked_and_repeated(tiny):
         assert_close(logits, expected[rows], atol=1e-4, rtol=1e-4)
 
 
+def test_output_as_a_tuple(tiny):
+    batch, _, _ = make_batch()
+    loss, logits = tiny(**batch, return_dict=False)[:2]
+    expected = tiny(**batch)
+    assert torch.equal(loss, expected.loss) and torch.equal(logits, expected.logits)
+
+
 # errors
 
 
