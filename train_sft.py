@@ -58,7 +58,9 @@ class Phase15ModelArguments:
     )
     base_config: dict | str | None = field(
         default=None,
-        metadata={"help": "Fields of a LlamaConfig: without model_name_or_path, a Llama of this size from scratch."},
+        metadata={
+            "help": "Fields of a LlamaConfig: without model_name_or_path, the size of a new Llama and tokenizer."
+        },
     )
     dtype: str = field(default="float32", metadata={"help": "Of the weights in training; use bf16 to compute in it."})
     stage: str = field(
@@ -227,9 +229,11 @@ class Phase15Trainer(Trainer):
                 rate = self.args.alpha_learning_rate if is_alpha else rate
                 decay = self.args.weight_decay if name in decays and not is_alpha else 0.0
                 groups.setdefault((rate, decay), []).append(parameter)
+            # Trainer logs the rate of the first group: the HyperNetwork's
+            ordered = sorted(groups.items(), key=lambda group: group[0][0] != self.args.learning_rate)
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(
-                [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()],
+                [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in ordered],
                 **kwargs,
             )
         return self.optimizer
@@ -290,7 +294,7 @@ def load_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM
             base_config = json.loads(args.base_config) if isinstance(args.base_config, str) else dict(args.base_config)
         except ValueError as error:
             raise ValueError(f"`base_config` is not JSON: {error}") from error
-        tokenizer = train_tokenizer(records, base_config.pop("vocab_size"))
+        tokenizer = train_tokenizer(records, base_config.pop("vocab_size", 2048))
         ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
         text_config = LlamaConfig(vocab_size=len(tokenizer), **ids, **base_config)
         model = Phase15ForCausalLM(Phase15Config(text_config=text_config, **args.config_fields))
@@ -344,10 +348,10 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments]:
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="data"):
         records = load_records(data_args.dataset_name, data_args.dataset_config, data_args.dataset_train_split)
-        if data_args.shuffle_records:
-            records = records.shuffle(seed=training_args.seed)
         model, tokenizer = load_model(model_args, records)
         dataset = tokenize(records, tokenizer, model.config.max_answer_length, data_args.dataset_name)
+        if data_args.shuffle_records:  # after they were numbered
+            dataset = dataset.shuffle(seed=training_args.seed)
     num_validation = math.ceil(len(dataset) * data_args.validation_split)
     num_training = len(dataset) - num_validation
     if num_training < 1:
