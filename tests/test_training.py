@@ -264,6 +264,17 @@ def data(tmp_path_factory) -> str:
     return str(path)
 
 
+RUN = {
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "llm_learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "report_to": "none",
+    "use_cpu": True,
+}
+
+
 @pytest.fixture
 def recipe(base, data, tmp_path) -> dict:
     """Values for a recipe of three steps."""
@@ -273,13 +284,7 @@ def recipe(base, data, tmp_path) -> dict:
         "output_dir": str(tmp_path / "run"),
         "max_answer_length": 14,
         "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "llm_learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_steps": 2,
-        "report_to": "none",
-        "use_cpu": True,
+        **RUN,
     }
 
 
@@ -411,13 +416,7 @@ def killed_run(chat_tokenizer, data, tmp_path_factory):
         "shuffle_records": True,
         "output_dir": str(folder / "run"),
         "max_steps": 60,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "llm_learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_steps": 2,
-        "report_to": "none",
-        "use_cpu": True,
+        **RUN,
     }
     path = write(recipe, folder)
     command = [sys.executable, str(ROOT / "train_sft.py"), path]
