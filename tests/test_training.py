@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 import yaml
 from conftest import (
     CHUNK,
@@ -41,7 +42,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Train
 import eval_sft
 from data_sft import Phase15DataCollator
 from modeling_phase15 import Phase15ForCausalLM
-from train_sft import Phase15Trainer, Phase15TrainingArguments, main, parse_args, prepare
+from train_sft import Phase15Trainer, Phase15TrainingArguments, main, parse_args, prepare, save_recipe
 
 
 ROOT = Path(__file__).parent.parent
@@ -325,9 +326,9 @@ def inputs_of(trainer):
 @pytest.mark.filterwarnings("ignore:.*merge.*")
 def test_lora(recipe, tmp_path, capfd):
     """Adapter beside a frozen LLM; loaded onto the base again, and merged."""
-    trainer, model_args = prepare([write(recipe, tmp_path, stage="lora", lora_r=2)])
+    trainer, *rest = prepare([write(recipe, tmp_path, stage="lora", lora_r=2)])
     before = state(trainer.model)
-    main(trainer, model_args)
+    main(trainer, *rest)
     moved = changed(before, trainer.model.state_dict())
     lora = {name for name in before if "lora_" in name}
     hypernet = {name for name in before if "hypernet.modules_to_save" in name and "embedding_scale" not in name}
@@ -463,10 +464,39 @@ def test_what_a_run_leaves_and_says(killed_run):
     assert list(results["validation"]) == ["the model", "Δ = 0", "soft prompt at sp_0", "full context"]
     for variant, result in results["validation"].items():
         assert f"| {variant} | {result['loss']:.4f} |" in done.stdout
-    assert (folder / "loss_by_chunk.png").read_bytes().startswith(b"\x89PNG")
+    assert results["records"] == {"training": 13, "validation": 2} and results["steps"] == 60
+    assert results["versions"]["transformers"] == transformers.__version__ and results["device"] == "cpu"
+    for picture in ("loss_by_chunk.png", "training_curve.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     assert re.search(r"^Q: .*^A: ", done.stdout, re.M | re.S) and "100%" in done.stderr
     assert "loss_chunk" not in done.stdout  # the log of a step stays one line
     assert AutoTokenizer.from_pretrained(folder, trust_remote_code=True).chat_template
+
+
+def test_a_run_leaves_the_recipe_that_repeats_it(killed_run, tmp_path):
+    path, folder, *_ = killed_run
+    *arguments, recipe = parse_args([path])
+    *repeated, again = parse_args([str(folder / "recipe.yaml")])
+    assert recipe == again == yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert [vars(values) for values in arguments[:2]] == [vars(values) for values in repeated[:2]]
+    assert arguments[2].to_dict() == repeated[2].to_dict()
+    assert not {"bf16", "stage", "recipe"} & set(recipe)  # defaults, and no flag
+    flags = ["--learning_rate", "0.5", "--stage", "lora", "--hub_token", "hf_secret"]
+    assert parse_args([path, *flags])[3] == recipe | {"learning_rate": 0.5, "stage": "lora"}
+
+
+def test_the_recipes_of_earlier_stages_are_kept(recipe, tmp_path):
+    recipes = [{**recipe, "stage": stage, "output_dir": str(tmp_path / stage)} for stage in ("hypernet", "full")]
+    recipes[1]["model_name_or_path"] = recipes[0]["output_dir"]
+    recipes.append({**recipes[1], "model_name_or_path": recipes[1]["output_dir"], "output_dir": str(tmp_path / "3")})
+    for values in recipes:
+        save_recipe(values, Path(values["output_dir"]))
+    assert not (tmp_path / "hypernet" / "recipes_before.yaml").exists()
+    for index, values in enumerate(recipes):
+        folder = Path(values["output_dir"])
+        assert yaml.safe_load((folder / "recipe.yaml").read_text()) == values
+        if index:
+            assert list(yaml.safe_load_all((folder / "recipes_before.yaml").read_text())) == recipes[:index]
 
 
 def script(*argv: str) -> str:
@@ -497,8 +527,8 @@ def test_overwriting_starts_anew(recipe, tmp_path):
     folder = Path(recipe["output_dir"])
     with pytest.raises(ValueError, match="--overwrite_output_dir"):
         prepare(arguments)
-    trainer, model_args = prepare([*arguments, "--overwrite_output_dir", "--max_steps", "2"])
-    main(trainer, model_args)
+    trainer, *rest = prepare([*arguments, "--overwrite_output_dir", "--max_steps", "2"])
+    main(trainer, *rest)
     assert list(losses_of(trainer.state.log_history)) == [1, 2] and (folder / "results.json").is_file()
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
 
