@@ -322,7 +322,7 @@ class Phase15PreTrainedModel(PreTrainedModel):
 
     @classmethod
     def get_init_context(cls, *args, **kwargs) -> list:
-        """As the library's; but `from_pretrained` initialises only what it did not fill, after it has filled the rest."""
+        """As the library's, but `from_pretrained` initialises only what it has not filled."""
         return [*super().get_init_context(*args, **kwargs), init.no_init_weights()]
 
     @torch.no_grad()
