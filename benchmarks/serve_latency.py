@@ -25,8 +25,6 @@ ANSWER_LENGTH = 2  # the rest of an answer is not measured
 
 
 class FirstToken(BaseStreamer):
-    """Keeps the time at which the first new token came; the prompt comes before it."""
-
     def __init__(self):
         self.times = []
 
@@ -41,7 +39,7 @@ def through_generate(model, tokenizer) -> float:
     start, streamer = time.perf_counter(), FirstToken()
     inputs = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     model.generate(**inputs, max_new_tokens=ANSWER_LENGTH, do_sample=False, streamer=streamer)
-    return streamer.times[1] - start
+    return streamer.times[1] - start  # the prompt came before it
 
 
 def through_server(client: openai.OpenAI, model_dir: str) -> float:
