@@ -225,7 +225,7 @@ def test_an_adapter_names_its_base_and_a_merged_model_travels(model, ids, tmp_pa
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_adapters_through_transformers(saved, model, ids, tmp_path):
     """`add_adapter`, `save_pretrained` and `load_adapter`, which keep the model's class."""
-    model.add_adapter(LoraConfig(r=2, **LORA["the LLM, and the HyperNetwork whole"]))
+    model.add_adapter(LoraConfig(r=2, **LORA["all-linear"]))  # transformers 5.17 does not load modules_to_save
     train(model, ids)
     expected = logits_of(model, ids)
     model.save_pretrained(tmp_path)
@@ -242,7 +242,7 @@ def test_adapters_through_transformers(saved, model, ids, tmp_path):
 
 WORDS = "the cat and a dog ran over the hill to see seven red birds under some old tree by the river at night".split()
 PAIRS = [(" ".join(WORDS[: 2 + i]), " ".join(WORDS[i : 3 * i + 2])) for i in range(4)]  # of several chunks
-# the library's default template says nothing of what the assistant wrote
+# our template with marks around what the assistant wrote
 MARKED = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{% if message['role'] == 'assistant' %}{% generation %}"
     "{{ message['content'] }}<|end|>\n{% endgeneration %}{% else %}{{ message['content'] }}<|end|>\n{% endif %}"
@@ -366,6 +366,16 @@ def test_sft_trainer_trains_an_adapter(sft, saved, model, ids, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_sft_trainer_trains_an_adapter_around_a_4_bit_llm(sft, saved):
+    model = load(saved, quantization_config=QUANTISED["bitsandbytes-nf4"]())
+    kind = LORA["the LLM, and the HyperNetwork whole"]
+    trainer = sft(model, peft_config=LoraConfig(task_type="CAUSAL_LM", r=2, **kind))
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert losses[2] < losses[1] < losses[0]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("settings", [{"packing": True, "max_length": 64}, {"padding_free": True, "max_length": None}])
 def test_packed_rows_are_refused(settings, sft, model):
     with pytest.raises(ValueError, match="position_ids.*packed"):
@@ -396,6 +406,8 @@ QUANTISED = {
     "bitsandbytes-int8": lambda: bitsandbytes_config(load_in_8bit=True),
     "bitsandbytes-nf4": lambda: bitsandbytes_config(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
 }
+# of the logits' norm; measured: 0.020, 0.032, 0.348 (a random model of 32 channels suffers more than a real one)
+TOLERANCE = {"torchao-int8": 0.04, "bitsandbytes-int8": 0.06, "bitsandbytes-nf4": 0.5}
 
 
 def is_quantised(linear: torch.nn.Linear) -> bool:
@@ -414,7 +426,6 @@ def test_only_the_llm_is_quantised(kind, saved, model, ids, tmp_path):
     assert not any(is_quantised(linear) for linear in linears(quantised.hypernet).values())
     expected, logits = logits_of(model, ids), logits_of(quantised, ids)
     error = (logits - expected).norm() / expected.norm()
-    print(kind, error)
     assert 0 < error < TOLERANCE[kind]
     tokens = {"input_ids": ids[:, :9], "attention_mask": torch.ones_like(ids[:, :9]), "pad_token_id": 1, **GREEDY}
     assert quantised.generate(**tokens).shape == (2, 59)
@@ -422,9 +433,6 @@ def test_only_the_llm_is_quantised(kind, saved, model, ids, tmp_path):
     assert torch.equal(logits_of(load(tmp_path), ids), logits)
     sizes = [(Path(folder) / "model.safetensors").stat().st_size for folder in (tmp_path, saved)]
     assert sizes[0] < 0.9 * sizes[1]
-
-
-TOLERANCE = {"torchao-int8": 0.1, "bitsandbytes-int8": 0.1, "bitsandbytes-nf4": 1.0}
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
