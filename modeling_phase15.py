@@ -377,9 +377,8 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         model.hypernet.to(device=embeddings.device, dtype=dtype)
         model.hypernet.embedding_scale.fill_(embeddings.detach().float().square().mean().sqrt())
         model.generation_config = llm.generation_config
-        if getattr(llm, "is_quantized", False):  # the whole model is saved, and loaded again, as its LLM would be
-            model.hf_quantizer = llm.hf_quantizer
-            model.config.quantization_config = llm.config.quantization_config
+        if getattr(llm, "is_quantized", False):
+            model.hf_quantizer = llm.hf_quantizer  # which knows how to save what it made
         return model.eval()
 
     def get_output_embeddings(self) -> nn.Module:
