@@ -317,6 +317,7 @@ class Phase15PreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["HyperNetwork"]  # it adds what its parts give
     _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules = ["hypernet"]  # in float16; and quantizers convert the LLM alone
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -382,9 +383,12 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         attention = llm.config._attn_implementation
         model = cls(Phase15Config(text_config=llm.config, attn_implementation=attention, **config_kwargs), llm=llm)
         embeddings = llm.get_input_embeddings().weight
-        model.hypernet.to(device=embeddings.device, dtype=embeddings.dtype)
+        dtype = torch.float32 if embeddings.dtype == torch.float16 else embeddings.dtype  # as when it is loaded again
+        model.hypernet.to(device=embeddings.device, dtype=dtype)
         model.hypernet.embedding_scale.fill_(embeddings.detach().float().square().mean().sqrt())
         model.generation_config = llm.generation_config
+        if getattr(llm, "is_quantized", False):
+            model.hf_quantizer = llm.hf_quantizer  # which knows how to save what it made
         return model.eval()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -536,6 +540,8 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         """
         if kwargs.pop("inputs_embeds", None) is not None:  # None comes from PEFT
             raise ValueError("`inputs_embeds` cannot be given: the recursion reads `input_ids`.")
+        if kwargs.pop("position_ids", None) is not None:
+            raise ValueError("`position_ids` cannot be given: a row is one text, so packed data cannot be read.")
         cache = past_key_values
         if cache is None and use_cache:
             cache = Phase15Cache(self.config)
