@@ -484,10 +484,13 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
     # forward: the training form and the cached form
 
     def __call__(self, *args, **kwargs):
-        # TRL keeps the labels from `forward` and applies the LM head itself; `base_model` gives it the hidden states
+        # TRL's trainers replace `forward` by one that keeps the labels, calls `base_model`, which is this model again,
+        # for the hidden states, and applies the LM head itself.
         if kwargs.get("fused_lm_head"):
             query_lengths = query_lengths_of(kwargs["labels"], kwargs.get("attention_mask"))
             kwargs |= {"query_lengths": query_lengths, "skip_logits": True}
+        elif kwargs.get("skip_logits") and kwargs.get("labels") is None:
+            return Phase15ForCausalLM.forward(self, *args, **kwargs)  # the other holds an autocast: no second entry
         return super().__call__(*args, **kwargs)
 
     @can_return_tuple
