@@ -45,7 +45,8 @@ THEME = gr.themes.Default(primary_hue="orange", font=FONTS, font_mono=["ui-monos
 CSS = """
 #chat .message-markdown-disabled { white-space: pre-wrap; }
 #slots { direction: rtl; overflow: auto !important; max-height: max(320px, 100vh - 440px); }  /* rtl: newest in view */
-#slots table { direction: ltr; border-spacing: 1px; font: 12px/1.55 ui-monospace, monospace; }
+#slots .html-container { padding: 0; }
+#slots table { min-width: 100%; direction: ltr; border-spacing: 1px; font: 12px/1.55 ui-monospace, monospace; }
 #slots th { position: sticky; left: 0; z-index: 1; padding: 0 8px; background: var(--background-fill-primary);
     color: var(--body-text-color-subdued); font-weight: 400; text-align: right; white-space: nowrap; }
 #slots thead th { top: 0; z-index: 2; text-align: left; }
@@ -219,7 +220,7 @@ def build_demo(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name:
     config = model.config
     sizes = config.num_soft_tokens, config.num_sink_tokens
     width, number_size = model.get_input_embeddings().weight.shape[1], model.dtype.itemsize
-    state = f"{sizes[0]} slots × {width} numbers = {sizes[0] * width * number_size / 1024:,.0f} kB"
+    state = f"{sizes[0]} slots × {width} numbers: {sizes[0] * width * number_size / 1024:,.0f} kB"
 
     def turn(role: str, text: str) -> dict:
         # escaped, since the chat shows tags as HTML; a part of type text, since it re-indents a plain string
@@ -242,7 +243,7 @@ def build_demo(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name:
                     panel = [gr.skip()] * 3
                     if len(steps) > shown:
                         shown, last = len(steps), steps[-1]
-                        facts = f"{HEADING}: {last.name}\n{last.seen:,} tokens in {state}, as at any length."
+                        facts = f"{HEADING}: {last.name}\n{last.seen:,} tokens read into {state} at any length."
                         panel = [facts, picture(steps, *sizes), table(steps, tokenizer, *sizes)]
                     yield gr.skip(), [*history, turn("assistant", text)], *panel
         except Exception as error:
