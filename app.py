@@ -58,7 +58,7 @@ CSS = """
 """
 HEADING = "### Inside the soft prompt"
 LEGEND = (
-    "Below: the vocabulary token nearest to each slot, by cosine; the redder, the more Δ wrote there in that step. "
+    "Below: the vocabulary token nearest to each slot, by cosine; the deeper the colour, the more Δ wrote there. "
     "**Framed bold**: Δ turned it into another token than was carried. Hover for numbers."
 )
 

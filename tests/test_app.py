@@ -267,6 +267,7 @@ def loaded(monkeypatch) -> list[str]:
 
 def test_the_model_is_the_flag_then_the_variable_then_the_quickstart(loaded, monkeypatch, tmp_path):
     (tmp_path / "config.json").touch()
+    monkeypatch.setattr(app, "HERE", tmp_path)  # nothing can be trained
     monkeypatch.setattr(app, "QUICKSTART", tmp_path)
     for argv in (["--model_dir", "a"], []):
         monkeypatch.setenv("PHASE15_MODEL", "b")
