@@ -1,0 +1,316 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""
+Chat with a Phase15 model and see what the recursion does while the answer grows; also a Hub Space as it is.
+
+    python app.py                                  outputs/quickstart, trained first if it is not there
+    python app.py --model_dir DIR_OR_HUB_ID        any Phase15 model, whose code is run: read it before
+    PHASE15_MODEL=HUB_ID python app.py             the same, as a Space says it
+    python app.py --port 8080                      or GRADIO_SERVER_PORT; GRADIO_SERVER_NAME=0.0.0.0 opens it to others
+
+Needs no other file of this repository when it is given a model.
+"""
+
+import argparse
+import html
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from threading import Event, Thread, get_ident
+from typing import NamedTuple
+
+import gradio as gr
+import torch
+from matplotlib.figure import Figure
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    TextIteratorStreamer,
+)
+
+
+HERE = Path(__file__).parent
+QUICKSTART = HERE / "outputs" / "quickstart"
+COLUMNS = 32  # steps in the table; the picture has them all
+INVISIBLE = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"})
+FONTS = ["system-ui", "sans-serif"]  # no font is fetched from anywhere
+THEME = gr.themes.Default(primary_hue="orange", font=FONTS, font_mono=["ui-monospace", "monospace"])
+CSS = """
+#chat .message-markdown-disabled { white-space: pre-wrap; }
+#slots { direction: rtl; overflow: auto !important; max-height: max(320px, 100vh - 440px); }  /* rtl: newest in view */
+#slots .html-container { padding: 0; }
+#slots table { min-width: 100%; direction: ltr; border-spacing: 1px; font: 12px/1.55 ui-monospace, monospace; }
+#slots th { position: sticky; left: 0; z-index: 1; padding: 0 8px; background: var(--background-fill-primary);
+    color: var(--body-text-color-subdued); font-weight: 400; text-align: right; white-space: nowrap; }
+#slots thead th { top: 0; z-index: 2; text-align: left; }
+#slots thead th:first-child { z-index: 3; }
+#slots td { max-width: 9em; padding: 0 6px; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+    background: rgb(230 85 13 / calc(var(--d) * 75%)); }
+#slots td.moved { font-weight: 700; outline: 2px solid var(--body-text-color); outline-offset: -2px; }
+#slots .last-sink > * { border-bottom: 2px solid var(--body-text-color); }
+"""
+HEADING = "### Inside the soft prompt"
+LEGEND = (
+    "Below: the vocabulary token nearest to each slot, by cosine; the deeper the colour, the more Δ wrote there. "
+    "**Framed bold**: Δ turned it into another token than was carried. Hover for numbers."
+)
+
+
+class Step(NamedTuple):
+    """One step of the recursion, as lists over the slots in use."""
+
+    name: str  # the soft prompt it made: sp_c, or "read i" where a long query takes several steps
+    seen: int  # tokens that have entered the soft prompt
+    tokens: list[int]  # nearest to carry + Δ
+    cosines: list[float]  # of carry + Δ and that token
+    carried: list[int]  # nearest to carry
+    shares: list[float]  # ‖Δ‖ / ‖carry + Δ‖
+
+
+def nearest_tokens(slots: torch.Tensor, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Args:
+        slots (`torch.Tensor` of shape `(num_slots, hidden_size)`): any vectors.
+        embeddings (`torch.Tensor` of shape `(vocab_size, hidden_size)`): the LLM's input embeddings.
+
+    Returns:
+        the token of the largest cosine for each slot, and that cosine, both of shape `(num_slots,)`.
+    """
+    slots, embeddings = slots.float(), embeddings.float()
+    scores = slots @ embeddings.T / embeddings.norm(dim=1).clamp(min=1e-12)  # (N, V)
+    best, token = scores.max(dim=1)
+    return token, best / slots.norm(dim=1).clamp(min=1e-12)
+
+
+class Recorder:
+    """
+    A context that collects in `steps` what this thread's calls of the model do in the recursion, for the first row.
+
+    Args:
+        model (`Phase15ForCausalLM`): the model; it is left as it was.
+        query_length (`int`): tokens of the query; the step that reads the last of them makes sp_0.
+        vocab_size (`int`): tokens that the tokenizer knows; embeddings behind them are padding.
+    """
+
+    def __init__(self, model: PreTrainedModel, query_length: int, vocab_size: int):
+        self.model, self.query_length, self.vocab_size = model, query_length, vocab_size
+        self.steps: list[Step] = []
+
+    def __enter__(self) -> "Recorder":
+        self.thread = get_ident()
+        self.hook = self.model.hypernet.register_forward_hook(self.record)
+        return self
+
+    def __exit__(self, *_):
+        self.hook.remove()
+
+    def record(self, _, inputs: tuple, delta: torch.Tensor):
+        if get_ident() != self.thread:  # another request's
+            return
+        carried, _, _, token_length = inputs
+        length = int(carried.length[0])
+        before, delta = carried.embeds[0, :length].float(), delta[0, :length].float()
+        after = before + delta
+        embeddings = self.model.get_input_embeddings().weight[: self.vocab_size]
+        tokens, cosines = (x.tolist() for x in nearest_tokens(torch.cat([after, before]), embeddings))
+        shares = (delta.norm(dim=1) / after.norm(dim=1).clamp(min=1e-12)).tolist()
+        seen = int(token_length[0]) + (self.steps[-1].seen if self.steps else 0)
+        chunk = sum(step.seen >= self.query_length for step in self.steps)
+        name = f"sp_{chunk}" if seen >= self.query_length else f"read {len(self.steps) + 1}"
+        self.steps.append(Step(name, seen, tokens[:length], cosines[:length], tokens[length:], shares))
+
+
+class Stop(Event, StoppingCriteria):
+    """Ends a generation at its next token, once set."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
+        return torch.full(input_ids.shape[:1], self.is_set(), device=input_ids.device)
+
+
+def reply(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: list[dict[str, str]],
+    temperature: float = 0.0,
+    max_new_tokens: int = 256,
+) -> Iterator[tuple[str, list[Step]]]:
+    """
+    Answers a conversation: the text so far and the steps so far, again and again. Closing the iterator ends the
+    generation; what goes wrong in it is raised here.
+    """
+    if tokenizer.chat_template:
+        settings = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = tokenizer.apply_chat_template(conversation, **settings)
+    else:
+        inputs = tokenizer("\n".join(turn["content"] for turn in conversation), return_tensors="pt")
+    inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    sampling["max_new_tokens"] = max_new_tokens
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    recorder, stop, errors = Recorder(model, inputs["input_ids"].shape[1], len(tokenizer)), Stop(), []
+
+    def generate():
+        try:
+            with recorder:
+                model.generate(**inputs, **sampling, streamer=streamer, stopping_criteria=[stop])
+        except Exception as error:
+            errors.append(error)
+            streamer.on_finalized_text("", stream_end=True)  # nobody waits for more
+
+    Thread(target=generate, daemon=True).start()
+    text = ""
+    try:
+        for piece in streamer:
+            text += piece
+            yield text, list(recorder.steps)
+        if errors:
+            raise errors[0]
+    finally:
+        stop.set()
+
+
+def picture(steps: list[Step], num_slots: int, num_sinks: int) -> Figure:
+    """Heat map of the share of Δ in every slot at every step."""
+    shares = torch.full((num_slots, len(steps)), math.nan)
+    for column, step in enumerate(steps):
+        shares[: len(step.shares), column] = torch.tensor(step.shares)
+    figure = Figure(figsize=(8, 2.4), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shares.numpy(), aspect="auto", interpolation="nearest", cmap="Oranges", vmin=0)
+    axes.axhline(num_sinks - 0.5, color="black", linewidth=0.8)
+    every = math.ceil(len(steps) / 12)
+    axes.set_xticks(range(0, len(steps), every), [step.name for step in steps[::every]])
+    axes.set(ylabel="slot (first: sinks)")
+    figure.colorbar(image, label="‖Δ‖ / ‖slot‖", pad=0.01)
+    return figure
+
+
+def table(steps: list[Step], tokenizer: PreTrainedTokenizerBase, num_slots: int, num_sinks: int) -> str:
+    """HTML: a row for every slot, a column for each of the last steps, in it the token nearest to the slot."""
+    steps = steps[-COLUMNS:]
+    largest = max((share for step in steps for share in step.shares), default=0) or 1
+    texts = {token: tokenizer.decode([token]) for step in steps for token in {*step.tokens, *step.carried}}
+    texts = {token: html.escape(text.translate(INVISIBLE)) for token, text in texts.items()}
+
+    def cell(step: Step, slot: int) -> str:
+        if slot >= len(step.tokens):  # not used yet
+            return "<td></td>"
+        token, carried, share = step.tokens[slot], step.carried[slot], step.shares[slot]
+        moved, was = (' class="moved"', f", carried {texts[carried]}") if token != carried else ("", "")
+        title = f"cosine {step.cosines[slot]:.2f}, ‖Δ‖/‖slot‖ {share:.3f}{was}"
+        return f'<td{moved} style="--d:{share / largest:.2f}" title="{title}">{texts[token]}</td>'
+
+    rows = ["<tr><th>slot</th>" + "".join(f"<th>{step.name}</th>" for step in steps) + "</tr>"]
+    for slot in range(num_slots):
+        last_sink, sink = ' class="last-sink"' if slot == num_sinks - 1 else "", "sink " if slot < num_sinks else ""
+        cells = "".join(cell(step, slot) for step in steps)
+        rows.append(f"<tr{last_sink}><th>{sink}{slot}</th>{cells}</tr>")
+    return f"<table><thead>{rows[0]}</thead><tbody>{''.join(rows[1:])}</tbody></table>"
+
+
+def build_demo(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> gr.Blocks:
+    """The page: chat on the left, the soft prompt on the right."""
+    config = model.config
+    sizes = config.num_soft_tokens, config.num_sink_tokens
+    width, number_size = model.get_input_embeddings().weight.shape[1], model.dtype.itemsize
+    state = f"{sizes[0]} slots × {width} numbers: {sizes[0] * width * number_size / 1024:,.0f} kB"
+
+    def turn(role: str, text: str) -> dict:
+        # escaped, since the chat shows tags as HTML; a part of type text, since it re-indents a plain string
+        return {"role": role, "content": [{"type": "text", "text": html.escape(text)}]}
+
+    def said(turn: dict) -> dict[str, str]:
+        return {"role": turn["role"], "content": html.unescape("".join(part["text"] for part in turn["content"]))}
+
+    def respond(message: str, history: list[dict], temperature: float, max_new_tokens: int):
+        if not message.strip():
+            yield [gr.skip()] * 5
+            return
+        history = [*history, turn("user", message)]
+        conversation = [said(turn) for turn in history]
+        yield "", history, *[gr.skip()] * 3
+        shown = 0
+        try:
+            with closing(reply(model, tokenizer, conversation, temperature, max_new_tokens)) as answer:
+                for text, steps in answer:
+                    panel = [gr.skip()] * 3
+                    if len(steps) > shown:
+                        shown, last = len(steps), steps[-1]
+                        facts = f"{HEADING}: {last.name}\n{last.seen:,} tokens read into {state} at any length."
+                        panel = [facts, picture(steps, *sizes), table(steps, tokenizer, *sizes)]
+                    yield gr.skip(), [*history, turn("assistant", text)], *panel
+        except Exception as error:
+            raise gr.Error(f"{type(error).__name__}: {error}") from error
+
+    with gr.Blocks(title="Phase15", analytics_enabled=False, fill_width=True) as demo:
+        gr.Markdown(f"## Phase15 · {name}")
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                height = "max(320px, 100vh - 240px)"
+                chat = gr.Chatbot(label="Chat", elem_id="chat", height=height, render_markdown=False, buttons=[])
+                with gr.Row(equal_height=True):
+                    box = gr.Textbox(show_label=False, placeholder="Ask something", submit_btn=True, scale=5)
+                    stop = gr.Button("Stop", min_width=70)
+                with gr.Accordion("Sampling", open=False):
+                    temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: greedy)")
+                    max_new_tokens = gr.Slider(16, 4096, 256, step=16, label="Most new tokens")
+            with gr.Column(scale=3, min_width=480):
+                facts = gr.Markdown(HEADING, elem_id="facts")
+                plot = gr.Plot(show_label=False, format="png", elem_id="picture")
+                gr.Markdown(LEGEND)
+                slots = gr.HTML(elem_id="slots", apply_default_css=False)
+        event = box.submit(
+            respond,
+            inputs=[box, chat, temperature, max_new_tokens],
+            outputs=[box, chat, facts, plot, slots],
+            concurrency_limit=1,
+        )
+        stop.click(None, cancels=[event])
+    return demo
+
+
+def load(model_dir: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and its tokenizer. Raises a ValueError before any code of another kind of model is run."""
+    model_type = PreTrainedConfig.get_config_dict(model_dir)[0].get("model_type")
+    if model_type != "phase15":
+        raise ValueError(f"{model_dir} is not a Phase15 model: its config.json says {model_type!r}.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=True).to(device)
+    return model.eval(), AutoTokenizer.from_pretrained(model_dir, trust_remote_code=True)
+
+
+def train_quickstart():
+    """Makes outputs/quickstart as README.md does, if it is not there."""
+    if (QUICKSTART / "config.json").is_file():
+        return
+    if not (HERE / "train_sft.py").is_file():
+        raise ValueError("no model: give --model_dir, or set PHASE15_MODEL to a folder or a Hub id.")
+    print(f"app.py: there is no {QUICKSTART}; training it, which takes 2 to 4 minutes on two cores", flush=True)
+    if code := subprocess.run([sys.executable, "train_sft.py"], cwd=HERE).returncode:
+        raise ValueError(f"the training of outputs/quickstart ended with exit status {code}.")
+
+
+def main(argv: list[str]):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_dir", default=os.environ.get("PHASE15_MODEL"), help="folder or Hub id")
+    parser.add_argument("--port", type=int, help="default: GRADIO_SERVER_PORT, or the first that is free from 7860")
+    args = parser.parse_args(argv)
+    if not args.model_dir:
+        train_quickstart()
+    name = args.model_dir or os.path.relpath(QUICKSTART)
+    demo = build_demo(*load(name), name)
+    demo.launch(server_port=args.port, theme=THEME, css=CSS, ssr_mode=False)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"app.py: {' '.join(str(error).split())}") from error

@@ -1,0 +1,473 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""The app: its parts against the naive reference, then the page in a browser, as a user starts and uses it."""
+
+import html
+import os
+import re
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    CHUNK,
+    LLM_SIZES,
+    QUERY,
+    SINKS,
+    SIZES,
+    SLOTS,
+    random_ids,
+    randomise_alpha,
+    reference_carry,
+    reference_step,
+)
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from modeling_phase15 import Phase15ForCausalLM
+
+
+gradio = pytest.importorskip("gradio", reason="needs requirements-extra.txt")
+
+import app  # noqa: E402
+
+
+ROOT = Path(__file__).parents[1]
+CHAT = [{"role": "user", "content": "Why is the sky blue?"}]
+
+
+def large_delta(model: Phase15ForCausalLM) -> Phase15ForCausalLM:
+    """Makes Δ turn slots into other tokens."""
+    model.hypernet.output_proj.weight.data *= 50
+    return randomise_alpha(model)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory, chat_tokenizer) -> str:
+    """A folder as train_sft.py saves it: a random model that never ends and writes words of printable characters."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**LLM_SIZES, "vocab_size": len(chat_tokenizer)})
+    texts = [chat_tokenizer.decode([token]) for token in range(config.vocab_size)]
+    base = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for token, text in enumerate(texts):
+            base.lm_head.weight[token] *= text.isascii() and text.isprintable() and "<" not in text
+            base.lm_head.weight[token] *= 3 if text.startswith(" ") else 1  # streamers give whole words
+    base.save_pretrained(folder := str(tmp_path_factory.mktemp("base")))
+    model = large_delta(Phase15ForCausalLM.from_base(folder, **SIZES))
+    model.save_pretrained(folder := str(tmp_path_factory.mktemp("model")))
+    chat_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(model_dir) -> Phase15ForCausalLM:
+    return Phase15ForCausalLM.from_pretrained(model_dir).eval()
+
+
+def nearest(slot: torch.Tensor, embeddings: torch.Tensor) -> int:
+    return int(torch.cosine_similarity(slot[None], embeddings, dim=1).argmax())
+
+
+@torch.no_grad()
+def reference_steps(model, ids: torch.LongTensor, query_length: int) -> list[tuple[list[torch.Tensor], list]]:
+    """For every step over one row: what carry alone makes of the slots, and what the model makes of them."""
+    embed, slots, steps = model.llm.get_input_embeddings(), [], []
+    answer = ids[query_length:]
+    answer = answer[: len(answer) // CHUNK * CHUNK]
+    for segment in [*ids[:query_length].split(QUERY), *answer.split(CHUNK)]:
+        if len(segment):
+            carried = reference_carry(slots, list(embed(segment)))
+            slots = reference_step(model, slots, segment)
+            steps.append((carried, slots))
+    return steps
+
+
+def expected_table(model, tokenizer, chat: list[dict], max_new_tokens: int) -> tuple[str, list[list[str]], list]:
+    """The answer to a conversation, and what the page must show of it: the cells by row, and which of them moved."""
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0]
+    query_length, embeddings = inputs["input_ids"].shape[1], model.get_input_embeddings().weight
+    steps = reference_steps(model, ids[:-1], query_length)  # the last token is never read
+    num_reads = -(-query_length // QUERY)
+    names = [f"read {i}" for i in range(1, num_reads)] + [f"sp_{c}" for c in range(len(steps) - num_reads + 1)]
+    rows = [["slot", *names[-app.COLUMNS :]]]
+    rows += [[f"sink {slot}" if slot < SINKS else str(slot)] for slot in range(SLOTS)]
+    moved = set()
+    for column, (carried, slots) in enumerate(steps[-app.COLUMNS :]):
+        for slot in range(SLOTS):
+            text = ""
+            if slot < len(slots):
+                token = nearest(slots[slot], embeddings)
+                text = tokenizer.decode([token]).translate(app.INVISIBLE)
+                if token != nearest(carried[slot], embeddings):
+                    moved.add((slot, column))
+            rows[slot + 1].append(text)
+    return tokenizer.decode(ids[query_length:], skip_special_tokens=True), rows, moved
+
+
+# the parts
+
+
+def test_nearest_tokens_equal_a_loop_over_slots_and_vocabulary():
+    torch.manual_seed(0)
+    slots, embeddings = torch.randn(9, 16), torch.randn(40, 16) * torch.rand(40, 1) * 5
+    tokens, cosines = app.nearest_tokens(slots, embeddings)
+    cosine = [[torch.cosine_similarity(slot, embedding, 0).item() for embedding in embeddings] for slot in slots]
+    assert tokens.tolist() == [row.index(max(row)) for row in cosine]
+    torch.testing.assert_close(cosines, torch.cosine_similarity(slots, embeddings[tokens]))
+    assert not torch.equal(tokens, (slots @ embeddings.T).argmax(1))  # the lengths of the embeddings mattered
+
+
+def test_a_recorder_holds_every_step_of_the_reference(tiny):
+    large_delta(tiny)
+    ids, query_length = random_ids(2 * QUERY + 3 + 3 * CHUNK), 2 * QUERY + 3
+    with app.Recorder(tiny, query_length, 60) as recorder, torch.no_grad():
+        tiny(ids[None], query_lengths=query_length, use_cache=True)
+    assert [step.name for step in recorder.steps] == ["read 1", "read 2", "sp_0", "sp_1", "sp_2", "sp_3"]
+    assert [step.seen for step in recorder.steps] == [7, 14, 17, 21, 25, 29]
+    embeddings = tiny.get_input_embeddings().weight
+    for step, (carried, slots) in zip(recorder.steps, reference_steps(tiny, ids, query_length), strict=True):
+        assert step.tokens == [nearest(slot, embeddings) for slot in slots]
+        assert step.carried == [nearest(slot, embeddings) for slot in carried]
+        shares = [((slot - old).norm() / slot.norm()).item() for slot, old in zip(slots, carried, strict=True)]
+        assert step.shares == pytest.approx(shares, rel=1e-3)
+    assert any(step.tokens != step.carried for step in recorder.steps)
+
+
+def test_a_recorder_leaves_nothing_on_the_model_even_after_an_error(tiny):
+    with app.Recorder(tiny, 1, 60):
+        assert tiny.hypernet._forward_hooks
+    with pytest.raises(KeyError), app.Recorder(tiny, 1, 60):
+        raise KeyError
+    assert not tiny.hypernet._forward_hooks
+
+
+def test_a_recorder_does_not_see_the_steps_of_another_thread(tiny):
+    with app.Recorder(tiny, 5, 60) as recorder:
+        other = threading.Thread(target=tiny, args=(random_ids(1, 20),))
+        other.start()
+        other.join()
+        assert recorder.steps == []
+        tiny(random_ids(1, 5), query_lengths=5)
+        assert len(recorder.steps) == 1
+
+
+def test_embeddings_that_the_tokenizer_does_not_know_are_never_shown(tiny):
+    ids = torch.full((1, 5), 50)
+    tiny.hypernet.alpha.data.zero_()
+    shown = []
+    for vocab_size in (60, 50):
+        with app.Recorder(tiny, 5, vocab_size) as recorder:
+            tiny(ids, query_lengths=5)
+        shown.append(recorder.steps[0].tokens)
+    assert shown[0] == [50] * 5 and all(token < 50 for token in shown[1])
+
+
+def test_without_delta_the_slots_show_the_window_and_nothing_has_moved(bases, tokenizer):
+    model = Phase15ForCausalLM.from_base(bases["llama"], **SIZES)
+    *_, (text, steps) = app.reply(model, tokenizer, [{"role": "user", "content": "PHASEFIFTEEN"}], max_new_tokens=40)
+    query = tokenizer("PHASEFIFTEEN")["input_ids"]  # a tokenizer without a chat template: plain text
+    stream = query + tokenizer(text)["input_ids"]
+    assert len(text) == 40 and [step.name for step in steps][:3] == ["read 1", "sp_0", "sp_1"]
+    for step in steps:
+        assert step.tokens == step.carried == reference_carry([], stream[: step.seen])
+        assert set(step.shares) == {0.0} and step.cosines == pytest.approx([1] * len(step.cosines))
+    assert 'class="moved"' not in app.table(steps, tokenizer, SLOTS, SINKS)
+    app.picture(steps, SLOTS, SINKS).savefig(os.devnull, format="png")
+
+
+class Tags:
+    def decode(self, ids):
+        return f'<b id="{ids[0]}">&\n'
+
+
+def test_the_table_escapes_tokens_marks_what_moved_and_leaves_unused_slots_blank():
+    step = app.Step("sp_0", 2, tokens=[7, 8], cosines=[0.5, 1.0], carried=[7, 9], shares=[0.1, 0.2])
+    page = app.table([step], Tags(), num_slots=3, num_sinks=1)
+    cells = re.findall(r"<td( class=\"moved\")?(?: style=\"--d:([\d.]+)\" title=\"([^\"]*)\")?>(.*?)</td>", page)
+    assert [(bool(moved), share) for moved, share, _, _ in cells] == [(False, "0.50"), (True, "1.00"), (False, "")]
+    assert [html.unescape(text) for *_, text in cells] == ['<b·id="7">&⏎', '<b·id="8">&⏎', ""]
+    assert "<b" not in page and 'carried <b·id="9">' in html.unescape(cells[1][2])
+    assert re.findall(r"<tr( class=\"last-sink\")?><th>(.*?)</th>", page)[1:] == [
+        (' class="last-sink"', "sink 0"),
+        ("", "1"),
+        ("", "2"),
+    ]
+
+
+def test_the_table_holds_the_last_steps_and_the_picture_all():
+    steps = [app.Step(f"sp_{i}", i, [1], [1.0], [1], [i / 100]) for i in range(app.COLUMNS + 5)]
+    page = app.table(steps, Tags(), 2, 1)
+    assert re.findall(r"<th>(sp_\d+)</th>", page) == [f"sp_{i}" for i in range(5, app.COLUMNS + 5)]
+    image = app.picture(steps, 2, 1).axes[0].images[0].get_array()
+    assert image.shape == (2, app.COLUMNS + 5) and image.mask[1].all()
+    assert image[0].tolist() == pytest.approx([step.shares[0] for step in steps])
+
+
+def test_a_reply_streams_what_generate_gives(model, chat_tokenizer):
+    seen = list(app.reply(model, chat_tokenizer, CHAT, max_new_tokens=60))
+    answer, _, _ = expected_table(model, chat_tokenizer, CHAT, 60)
+    assert seen[-1][0] == answer and len({len(text) for text, _ in seen}) > 3
+
+
+def test_temperature_zero_is_greedy_and_any_other_samples(tiny, tokenizer, monkeypatch):
+    calls = []
+    monkeypatch.setattr(tiny, "generate", lambda **kwargs: calls.append(kwargs) or kwargs["streamer"].end())
+    for temperature in (0, 0.5):
+        list(app.reply(tiny, tokenizer, CHAT, temperature, 7))
+    assert [(call["do_sample"], call.get("temperature"), call["max_new_tokens"]) for call in calls] == [
+        (False, None, 7),
+        (True, 0.5, 7),
+    ]
+
+
+def test_an_error_in_the_thread_reaches_the_caller_and_the_user(tiny, tokenizer, monkeypatch):
+    def fail(**kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(tiny, "generate", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(app.reply(tiny, tokenizer, CHAT))
+    (respond,) = (block.fn for block in app.build_demo(tiny, tokenizer, "tiny").fns.values() if block.fn)
+    with pytest.raises(gradio.Error, match="RuntimeError: out of memory"):
+        list(respond("Why?", [], 0, 16))
+
+
+def test_closing_the_reply_ends_the_generation(model, chat_tokenizer):
+    before = set(threading.enumerate())
+    answer = app.reply(model, chat_tokenizer, CHAT, max_new_tokens=100_000)
+    next(answer)
+    (thread,) = set(threading.enumerate()) - before
+    answer.close()
+    thread.join(timeout=10)
+    assert not thread.is_alive() and not model.hypernet._forward_hooks
+
+
+# the command
+
+
+@pytest.fixture
+def loaded(monkeypatch) -> list[str]:
+    """What main would load: it ends there."""
+    names = []
+
+    def load(name):
+        names.append(str(name))
+        raise ValueError("end")
+
+    monkeypatch.setattr(app, "load", load)
+    return names
+
+
+def test_the_model_is_the_flag_then_the_variable_then_the_quickstart(loaded, monkeypatch, tmp_path):
+    (tmp_path / "config.json").touch()
+    monkeypatch.setattr(app, "HERE", tmp_path)  # nothing can be trained
+    monkeypatch.setattr(app, "QUICKSTART", tmp_path)
+    for argv in (["--model_dir", "a"], []):
+        monkeypatch.setenv("PHASE15_MODEL", "b")
+        with pytest.raises(ValueError, match="end"):
+            app.main(argv)
+    monkeypatch.delenv("PHASE15_MODEL")
+    with pytest.raises(ValueError, match="end"):
+        app.main([])
+    assert loaded[:2] == ["a", "b"] and Path(loaded[2]).resolve() == tmp_path
+
+
+def test_the_quickstart_is_trained_if_it_is_not_there(loaded, monkeypatch, tmp_path, capfd):
+    monkeypatch.delenv("PHASE15_MODEL", raising=False)
+    monkeypatch.setattr(app, "HERE", tmp_path)
+    monkeypatch.setattr(app, "QUICKSTART", tmp_path / "outputs" / "quickstart")
+    with pytest.raises(ValueError, match="--model_dir"):  # a Space that holds app.py alone
+        app.main([])
+    (tmp_path / "train_sft.py").write_text("print('step 1')\nraise SystemExit(3)")
+    with pytest.raises(ValueError, match="exit status 3"):
+        app.main([])
+    out = capfd.readouterr().out
+    assert re.search(r"training it.*minutes.*\nstep 1", out) and loaded == []
+    make = "import pathlib as p; d = p.Path('outputs/quickstart'); d.mkdir(parents=True); (d / 'config.json').touch()"
+    (tmp_path / "train_sft.py").write_text(make)
+    for _ in range(2):  # the second time it is there, and the script would fail
+        with pytest.raises(ValueError, match="end"):
+            app.main([])
+    assert len(loaded) == 2
+
+
+def test_a_folder_that_is_not_a_phase15_model_is_named(bases, tmp_path):
+    with pytest.raises(ValueError, match="not a Phase15 model.*'llama'"):
+        app.load(bases["llama"])
+    with pytest.raises((ValueError, OSError), match="empty"):
+        (tmp_path / "empty").mkdir()
+        app.load(str(tmp_path / "empty"))
+
+
+def test_bad_input_ends_in_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["app.py", "--model_dir", "no/such/folder"])
+    with pytest.raises(SystemExit, match=r"^app\.py: .*no/such/folder.*") as ended:
+        runpy.run_path(str(ROOT / "app.py"), run_name="__main__")
+    assert "\n" not in ended.value.code  # a text is printed, and the exit status is 1
+
+
+# the page
+
+
+@pytest.fixture(scope="module")
+def server(model_dir, tmp_path_factory):
+    """The app as a user starts it, from a folder that holds app.py alone: its process and its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("space")
+    shutil.copy(ROOT / "app.py", folder)
+    settings = {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1"}
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "app.py"],
+            cwd=folder,
+            env={**os.environ, **settings, "PHASE15_MODEL": model_dir, "HF_MODULES_CACHE": str(folder / "modules")},
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        while "Running on" not in (folder / "log").read_text():
+            assert process.poll() is None, (folder / "log").read_text()
+            time.sleep(0.2)
+        yield process, f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture
+def page(server):
+    """The page in Chromium, which reaches nothing but this machine; at the end nothing may have gone wrong on it."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs requirements-extra.txt")
+    if not (chromium := shutil.which("chromium")):
+        pytest.skip("needs Chromium")
+    address, problems = server[1], []
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=chromium,
+            args=["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"],
+        )
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        page.set_default_timeout(120_000)
+        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on(
+            "request",
+            lambda request: (
+                None if request.url.startswith((address, "data:", "blob:")) else problems.append(request.url)
+            ),
+        )
+        page.goto(address)
+        yield page
+        browser.close()
+    assert problems == []
+
+
+def ask(page, question: str):
+    page.get_by_placeholder("Ask something").fill(question)
+    page.keyboard.press("Enter")
+
+
+def answers(page) -> list[str]:
+    return [bot.text_content() for bot in page.get_by_test_id("bot").all()]
+
+
+def wait_for_answer(page, index: int, text: str):
+    page.wait_for_function(
+        "([index, text]) => document.querySelectorAll('[data-testid=bot]')[index]?.textContent === text",
+        arg=[index, text],
+    )
+
+
+def shown_table(page) -> tuple[list[list[str]], set]:
+    """The cells by row, and which of them moved."""
+    rows = page.eval_on_selector_all(
+        "#slots tr", "rows => rows.map(row => [...row.cells].map(cell => [cell.textContent, cell.className]))"
+    )
+    moved = {(i - 1, j - 1) for i, row in enumerate(rows) for j, (_, name) in enumerate(row) if name == "moved"}
+    return [[text for text, _ in row] for row in rows], moved
+
+
+def test_an_answer_grows_beside_its_soft_prompt_and_the_next_turn_follows_it(page, model, chat_tokenizer):
+    page.evaluate(
+        """() => {
+            window.grown = new Set();
+            const look = () => document.querySelectorAll('[data-testid=bot]').forEach(bot => {
+                if (!document.querySelectorAll('[data-testid=bot]')[1]) grown.add(bot.textContent)
+            });
+            new MutationObserver(look).observe(document, {subtree: true, childList: true, characterData: true});
+        }"""
+    )
+    chat, pictures = [], []
+    assert page.locator("#slots tr").count() == page.locator("#picture img").count() == 0
+    for turn, question in enumerate(["Why is the sky blue?", "<b>And</b>  light?"]):
+        chat.append({"role": "user", "content": question})
+        answer, rows, moved = expected_table(model, chat_tokenizer, chat, 256)
+        ask(page, question)
+        wait_for_answer(page, turn, answer)
+        page.wait_for_function(
+            "name => [...document.querySelectorAll('#slots thead th')].at(-1).textContent === name", arg=rows[0][-1]
+        )
+        assert shown_table(page) == (rows, moved) and moved
+        prompt = chat_tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        assert f"{len(prompt) + 252:,} tokens" in page.locator("#facts").text_content()  # of 256: whole chunks
+        pictures.append(page.locator("#picture img").get_attribute("src"))
+        chat.append({"role": "assistant", "content": answer})
+    assert page.get_by_test_id("user").all()[1].text_content() == "<b>And</b>  light?"
+    assert pictures[0] != pictures[1]
+    grown = sorted(page.evaluate("[...grown]"), key=len)
+    assert len(grown) > 2 and all(chat[1]["content"].startswith(text) for text in grown)
+
+
+def test_an_empty_message_does_nothing(page):
+    ask(page, "  ")
+    page.wait_for_timeout(1000)
+    assert page.get_by_test_id("user").count() == 0 and answers(page) == []
+
+
+def cpu_seconds(process) -> float:
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def ask_for_a_long_answer(page):
+    page.get_by_text("Sampling").click()
+    page.get_by_label("number input for Most new tokens").fill("4096")
+    page.keyboard.press("Tab")
+    ask(page, "Why is the sky blue?")
+    page.wait_for_function("document.querySelector('[data-testid=bot]')?.textContent.length > 20")
+
+
+def wait_until_idle(process):
+    deadline = time.monotonic() + 10
+    while True:
+        before = cpu_seconds(process)
+        time.sleep(0.5)
+        if cpu_seconds(process) - before < 0.1:
+            return
+        assert time.monotonic() < deadline, "the server is still at work"
+
+
+def test_stop_ends_the_generation_and_the_next_question_is_answered(page, server):
+    ask_for_a_long_answer(page)
+    page.get_by_role("button", name="Stop").click()
+    wait_until_idle(server[0])
+    stopped = answers(page)
+    assert 20 < len(stopped[0]) < 4000
+    ask(page, "Blue?")
+    page.wait_for_function("document.querySelectorAll('[data-testid=bot]')[1]?.textContent.length > 20")
+    assert answers(page)[0] == stopped[0]
+
+
+def test_leaving_the_page_ends_the_generation(page, server):
+    ask_for_a_long_answer(page)
+    page.close()
+    wait_until_idle(server[0])
