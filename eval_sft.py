@@ -8,10 +8,15 @@ What the soft prompt carries: loss on the same validation records, in nats per a
     full context           its LLM on the whole query and answer, as an ordinary causal LM
 """
 
+import json
+import os
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
@@ -120,15 +125,86 @@ def table(results: dict[str, dict]) -> str:
 
 def plot(results: dict[str, dict], path: str | Path):
     """Draws the loss by chunk index into a picture file."""
+    with picture(path) as axes:
+        for variant, result in results.items():
+            axes.plot(result["loss_by_chunk"], marker="o", markersize=3, label=f"{variant} ({result['loss']:.3f})")
+        axes.set(xlabel="chunk index", ylabel="nats per answer token", title="Validation loss by chunk")
+        axes.legend()
+
+
+def plot_training(log_history: list[dict], path: str | Path):
+    """Draws the loss and the share of Δ in the soft prompt's norm, by step, into a picture file."""
+    logs = [log for log in log_history if "loss" in log and "delta_share" in log]
+    evaluations = [log for log in log_history if "eval_loss" in log]
+    with picture(path) as axes:
+        axes.plot([log["step"] for log in logs], [log["loss"] for log in logs], label="training loss")
+        if evaluations:
+            steps, losses = [log["step"] for log in evaluations], [log["eval_loss"] for log in evaluations]
+            axes.plot(steps, losses, marker="o", label="validation loss")
+        axes.set(xlabel="step", ylabel="nats per answer token", title="Training")
+        share = axes.twinx()
+        share.plot([log["step"] for log in logs], [log["delta_share"] for log in logs], "--", color="grey")
+        share.set(ylabel="share of Δ in the soft prompt's norm (dashed)", ylim=(0, None))
+        axes.legend(loc="center right")
+
+
+@contextmanager
+def picture(path: str | Path):
+    """The axes of a new picture, which is saved when the block ends; the same drawing gives the same bytes."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for variant, result in results.items():
-        axes.plot(result["loss_by_chunk"], marker="o", markersize=3, label=f"{variant} ({result['loss']:.3f})")
-    axes.set(xlabel="chunk index", ylabel="nats per answer token", title="Validation loss by chunk")
-    axes.legend()
+    yield axes
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+LOAD_AND_ANSWER = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, query, max_new_tokens = sys.argv[1], torch.tensor([json.loads(sys.argv[2])]), int(sys.argv[3])
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+assert torch.isfinite(model(query).logits).all(), "the logits are not finite"
+mask = torch.ones_like(query)
+output = model.generate(query, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
+tokenizer.decode(output[0])
+print(json.dumps(output[0, query.shape[1]:].tolist()))
+"""
+
+
+def answer_in_new_process(folder: str | Path, query: list[int], max_new_tokens: int) -> list[int]:
+    """
+    What a saved model answers, greedily, where nothing is known of this repository: in a new process, in another
+    folder, with an empty module cache and no network.
+
+    Args:
+        folder (`str` or `Path`): where the model, its code and its tokenizer are.
+        query (`list[int]`): token ids.
+        max_new_tokens (`int`): tokens of the answer, at most.
+
+    Returns:
+        `list[int]`: the answer's token ids.
+
+    Raises:
+        ValueError: if the folder cannot be loaded or does not answer, with the last line of the process's error.
+    """
+    here = Path(__file__).resolve().parent
+    python_path = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    with TemporaryDirectory() as elsewhere:
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(path for path in python_path if Path(path).resolve() != here),
+            "HF_MODULES_CACHE": elsewhere,
+            "HF_HUB_OFFLINE": "1",
+        }
+        arguments = [str(Path(folder).resolve()), json.dumps(query), str(max_new_tokens)]
+        command = [sys.executable, "-c", LOAD_AND_ANSWER, *arguments]
+        done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise ValueError(f"{folder} cannot be loaded and used in a new process: {reason}")
+    return json.loads(done.stdout.splitlines()[-1])

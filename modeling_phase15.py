@@ -369,6 +369,8 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
             kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
         llm = AutoModelForCausalLM.from_pretrained(base, **kwargs)
         check_base(llm)
+        if os.path.isdir(base):
+            llm.config._name_or_path = ""  # a path says nothing where the model is loaded later
         attention = llm.config._attn_implementation
         model = cls(Phase15Config(text_config=llm.config, attn_implementation=attention, **config_kwargs), llm=llm)
         embeddings = llm.get_input_embeddings().weight

@@ -16,10 +16,10 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -239,10 +239,15 @@ class Phase15Trainer(Trainer):
         return self.optimizer
 
 
-def parse_args(argv: list[str]) -> tuple[Phase15ModelArguments, Phase15DataArguments, Phase15TrainingArguments]:
+def parse_args(
+    argv: list[str],
+) -> tuple[Phase15ModelArguments, Phase15DataArguments, Phase15TrainingArguments, dict]:
     """
     Arguments of a run: a recipe, `recipes/NAME.yaml` or `--config recipes/NAME.yaml`, then flags that override it.
     The recipe is the quickstart when there is neither a recipe nor a model or data set.
+
+    Returns:
+        the arguments, and the recipe that alone would give them: all values that are not the defaults.
 
     Raises:
         ValueError: for a recipe that is missing or not a mapping, or for a key of it that does not exist.
@@ -250,6 +255,7 @@ def parse_args(argv: list[str]) -> tuple[Phase15ModelArguments, Phase15DataArgum
     parser = HfArgumentParser((Phase15ModelArguments, Phase15DataArguments, Phase15TrainingArguments))
     parser.add_argument("recipe", nargs="?", help="a YAML file with values for the flags below")
     parser.add_argument("--config", help="the same as recipe")
+    defaults = vars(parser.parse_args([]))
     known, _ = parser.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
     recipe = known.recipe or known.config
     if recipe is None and known.model_name_or_path is None and known.dataset_name is None:
@@ -279,7 +285,9 @@ def parse_args(argv: list[str]) -> tuple[Phase15ModelArguments, Phase15DataArgum
     outputs = []
     for cls in parser.dataclass_types:
         outputs.append(cls(**{f.name: getattr(arguments, f.name) for f in fields(cls) if f.init}))
-    return tuple(outputs)
+    not_in_recipe = ("recipe", "config", "hub_token")  # a token is nobody else's business
+    recipe = {name: value for name, value in vars(arguments).items() if value != defaults[name]}
+    return *outputs, {name: value for name, value in recipe.items() if name not in not_in_recipe}
 
 
 def load_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM, PreTrainedTokenizerBase]:
@@ -333,9 +341,9 @@ def is_phase15(name: str) -> bool:
     return Phase15Config.get_config_dict(name)[0].get("model_type") == Phase15Config.model_type
 
 
-def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments]:
+def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dict]:
     """Everything that can fail because of the input, before the first step."""
-    model_args, data_args, training_args = parse_args(argv)
+    model_args, data_args, training_args, recipe = parse_args(argv)
     if data_args.dataset_name is None:
         raise ValueError(
             "`dataset_name` is missing: a JSONL, JSON, CSV or Parquet file, a Hub id, or python-docstrings."
@@ -368,10 +376,20 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments]:
         ),
         processing_class=tokenizer,
     )
-    return trainer, model_args
+    return trainer, model_args, recipe
 
 
-def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments):
+def save_recipe(recipe: dict, output_dir: Path):
+    """Writes `recipe.yaml`, and `recipes_before.yaml` if the model that the run starts from has a recipe itself."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), "utf-8")
+    if start := recipe.get("model_name_or_path"):
+        before = [Path(start, name) for name in ("recipes_before.yaml", "recipe.yaml")]
+        if before := [path.read_text("utf-8") for path in before if path.is_file()]:
+            (output_dir / "recipes_before.yaml").write_text("---\n".join(before), "utf-8")
+
+
+def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments, recipe: dict):
     """Trains, saves, compares and reports."""
     args, output_dir = trainer.args, Path(trainer.args.output_dir)
     if (output_dir / "results.json").exists() and trainer.is_world_process_zero():  # overwrite_output_dir
@@ -387,6 +405,8 @@ def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments):
     checkpoint = args.resume_from_checkpoint or (get_last_checkpoint(output_dir) if output_dir.is_dir() else None)
     if checkpoint is not None:
         logger.warning(f"Resuming from {checkpoint}.")
+    if trainer.is_world_process_zero():
+        save_recipe(recipe, output_dir)
     result = trainer.train(resume_from_checkpoint=checkpoint)
 
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -398,7 +418,16 @@ def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments):
     trainer.save_state()
     if not trainer.is_world_process_zero():
         return
-    results = {"train": result.metrics, "arguments": asdict(model_args), "validation": {}}
+    eval_sft.plot_training(trainer.state.log_history, output_dir / "training_curve.png")
+    results = {
+        "train": result.metrics,
+        "steps": trainer.state.global_step,
+        "records": {"training": len(trainer.train_dataset), "validation": len(trainer.eval_dataset or [])},
+        "device": torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type,
+        "processes": args.world_size,
+        "versions": {package: version(package) for package in ("transformers", "torch", "datasets", "peft")},
+        "validation": {},
+    }
     if trainer.eval_dataset is not None:
         loader = DataLoader(trainer.eval_dataset, args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
         with trainer.accelerator.autocast():
@@ -410,19 +439,9 @@ def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments):
         print(f"Saved to {output_dir}. Loaded in a new process:")
         query = trainer.train_dataset[0]
         query = query["input_ids"][: query["query_length"]]
-        subprocess.run([sys.executable, "-c", LOAD_AND_ANSWER, output_dir, json.dumps(query)], check=True)
-
-
-LOAD_AND_ANSWER = """
-import json, sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
-query = torch.tensor([json.loads(sys.argv[2])])
-output = model.generate(query, attention_mask=torch.ones_like(query), max_new_tokens=64, do_sample=False)
-print("Q:", tokenizer.decode(query[0], skip_special_tokens=True))
-print("A:", tokenizer.decode(output[0, query.shape[1]:], skip_special_tokens=True))
-"""
+        answer = eval_sft.answer_in_new_process(output_dir, query, max_new_tokens=64)
+        print("Q:", trainer.processing_class.decode(query, skip_special_tokens=True))
+        print("A:", trainer.processing_class.decode(answer, skip_special_tokens=True))
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def train(data, folder, *flags):
         "save_strategy": "no",
         "report_to": "none",
     }
-    trainer, _ = train_sft.prepare([*flags, "--use_cpu", *(f"--{name}={value}" for name, value in settings.items())])
+    trainer, *_ = train_sft.prepare([*flags, "--use_cpu", *(f"--{name}={value}" for name, value in settings.items())])
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.train()
     trainer.save_model()

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 import yaml
 from conftest import (
     CHUNK,
@@ -41,7 +42,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Train
 import eval_sft
 from data_sft import Phase15DataCollator
 from modeling_phase15 import Phase15ForCausalLM
-from train_sft import Phase15Trainer, Phase15TrainingArguments, main, parse_args, prepare
+from train_sft import Phase15Trainer, Phase15TrainingArguments, main, parse_args, prepare, save_recipe
 
 
 ROOT = Path(__file__).parent.parent
@@ -296,7 +297,7 @@ def write(recipe: dict, folder: Path, **values) -> str:
 
 @pytest.mark.parametrize("stage", ["hypernet", "full"])
 def test_what_a_stage_trains(stage, recipe, tmp_path):
-    trainer, _ = prepare([write(recipe, tmp_path, stage=stage)])
+    trainer, *_ = prepare([write(recipe, tmp_path, stage=stage)])
     before = state(trainer.model)
     trainer.train()
     moved = changed(before, trainer.model.state_dict())
@@ -306,11 +307,11 @@ def test_what_a_stage_trains(stage, recipe, tmp_path):
 
 
 def test_stage_2_starts_from_stage_1(recipe, tmp_path):
-    first, _ = prepare([write(recipe, tmp_path, stage="hypernet")])
+    first, *_ = prepare([write(recipe, tmp_path, stage="hypernet")])
     first.train()
     first.save_model(tmp_path / "stage1")
     recipe = {**recipe, "model_name_or_path": str(tmp_path / "stage1")}
-    second, _ = prepare([write(recipe, tmp_path, stage="full", output_dir=str(tmp_path / "stage2"))])
+    second, *_ = prepare([write(recipe, tmp_path, stage="full", output_dir=str(tmp_path / "stage2"))])
     assert not changed(state(first.model), state(second.model)) and second.model.hypernet.alpha.abs().min() > 0
     assert all(parameter.requires_grad for parameter in second.model.parameters())
     assert second.train_dataset[:] == first.train_dataset[:]
@@ -325,9 +326,9 @@ def inputs_of(trainer):
 @pytest.mark.filterwarnings("ignore:.*merge.*")
 def test_lora(recipe, tmp_path, capfd):
     """Adapter beside a frozen LLM; loaded onto the base again, and merged."""
-    trainer, model_args = prepare([write(recipe, tmp_path, stage="lora", lora_r=2)])
+    trainer, *rest = prepare([write(recipe, tmp_path, stage="lora", lora_r=2)])
     before = state(trainer.model)
-    main(trainer, model_args)
+    main(trainer, *rest)
     moved = changed(before, trainer.model.state_dict())
     lora = {name for name in before if "lora_" in name}
     hypernet = {name for name in before if "hypernet.modules_to_save" in name and "embedding_scale" not in name}
@@ -368,14 +369,14 @@ def kill(model):
 def test_a_stage_resumes(stage, recipe, tmp_path):
     """The same weights and losses, over several epochs and with dropout."""
     recipe |= {"stage": stage, "lora_dropout": 0.3, "max_steps": 8, "save_steps": 3}
-    whole, _ = prepare([write(recipe, tmp_path, output_dir=str(tmp_path / "whole"))])
+    whole, *_ = prepare([write(recipe, tmp_path, output_dir=str(tmp_path / "whole"))])
     whole.train()
     path = write(recipe, tmp_path)
-    killed, _ = prepare([path])
+    killed, *_ = prepare([path])
     killed.add_callback(At(5, kill))
     with pytest.raises(Killed):
         killed.train()
-    resumed, _ = prepare([path])
+    resumed, *_ = prepare([path])
     resumed.train(resume_from_checkpoint=True)
     assert not changed(state(whole.model), state(resumed.model))
     assert losses_of(resumed.state.log_history) == losses_of(whole.state.log_history)
@@ -392,7 +393,7 @@ def losses_of(log_history) -> dict[int, list[float]]:
 
 def test_records_are_split(recipe, tmp_path):
     """The last ones validate; all train where none shall."""
-    trainer, _ = prepare([write(recipe, tmp_path), "--validation_split", "0.3", "--max_validation_records", "4"])
+    trainer, *_ = prepare([write(recipe, tmp_path), "--validation_split", "0.3", "--max_validation_records", "4"])
     assert trainer.train_dataset["record"][:] == list(range(1, 11))
     assert trainer.eval_dataset["record"][:] == list(range(11, 15))
     arguments = [write(recipe, tmp_path, stage="lora", validation_split=0.0), "--max_steps", "1"]
@@ -447,7 +448,7 @@ def test_a_killed_run_resumes_bit_for_bit(killed_run, tmp_path):
     path, folder, step, done = killed_run
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(rf"[Rr]esum.*checkpoint-{step}\b", done.stderr)
-    whole, _ = prepare([path, "--output_dir", str(tmp_path)])
+    whole, *_ = prepare([path, "--output_dir", str(tmp_path)])
     whole.train()
     resumed = json.loads((folder / "trainer_state.json").read_text())
     assert losses_of(resumed["log_history"]) == losses_of(whole.state.log_history)
@@ -463,10 +464,39 @@ def test_what_a_run_leaves_and_says(killed_run):
     assert list(results["validation"]) == ["the model", "Δ = 0", "soft prompt at sp_0", "full context"]
     for variant, result in results["validation"].items():
         assert f"| {variant} | {result['loss']:.4f} |" in done.stdout
-    assert (folder / "loss_by_chunk.png").read_bytes().startswith(b"\x89PNG")
+    assert results["records"] == {"training": 13, "validation": 2} and results["steps"] == 60
+    assert results["versions"]["transformers"] == transformers.__version__ and results["device"] == "cpu"
+    for picture in ("loss_by_chunk.png", "training_curve.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     assert re.search(r"^Q: .*^A: ", done.stdout, re.M | re.S) and "100%" in done.stderr
     assert "loss_chunk" not in done.stdout  # the log of a step stays one line
     assert AutoTokenizer.from_pretrained(folder, trust_remote_code=True).chat_template
+
+
+def test_a_run_leaves_the_recipe_that_repeats_it(killed_run, tmp_path):
+    path, folder, *_ = killed_run
+    *arguments, recipe = parse_args([path])
+    *repeated, again = parse_args([str(folder / "recipe.yaml")])
+    assert recipe == again == yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert [vars(values) for values in arguments[:2]] == [vars(values) for values in repeated[:2]]
+    assert arguments[2].to_dict() == repeated[2].to_dict()
+    assert not {"bf16", "stage", "recipe"} & set(recipe)  # defaults, and no flag
+    flags = ["--learning_rate", "0.5", "--stage", "lora", "--hub_token", "hf_secret"]
+    assert parse_args([path, *flags])[3] == recipe | {"learning_rate": 0.5, "stage": "lora"}
+
+
+def test_the_recipes_of_earlier_stages_are_kept(recipe, tmp_path):
+    recipes = [{**recipe, "stage": stage, "output_dir": str(tmp_path / stage)} for stage in ("hypernet", "full")]
+    recipes[1]["model_name_or_path"] = recipes[0]["output_dir"]
+    recipes.append({**recipes[1], "model_name_or_path": recipes[1]["output_dir"], "output_dir": str(tmp_path / "3")})
+    for values in recipes:
+        save_recipe(values, Path(values["output_dir"]))
+    assert not (tmp_path / "hypernet" / "recipes_before.yaml").exists()
+    for index, values in enumerate(recipes):
+        folder = Path(values["output_dir"])
+        assert yaml.safe_load((folder / "recipe.yaml").read_text()) == values
+        if index:
+            assert list(yaml.safe_load_all((folder / "recipes_before.yaml").read_text())) == recipes[:index]
 
 
 def script(*argv: str) -> str:
@@ -497,8 +527,8 @@ def test_overwriting_starts_anew(recipe, tmp_path):
     folder = Path(recipe["output_dir"])
     with pytest.raises(ValueError, match="--overwrite_output_dir"):
         prepare(arguments)
-    trainer, model_args = prepare([*arguments, "--overwrite_output_dir", "--max_steps", "2"])
-    main(trainer, model_args)
+    trainer, *rest = prepare([*arguments, "--overwrite_output_dir", "--max_steps", "2"])
+    main(trainer, *rest)
     assert list(losses_of(trainer.state.log_history)) == [1, 2] and (folder / "results.json").is_file()
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
 
@@ -572,7 +602,7 @@ def test_flags_override_the_recipe(recipe, tmp_path):
     path = write(recipe, tmp_path, stage="hypernet", warmup_steps=7)
     flags = ["--stage", "lora", "--chunk_length", "6", "--learning_rate", "3e-3", "--dataset_name", "x.csv"]
     for arguments in ([path, *flags], [*flags, path], ["--config", path, *flags]):
-        model, data, training = parse_args(arguments)
+        model, data, training, _ = parse_args(arguments)
         assert (model.stage, model.chunk_length, data.dataset_name) == ("lora", 6, "x.csv")
         assert (training.learning_rate, training.warmup_steps, training.max_steps) == (3e-3, 7, 3)
         assert model.config_fields == {name: recipe[name] for name in model.config_fields} | {"chunk_length": 6}
@@ -580,7 +610,7 @@ def test_flags_override_the_recipe(recipe, tmp_path):
 
 
 def test_without_arguments_it_is_the_quickstart():
-    model, data, _ = parse_args([])
+    model, data, _, _ = parse_args([])
     assert data.dataset_name == "python-docstrings" and model.base_config["hidden_size"] <= 256
     assert parse_args(["--model_name_or_path", "x", "--dataset_name", "y"])[0].base_config is None
 
@@ -589,7 +619,7 @@ def test_without_arguments_it_is_the_quickstart():
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.stem)
 def test_recipes(path, tmp_path):
     """Every recipe parses; the ones of TinyLlama hold the card's values."""
-    model, data, training = parse_args([str(path), "--use_cpu", "--output_dir", str(tmp_path)])
+    model, data, training, _ = parse_args([str(path), "--use_cpu", "--output_dir", str(tmp_path)])
     assert data.dataset_name and (model.model_name_or_path or model.base_config)
     if path.stem == "quickstart":
         return
@@ -613,7 +643,7 @@ def test_the_padding_of_a_tokenizer_whose_padding_is_its_end(base, recipe, tmp_p
     tokenizer.pad_token = tokenizer.eos_token
     shutil.copytree(base, tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    trainer, _ = prepare([write(recipe, tmp_path, model_name_or_path=str(tmp_path / "base"), max_answer_length=256)])
+    trainer, *_ = prepare([write(recipe, tmp_path, model_name_or_path=str(tmp_path / "base"), max_answer_length=256)])
     for batch in trainer.get_train_dataloader():
         assert ((batch["labels"] == tokenizer.eos_token_id).sum(1) == 1).all()
         assert batch["attention_mask"].min() == 0 or len(batch["labels"]) < 4

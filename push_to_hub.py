@@ -1,0 +1,299 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""
+Publishes a trained model on the Hugging Face Hub: weights, tokenizer, code, pictures, recipe and model card, in one
+commit, after a new process has loaded and used what will be published.
+
+    python push_to_hub.py --model_dir outputs/quickstart --repo_id USER/NAME --dry_run --output_dir staged
+    hf auth login                                               (or HF_TOKEN=…)
+    python push_to_hub.py --model_dir outputs/quickstart --repo_id USER/NAME --private
+    python push_to_hub.py --help                                every flag
+
+The dry run writes the whole repository into a folder and touches no network. A push of what is there already makes no
+commit.
+"""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import httpx
+import torch
+import transformers
+import yaml
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, constants, get_token
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    StrictDataclassError,
+)
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+
+import eval_sft
+from configuration_phase15 import Phase15Config
+from data_sft import BUILDERS, DOCSTRINGS
+from modeling_phase15 import Phase15ForCausalLM
+
+
+CARD = Path(__file__).parent / "model_card.md.jinja"
+PICTURES = ("training_curve.png", "loss_by_chunk.png")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")  # what a later push may have fewer of
+
+
+@dataclass
+class PushArguments:
+    model_dir: str = field(metadata={"help": "A model's folder: train_sft.py's output_dir, or save_pretrained's."})
+    repo_id: str = field(metadata={"help": "USER/NAME or ORGANISATION/NAME on the Hub."})
+    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    revision: str | None = field(default=None, metadata={"help": "Push to this branch, made if it is not there."})
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of a commit."})
+    commit_message: str = field(default="Upload Phase15 model", metadata={"help": "Title of the commit."})
+    max_shard_size: str = field(default="5GB", metadata={"help": "Weights above this are split in several files."})
+    license: str = field(default="apache-2.0", metadata={"help": "Of the weights; the base model's must allow it."})
+    base_model: str | None = field(
+        default=None, metadata={"help": "Hub id of the base LLM, where the model was not made from a Hub id."}
+    )
+    datasets: list[str] | None = field(
+        default=None, metadata={"help": "Hub ids of the training data, where it was not read from a Hub id."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Write the repository into output_dir; no network."})
+    output_dir: str | None = field(default=None, metadata={"help": "Where the dry run writes."})
+
+
+def main(args: PushArguments):
+    """Stages, checks, and unless it is a dry run uploads."""
+    check_arguments(args)
+    if not args.dry_run:
+        HfApi().whoami()  # no login is best known before the work
+    with TemporaryDirectory() as staged:
+        stage(args, Path(staged))
+        if args.dry_run:
+            keep(Path(staged), Path(args.output_dir))
+            print(f"Staged in {args.output_dir}; loaded and used by a new process; nothing was uploaded.")
+        else:
+            upload(args, staged)
+
+
+def check_arguments(args: PushArguments):
+    """Raises a ValueError for arguments that cannot be right."""
+    validate_repo_id(args.repo_id)
+    if args.repo_id.count("/") != 1:
+        raise ValueError(f"`repo_id` is {args.repo_id!r}, but it must be USER/NAME.")
+    if args.base_model is not None:
+        validate_repo_id(args.base_model)
+    if args.dry_run != (args.output_dir is not None):
+        raise ValueError("`dry_run` and `output_dir` go together: the folder to which a dry run writes.")
+    source = Path(args.model_dir)
+    if not source.is_dir():
+        raise ValueError(f"{source}: no such folder.")
+    if not (source / "config.json").is_file():
+        adapter = (source / "adapter_config.json").is_file()
+        hint = "an adapter alone: train it with `--merge_adapter true`" if adapter else "it has no config.json"
+        raise ValueError(f"{source} is not the folder of a Phase15 model: {hint}.")
+    model_type = Phase15Config.get_config_dict(source)[0].get("model_type")
+    if model_type != Phase15Config.model_type:
+        raise ValueError(f"{source} is not the folder of a Phase15 model: its model_type is {model_type!r}.")
+
+
+class Run(NamedTuple):
+    """What train_sft.py left in a model's folder; empty where it did not run."""
+
+    recipes: list[dict]  # of this run and of those before it, this one first
+    results: dict
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run's files. Absolute paths are cut to their last part: they are private, and good for nobody else."""
+    recipes = read_documents(folder / "recipe.yaml", {"dataset_name"})
+    recipes += read_documents(folder / "recipes_before.yaml", {"dataset_name"})
+    for recipe in recipes:
+        for name, value in recipe.items():
+            if isinstance(value, str) and Path(value).is_absolute():
+                recipe[name] = Path(value).name
+    results = read_documents(folder / "results.json", {"train", "steps", "records", "validation"})
+    return Run(recipes, results[0] if results else {})
+
+
+def read_documents(path: Path, keys: set[str]) -> list[dict]:
+    """The documents of a YAML file (JSON is YAML), none if it is not there; each must have the keys."""
+    try:
+        documents = list(yaml.safe_load_all(path.read_text("utf-8"))) if path.is_file() else []
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    for document in documents:
+        if not isinstance(document, dict) or not keys <= set(document):
+            raise ValueError(f"{path} was not written by train_sft.py, which writes {', '.join(sorted(keys))}.")
+    return documents
+
+
+def stage(args: PushArguments, folder: Path):
+    """
+    Writes the complete repository into an empty folder, and has a new process load and use it.
+
+    Raises:
+        ValueError: if the model is not complete, or the new process fails or does not give this one's answer.
+    """
+    source = Path(args.model_dir)
+    model, tokenizer = load(source)
+    model.save_pretrained(folder, max_shard_size=args.max_shard_size)
+    tokenizer.save_pretrained(folder)
+    run = read_run(source)
+    for recipes, name in ((run.recipes[:1], "recipe.yaml"), (run.recipes[1:], "recipes_before.yaml")):
+        if recipes:
+            text = yaml.safe_dump_all(recipes, sort_keys=False, allow_unicode=True)
+            (folder / name).write_text(text, encoding="utf-8")
+    for name in PICTURES:
+        if (source / name).is_file():
+            shutil.copy(source / name, folder / name)
+    pictures = [name for name in PICTURES if (folder / name).is_file()]
+    model_card(args, run, model, tokenizer, pictures).save(folder / "README.md")
+
+    question, max_new_tokens = "What is a soft prompt?", 2 * model.config.chunk_length
+    if tokenizer.chat_template is None:
+        query = tokenizer(question)["input_ids"]
+    else:
+        chat = [{"role": "user", "content": question}]
+        query = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    inputs = {"input_ids": torch.tensor([query]), "attention_mask": torch.ones(1, len(query), dtype=torch.long)}
+    here = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0, len(query) :].tolist()
+    if eval_sft.answer_in_new_process(folder, query, max_new_tokens) != here:
+        raise ValueError(f"{source}: a new process, which loaded what was staged, gives another answer than this one.")
+
+
+def load(source: Path) -> tuple[Phase15ForCausalLM, PreTrainedTokenizerBase]:
+    """Loads model and tokenizer with this repository's code; raises a ValueError for what is missing or broken."""
+    try:
+        model, info = Phase15ForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{source}: the weights cannot be read: {error}") from error
+    if wrong := sorted({str(name) for names in info.values() for name in names}):
+        raise ValueError(f"{source}: weights are missing, left over or of another shape: {', '.join(wrong[:3])}, …")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, config=model.config)
+    except Exception as error:  # tokenizers raises plain Exceptions
+        raise ValueError(f"{source}: the tokenizer cannot be loaded: {error}") from error
+    return model, tokenizer
+
+
+def model_card(
+    args: PushArguments, run: Run, model: Phase15ForCausalLM, tokenizer: PreTrainedTokenizerBase, pictures: list[str]
+) -> ModelCard:
+    """The model card; what it says of training and results is read from the run."""
+    recipe, validation = run.recipes[0] if run.recipes else {}, run.results.get("validation", {})
+    ids = [recipe["dataset_name"] for recipe in run.recipes if is_hub_dataset(recipe["dataset_name"])]
+    datasets = args.datasets or list(dict.fromkeys(ids)) or None
+    base_model = args.base_model or model.config.text_config.name_or_path or None
+    data = args.datasets[0] if args.datasets else recipe.get("dataset_name")
+    name = args.repo_id.split("/")[1]
+    metadata = ModelCardData(
+        license=args.license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=base_model,
+        base_model_relation="finetune" if base_model else None,
+        datasets=datasets,
+        tags=["phase15", "soft-prompt", "hypernetwork", "recursive-memory", "custom_code"],
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=data,
+                dataset_name=data,
+                dataset_split="validation",
+                metric_type="loss",
+                metric_name=f"nats per answer token, {variant}",
+                metric_value=round(result["loss"], 4),
+            )
+            for variant, result in validation.items()
+        ]
+        or None,
+    )
+    return ModelCard.from_template(
+        metadata,
+        template_path=str(CARD),
+        name=name,
+        repo_id=args.repo_id,
+        config=model.config,
+        base_model=base_model,
+        llm_class=type(model.llm).__name__,
+        llm_parameters=model.llm.num_parameters(),
+        hypernet_parameters=sum(parameter.numel() for parameter in model.hypernet.parameters()),
+        is_trained=bool(model.hypernet.alpha.any()),
+        has_chat_template=tokenizer.chat_template is not None,
+        transformers_version=transformers.__version__,
+        recipe=recipe,
+        recipe_text=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip(),
+        has_recipes_before=len(run.recipes) > 1,
+        data=data,
+        results=run.results,
+        validation=validation,
+        num_tokens=sum(next(iter(validation.values()))["tokens_by_chunk"]) if validation else 0,
+        pictures=pictures,
+    )
+
+
+def is_hub_dataset(name: str) -> bool:
+    return name != DOCSTRINGS and Path(name).suffix.lower() not in BUILDERS
+
+
+def keep(staged: Path, folder: Path):
+    """Moves what was staged into a folder that is new, empty, or holds an earlier stage and nothing else."""
+    old, names = list(folder.glob("*")), {path.name for path in staged.iterdir()}
+    others = [path for path in old if path.name not in names and not any(path.match(name) for name in WEIGHTS)]
+    if others or (old and folder / "README.md" not in old):
+        reason = f"holds {others[0].name}" if others else "has no model card"
+        raise ValueError(f"{folder} is no earlier stage, it {reason}; give another --output_dir. Nothing was written.")
+    for path in old:
+        path.unlink()
+    shutil.copytree(staged, folder, dirs_exist_ok=True)
+
+
+def upload(args: PushArguments, staged: str):
+    """Makes the repository and the branch if they are not there, and one commit of all that differs."""
+    api = HfApi()
+    api.create_repo(args.repo_id, private=args.private or None, exist_ok=True)
+    if args.revision and not args.create_pr:
+        api.create_branch(args.repo_id, branch=args.revision, exist_ok=True)
+    before = api.model_info(args.repo_id, revision=args.revision).sha
+    commit = api.upload_folder(
+        repo_id=args.repo_id,
+        folder_path=staged,
+        commit_message=args.commit_message,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        delete_patterns=list(WEIGHTS),
+    )
+    if commit.oid == before:
+        print(f"Nothing has changed since commit {before}: no commit was made.")
+    else:
+        print(f"Published: {commit.pr_url or commit.commit_url}")
+    print(f'from_pretrained("{args.repo_id}", trust_remote_code=True, revision="{commit.oid}")')
+
+
+def explain(error: Exception) -> str:
+    """One line for what went wrong between here and the Hub, or with the input."""
+    if isinstance(error, LocalTokenNotFoundError):
+        return "not logged in: run `hf auth login`, or set HF_TOKEN to a token that may write."
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, and only a dry run needs no network."
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        reason = {401: "the token is not valid", 403: "the token may not write there"}.get(status, f"error {status}")
+        return f"{constants.ENDPOINT} refuses: {reason}. {error.server_message or ''} Nothing was published."
+    if isinstance(error, httpx.HTTPError):
+        return f"{constants.ENDPOINT} cannot be reached, or the connection broke: {error}. Nothing was published."
+    return str(error)
+
+
+if __name__ == "__main__":
+    try:
+        main(*HfArgumentParser(PushArguments).parse_args_into_dataclasses())
+    except (ValueError, OSError, StrictDataclassError, httpx.HTTPError, httpx.InvalidURL) as error:
+        line = " ".join(explain(error).split())
+        if token := get_token():  # some libraries show the header that they could not send
+            line = line.replace(token, "***")
+        raise SystemExit(f"push_to_hub.py: {line}") from None
