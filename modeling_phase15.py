@@ -320,6 +320,11 @@ class Phase15PreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _is_stateful = True  # a step of the recursion cannot be undone, so candidate tokens cannot be rolled back
 
+    @classmethod
+    def get_init_context(cls, *args, **kwargs) -> list:
+        """As the library's, but `from_pretrained` initialises only what it has not filled."""
+        return [*super().get_init_context(*args, **kwargs), init.no_init_weights()]
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)

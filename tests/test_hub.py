@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import SIZES, random_ids, randomise_alpha
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from modeling_phase15 import Phase15ForCausalLM
@@ -136,6 +138,24 @@ def test_tied_weights_stay_tied_and_train_together(generations):
     model(random_ids(2, 20), labels=random_ids(2, 20)).loss.backward()
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert len([name for name, _ in model.named_parameters() if "embed_tokens" in name or "lm_head" in name]) == 1
+
+
+def test_weights_that_a_folder_lacks_are_new(generations, tmp_path):
+    """`from_pretrained` initialises what it does not fill, and only that."""
+    folder, _ = generations
+    shutil.copytree(folder / "first" / "tied", tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    lacks = ("alpha", "embedding_scale", "norm.weight", "layers.0.up_proj.weight", "position_embeddings.weight")
+    missing = {f"hypernet.{name}": weights.pop(f"hypernet.{name}") for name in lacks}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, info = Phase15ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == set(missing)
+    fresh, state = Phase15ForCausalLM(model.config), model.state_dict()
+    assert all(torch.equal(state[name], weight) for name, weight in weights.items())
+    assert not model.hypernet.alpha.any() and torch.equal(model.hypernet.norm.weight, torch.ones(32))
+    for name in ("layers.0.up_proj.weight", "position_embeddings.weight"):
+        ratio = model.hypernet.get_parameter(name).std() / fresh.hypernet.get_parameter(name).std()
+        assert 0.8 < ratio < 1.25, name
 
 
 def test_sharded_files(generations, tmp_path):

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_sft
+from benchmarks.load_time import compare
 from modeling_phase15 import Phase15ForCausalLM
 
 
@@ -182,3 +183,11 @@ def test_stage_2_on_real_data_then_save_and_reload(stage_1, medquad, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)
     assert AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True).eos_token_id == 2
+
+
+def test_loading_takes_at_most_1_15_times_the_bases_time(real, tmp_path):
+    base, model, _ = real
+    model.save_pretrained(tmp_path / "phase15")
+    base.save_pretrained(tmp_path / "base")
+    times = compare(str(tmp_path / "phase15"), str(tmp_path / "base"), repeats=9)
+    assert times["processor"][0] < 1.15 * times["processor"][1]
