@@ -10,6 +10,7 @@ them, and a commit that changes nothing is a commit, so that a client that makes
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -114,6 +115,12 @@ class Request:
     path: str
     headers: dict[str, str]
     status: int | None = None  # None: the connection was cut
+
+    @property
+    def writes(self) -> bool:
+        """Whether it asks for a change of what the Hub holds."""
+        asks = re.search(r"/preupload/|/paths-info/|/api/validate-yaml", self.path)
+        return self.method not in ("GET", "HEAD") and not asks
 
 
 @dataclass
@@ -240,19 +247,16 @@ class HubServer:
         return self
 
     def stop(self):
-        self._server.shutdown()
-        self._server.server_close()
+        with contextlib.suppress(OSError):  # it is stopped already
+            self._server.socket.shutdown(socket.SHUT_RDWR)  # first of all: nobody is let in any more
         for connection in list(self._server.connections):
             cut(connection)
+        self._server.shutdown()
+        self._server.server_close()
 
     def fail(self, method: str, pattern: str, action: int | str, after: bool = False, times: float = float("inf")):
         """Makes requests go wrong (see `Fault`); `hub.faults.clear()` makes them right again."""
         self.faults.append(Fault(method, pattern, action, after, times))
-
-    def writes(self) -> list[Request]:
-        """Requests that ask for a change of what the Hub holds."""
-        asking = r"/preupload/|/paths-info/|/api/validate-yaml"
-        return [r for r in self.requests if r.method not in ("GET", "HEAD") and not re.search(asking, r.path)]
 
     def fault_of(self, method: str, path: str) -> Fault | None:
         with self._lock:
@@ -351,13 +355,6 @@ class HubServer:
             {"errors": errors, "warnings": [] if card_metadata(content)[0] else [missing]},
             {},
         )
-
-    @route("PUT", f"/api/models/{REPO}/settings")
-    def settings(self, request, repo):
-        repo, _ = self.writable(request, repo)
-        asked = json.loads(request.body)
-        repo.private = asked.get("private", asked.get("visibility", "private" if repo.private else "") == "private")
-        return {"private": repo.private}
 
     @route("POST", f"/api/models/{REPO}/branch/(?P<branch>[^/]+)")
     def create_branch(self, request, repo, branch):
@@ -515,12 +512,6 @@ class HubServer:
             answer[kind].append({"name": name, "ref": ref, "targetCommit": sha})
         return answer
 
-    @route("GET", f"/api/models/{REPO}/commits/(?P<rev>[^/]+)")
-    def list_commits(self, request, repo, rev):
-        log = self.readable(request, repo).log(rev)[::-1]
-        keys = [("id", "sha"), ("title", "title"), ("message", "description"), ("date", "date")]
-        return [{k: getattr(c, name) for k, name in keys} | {"authors": [{"user": c.author}]} for c in log]
-
     @route("GET", f"/api/models/{REPO}/tree/(?P<rev>[^/]+)(/(?P<path>.+))?")
     def tree(self, request, repo, rev, path=""):
         files = self.readable(request, repo).resolve(rev).files
@@ -565,12 +556,10 @@ class HubServer:
 
 def cut(connection: socket.socket):
     """The other side sees a reset, as from a machine that went away."""
-    try:
+    with contextlib.suppress(OSError):  # it is closed already
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.shutdown(socket.SHUT_RDWR)
         connection.close()
-    except OSError:
-        pass  # it is closed already
 
 
 class _Server(ThreadingHTTPServer):
