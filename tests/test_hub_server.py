@@ -87,6 +87,7 @@ def visit(tmp_path_factory):
     users = {"hf_alice": "alice", "hf_bob": "bob"}
     with HubServer(users, read_only={"hf_read": "alice"}, multipart_size=100_000) as hub:
         environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1"}
+        environment["NO_PROXY"] = "127.0.0.1"
         del environment["HF_HUB_OFFLINE"]
         command = [sys.executable, "-c", CLIENT]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
