@@ -67,7 +67,13 @@ class Phase15Config(PreTrainedConfig):
 
     model_type = "phase15"
     sub_configs = {"text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "soft_prompt", "chunk_losses", "chunk_tokens"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "last_hidden_state",
+        "soft_prompt",
+        "chunk_losses",
+        "chunk_tokens",
+    ]
 
     text_config: dict | PreTrainedConfig | None = None
     num_soft_tokens: int = 128

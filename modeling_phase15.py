@@ -281,6 +281,8 @@ class Phase15CausalLMOutputWithPast(CausalLMOutputWithPast):
         logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*):
             Scores of the token after each position; zeros at positions inside the query and at padding.
         past_key_values (`Phase15Cache`, *optional*): the cache given, or made because of `use_cache=True`.
+        last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+            What the output embeddings turn into `logits`; not returned with `labels` and `skip_logits`.
         hidden_states, attentions (`tuple(torch.Tensor)`, *optional*):
             Of the LLM's last call, whose rows are chunks and whose positions are slots and chunk tokens.
         soft_prompt (`torch.Tensor` of shape `(batch_size, num_soft_tokens, hidden_size)`):
@@ -289,6 +291,7 @@ class Phase15CausalLMOutputWithPast(CausalLMOutputWithPast):
             By index of the chunk: summed cross-entropy in nats, without gradient, and number of target tokens.
     """
 
+    last_hidden_state: torch.Tensor | None = None
     soft_prompt: torch.Tensor | None = None
     chunk_losses: torch.Tensor | None = None
     chunk_tokens: torch.LongTensor | None = None
@@ -310,10 +313,11 @@ class Rows(NamedTuple):
 class Phase15PreTrainedModel(PreTrainedModel):
     config: Phase15Config
     config_class = Phase15Config
-    base_model_prefix = "llm"
+    base_model_prefix = ""  # the recursion and the LLM are one: `base_model` is the model itself
     supports_gradient_checkpointing = True
     _no_split_modules = ["HyperNetwork"]  # it adds what its parts give
     _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules = ["hypernet"]  # in float16; and quantizers convert the LLM alone
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -379,10 +383,19 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         attention = llm.config._attn_implementation
         model = cls(Phase15Config(text_config=llm.config, attn_implementation=attention, **config_kwargs), llm=llm)
         embeddings = llm.get_input_embeddings().weight
-        model.hypernet.to(device=embeddings.device, dtype=embeddings.dtype)
+        dtype = torch.float32 if embeddings.dtype == torch.float16 else embeddings.dtype  # as when it is loaded again
+        model.hypernet.to(device=embeddings.device, dtype=dtype)
         model.hypernet.embedding_scale.fill_(embeddings.detach().float().square().mean().sqrt())
         model.generation_config = llm.generation_config
+        if getattr(llm, "is_quantized", False):
+            model.hf_quantizer = llm.hf_quantizer  # which knows how to save what it made
         return model.eval()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.llm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.llm.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.llm.get_output_embeddings()
@@ -470,6 +483,13 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
 
     # forward: the training form and the cached form
 
+    def __call__(self, *args, **kwargs):
+        # TRL keeps the labels from `forward` and applies the LM head itself; `base_model` gives it the hidden states
+        if kwargs.get("fused_lm_head"):
+            query_lengths = query_lengths_of(kwargs["labels"], kwargs.get("attention_mask"))
+            kwargs |= {"query_lengths": query_lengths, "skip_logits": True}
+        return super().__call__(*args, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
@@ -507,7 +527,8 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
             use_cache (`bool`, *optional*): make a `Phase15Cache` when none is given; unlike elsewhere not the default.
             logits_to_keep (`int` or `torch.Tensor` of shape `(num_columns,)`, defaults to 0):
                 Compute logits for so many last columns, or for these columns; 0 is all.
-            skip_logits (`bool`, defaults to `False`): with `labels`, compute nothing but the loss, to save memory.
+            skip_logits (`bool`, defaults to `False`):
+                Save the memory of the logits: with `labels` compute the loss alone, without them `last_hidden_state`.
             bptt_chunks (`int`, *optional*): stop the gradient through the recursion after every so many chunks.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
                 Divisor of the loss: the target tokens of the whole accumulated batch. Defaults to this batch's.
@@ -519,6 +540,8 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         """
         if kwargs.pop("inputs_embeds", None) is not None:  # None comes from PEFT
             raise ValueError("`inputs_embeds` cannot be given: the recursion reads `input_ids`.")
+        if kwargs.pop("position_ids", None) is not None:
+            raise ValueError("`position_ids` cannot be given: a row is one text, so packed data cannot be read.")
         cache = past_key_values
         if cache is None and use_cache:
             cache = Phase15Cache(self.config)
@@ -549,9 +572,10 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
             hidden_states, outputs = self._continue(rows, cache, row, place, **kwargs)
             soft_prompt = cache.soft_prompt.embeds
             cache.seen_tokens += input_ids.shape[1]
-        predictions = self.get_output_embeddings()(hidden_states)  # (P, V)
 
-        loss, logits, chunk_losses, chunk_tokens = None, None, None, None
+        loss, logits, last_hidden_state, chunk_losses, chunk_tokens = None, None, None, None, None
+        if labels is not None or not skip_logits:
+            predictions = self.get_output_embeddings()(hidden_states)  # (P, V)
         if labels is not None:
             targets = targets[row, place]
             losses = F.cross_entropy(predictions.float(), targets, ignore_index=-100, reduction="none")
@@ -560,17 +584,26 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
             num_chunks = int(chunk.max()) + 1
             chunk_losses = losses.new_zeros(num_chunks).index_add_(0, chunk, losses.detach())
             chunk_tokens = counts.new_zeros(num_chunks).index_add_(0, chunk, counts)
-        if not (skip_logits and labels is not None):
-            column = logit_column[row, place]
-            is_kept = column >= 0
-            logits = predictions.new_zeros(len(input_ids), len(kept), predictions.shape[-1])
-            logits[row[is_kept], column[is_kept]] = predictions[is_kept]
+
+        column = logit_column[row, place]
+        is_kept = column >= 0
+
+        def in_columns(values: torch.Tensor) -> torch.Tensor:
+            columns = values.new_zeros(len(input_ids), len(kept), values.shape[-1])
+            columns[row[is_kept], column[is_kept]] = values[is_kept]
+            return columns
+
+        if not skip_logits:
+            logits = in_columns(predictions)
+        if not skip_logits or labels is None:
+            last_hidden_state = in_columns(hidden_states)
         return Phase15CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            last_hidden_state=last_hidden_state,
             soft_prompt=soft_prompt,
             chunk_losses=chunk_losses,
             chunk_tokens=chunk_tokens,
@@ -764,12 +797,11 @@ def compact(
     if labels is not None:
         if labels.shape != input_ids.shape:
             raise ValueError(f"`labels` has shape {tuple(labels.shape)}, but `input_ids` {tuple(input_ids.shape)}.")
-        labels = labels.masked_fill(~mask, -100).gather(1, column)
+        labels = labels.masked_fill(~mask, -100)
     if query_lengths is not None:
         query_length = torch.as_tensor(query_lengths, device=input_ids.device).expand(batch_size)
     elif labels is not None:
-        first_label = (labels != -100).long().argmax(dim=1).clamp(min=1)
-        query_length = torch.where((labels != -100).any(dim=1), first_label, length)
+        query_length = query_lengths_of(labels, mask)
     else:
         query_length = torch.full_like(length, 0 if seen_tokens else 1)
     shortest = 0 if seen_tokens else 1
@@ -780,7 +812,16 @@ def compact(
             f"Row {index} has {length[index]} tokens and a query of {query_length[index]}; a row needs at least one "
             f"token, and its query {shortest} to all of them."
         )
+    labels = None if labels is None else labels.gather(1, column)
     return Rows(input_ids.gather(1, column), column, length, query_length, labels)
+
+
+def query_lengths_of(labels: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
+    """How many tokens of each row come before its first label: all of them, if it has none, and one at least."""
+    mask = torch.ones_like(labels) if attention_mask is None else attention_mask.long()
+    is_target = (labels != -100) & mask.bool()
+    before = (mask.cumsum(dim=1) - mask).gather(1, is_target.long().argmax(dim=1, keepdim=True)).squeeze(1)  # (B,)
+    return torch.where(is_target.any(dim=1), before.clamp(min=1), mask.sum(dim=1))
 
 
 def check_base(llm: PreTrainedModel):

@@ -285,13 +285,39 @@ def test_labels_under_padding_are_no_targets(tiny):
 def test_skip_logits_gives_the_same_loss_and_gradients(tiny):
     batch, _, _ = make_batch()
     full, lean = tiny(**batch), tiny(**batch, skip_logits=True)
-    assert lean.logits is None and full.logits is not None
+    assert lean.logits is None and lean.last_hidden_state is None and full.logits is not None
     assert_close(lean.loss, full.loss)
     assert_close(lean.chunk_losses, full.chunk_losses)
     assert torch.equal(lean.chunk_tokens, full.chunk_tokens)
     assert_close(gradients(tiny, lean.loss), gradients(tiny, full.loss), atol=1e-6, rtol=1e-4)
+
+
+def test_last_hidden_state_is_what_the_logits_are_made_of(tiny):
+    """In the same columns; without labels `skip_logits` leaves it alone, and calls no output layer."""
+    batch, query_lengths, _ = make_batch()
+    full, seen = tiny(**batch), []
+    tiny.get_output_embeddings().register_forward_hook(lambda *_: seen.append(1))
     del batch["labels"]
-    assert tiny(**batch, skip_logits=True).logits is not None  # there is nothing else to give
+    lean = tiny(**batch, query_lengths=query_lengths, skip_logits=True)
+    assert not seen and lean.logits is None and torch.equal(lean.last_hidden_state, full.last_hidden_state)
+    assert_close(tiny.get_output_embeddings()(lean.last_hidden_state), full.logits)
+    last = tiny(**batch, query_lengths=query_lengths, logits_to_keep=3).last_hidden_state
+    assert torch.equal(last, full.last_hidden_state[:, -3:])
+
+
+def test_a_tool_that_keeps_the_labels_gets_the_hidden_states_behind_the_queries(tiny):
+    """TRL replaces `forward`, takes the labels away and calls `base_model`."""
+    batch, _, _ = make_batch()
+    forward, expected, calls = tiny.forward, tiny(**batch).last_hidden_state, []
+
+    def fused(fused_lm_head=False, labels=None, **kwargs):
+        calls.append(fused_lm_head)
+        return tiny.base_model(**kwargs) if fused_lm_head else forward(**kwargs)
+
+    tiny.forward = fused
+    outputs = tiny(**batch, fused_lm_head=True)
+    assert calls == [True, False] and outputs.logits is None
+    assert torch.equal(outputs.last_hidden_state, expected)
 
 
 def test_skip_logits_calls_the_output_layer_on_targets_only(tiny):

@@ -1,0 +1,252 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""serve.py as a user runs it: a process of its own on a loopback port, asked by OpenAI's client."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LLM_SIZES, SIZES, randomise_alpha
+from transformers import LlamaConfig
+
+import serve
+from configuration_phase15 import Phase15Config
+from modeling_phase15 import Phase15ForCausalLM
+
+
+for package in ("fastapi", "uvicorn"):
+    pytest.importorskip(package, reason="serving needs pip install -r requirements-extra.txt")
+openai = pytest.importorskip("openai", reason="its client asks the server: pip install -r requirements-extra.txt")
+
+ROOT = Path(__file__).parent.parent
+NAME = "saved/model"  # as in `--model_dir saved/model`
+PROMPTS = ["Hello", "Why is the sky blue?", "a", "What is the function os.path.join for?"]
+ENDING = "Tell me a story."  # its answer holds the end token
+LENGTH = 150  # tokens of an answer: some 37 chunks, and far past the base's max_position_embeddings
+NEVER_ENDING = {"generation_config": json.dumps({"min_new_tokens": 10**6, "max_new_tokens": 10**6})}
+
+
+@pytest.fixture(scope="module")
+def saved(chat_tokenizer, tmp_path_factory) -> tuple[Path, Phase15ForCausalLM]:
+    """A tiny model with Δ ≠ 0 and the folder that `NAME` lies in; it writes printable ASCII only."""
+    torch.manual_seed(1)
+    text_config = LlamaConfig(**LLM_SIZES | {"vocab_size": len(chat_tokenizer)})
+    model = randomise_alpha(Phase15ForCausalLM(Phase15Config(text_config=text_config, **SIZES))).eval()
+    # A character cut in two at the end of an answer is "�" in the text as a whole, and left out of a stream.
+    texts = [chat_tokenizer.decode([index]) for index in range(len(chat_tokenizer))]
+    bad = [index for index, text in enumerate(texts) if not text.isascii() or not text.isprintable()]
+    model.generation_config.suppress_tokens = bad + chat_tokenizer.all_special_ids
+    model.generation_config.pad_token_id = chat_tokenizer.pad_token_id
+    free, used = generate_ids(model, chat_tokenizer, ENDING)[20:], set()
+    for prompt in PROMPTS:
+        used |= set(generate_ids(model, chat_tokenizer, prompt))
+    model.generation_config.eos_token_id = next(token for token in free if token not in used)
+    folder = tmp_path_factory.mktemp("serve")
+    model.save_pretrained(folder / NAME)
+    chat_tokenizer.save_pretrained(folder / NAME)
+    return folder, model
+
+
+def chat(prompt: str) -> list[dict]:
+    return [{"role": "user", "content": prompt}]
+
+
+def generate_ids(model, tokenizer, prompt: str | list[int], length: int = LENGTH) -> list[int]:
+    """What the model itself answers, greedily, to a chat's user or, given ids, to a text."""
+    if isinstance(prompt, str):
+        prompt = tokenizer.apply_chat_template(chat(prompt), add_generation_prompt=True)["input_ids"]
+    ids = torch.tensor([prompt])
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length)
+    return output[0, len(prompt) :].tolist()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def command(folder: Path, *flags: str) -> dict:
+    """What subprocess needs to run serve.py in `folder` as a user does, whose Hub cache is empty."""
+    environment = os.environ | {"HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+    return {"args": [sys.executable, str(ROOT / "serve.py"), *flags], "cwd": folder, "env": environment}
+
+
+@contextmanager
+def serving(folder: Path):
+    """A server of the saved model: its process, and a client of it."""
+    port, log = free_port(), folder / "log"
+    flags = "--model_dir", f"{NAME}/", "--port", str(port)  # with the slash that a shell appends
+    with log.open("w") as file, subprocess.Popen(**command(folder, *flags), stdout=file, stderr=file) as process:
+        try:
+            for _ in range(1000):
+                assert process.poll() is None, log.read_text()
+                with suppress(OSError):
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60)
+                    break
+                time.sleep(0.1)
+            url = f"http://127.0.0.1:{port}/v1/"
+            with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=300) as client:
+                yield process, client
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def client(saved) -> openai.OpenAI:
+    with serving(saved[0]) as (_, client):
+        yield client
+
+
+def ask(client: openai.OpenAI, prompt: str, length: int = LENGTH) -> str:
+    answer = client.chat.completions.create(model=NAME, messages=chat(prompt), max_tokens=length, temperature=0)
+    return answer.choices[0].message.content
+
+
+def ask_for_stream(client: openai.OpenAI, prompt: str) -> list[str]:
+    chunks = client.chat.completions.create(
+        model=NAME, messages=chat(prompt), max_tokens=LENGTH, temperature=0, stream=True
+    )
+    return [chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].delta.content]
+
+
+def post(client: openai.OpenAI, path: str, body: bytes) -> int:
+    """The status that the server answers with to a body which the client would not send."""
+    request = urllib.request.Request(f"{client.base_url}{path}", body, {"Content-Type": "application/json"})
+    try:
+        return urllib.request.urlopen(request, timeout=300).status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_chat_answer_is_what_generate_gives(client, saved, chat_tokenizer, prompt):
+    ids = generate_ids(saved[1], chat_tokenizer, prompt)
+    assert len(ids) == LENGTH > 2 * saved[1].config.text_config.max_position_embeddings
+    answer = client.chat.completions.create(model=NAME, messages=chat(prompt), max_tokens=LENGTH, temperature=0)
+    assert answer.choices[0].message.content == chat_tokenizer.decode(ids)
+    assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", LENGTH)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_streamed_answer_comes_in_pieces_that_join_to_the_same_text(client, saved, chat_tokenizer, prompt):
+    pieces = ask_for_stream(client, prompt)
+    assert len(pieces) > 10
+    assert "".join(pieces) == chat_tokenizer.decode(generate_ids(saved[1], chat_tokenizer, prompt))
+
+
+def test_an_answer_ends_at_the_end_token(client, saved, chat_tokenizer):
+    ids = generate_ids(saved[1], chat_tokenizer, ENDING)
+    assert 20 < len(ids) < LENGTH and ids[-1] == saved[1].generation_config.eos_token_id
+    answer = client.chat.completions.create(model=NAME, messages=chat(ENDING), temperature=0)  # no max_tokens
+    assert answer.choices[0].message.content == chat_tokenizer.decode(ids)
+    assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("stop", len(ids))
+
+
+def test_a_conversation_is_answered_whole(client, saved, chat_tokenizer):
+    conversation = [*chat("Hello"), {"role": "assistant", "content": "Hi."}, *chat("Why is the sky blue?")]
+    ids = chat_tokenizer.apply_chat_template(conversation, add_generation_prompt=True)["input_ids"]
+    answer = client.chat.completions.create(model=NAME, messages=conversation, max_tokens=LENGTH, temperature=0)
+    assert answer.choices[0].message.content == chat_tokenizer.decode(generate_ids(saved[1], chat_tokenizer, ids))
+    assert answer.usage.prompt_tokens == len(ids)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_text_is_completed_without_the_chat_template(client, saved, chat_tokenizer, stream):
+    prompt = "Blue light scatters"
+    answers = client.completions.create(model=NAME, prompt=prompt, max_tokens=LENGTH, temperature=0, stream=stream)
+    text = "".join(answer.choices[0].text for answer in (answers if stream else [answers]))
+    ids = generate_ids(saved[1], chat_tokenizer, chat_tokenizer(prompt)["input_ids"])
+    assert text == chat_tokenizer.decode(ids)
+
+
+def test_four_clients_at_once_get_each_its_own_answer(client, saved, chat_tokenizer):
+    expected = [chat_tokenizer.decode(generate_ids(saved[1], chat_tokenizer, prompt)) for prompt in PROMPTS]
+    assert len(set(expected)) == len(PROMPTS)
+    barrier = threading.Barrier(len(PROMPTS))
+
+    def ask_at_once(index: int) -> str:
+        barrier.wait()
+        return "".join(ask_for_stream(client, PROMPTS[index])) if index % 2 else ask(client, PROMPTS[index])
+
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        assert list(pool.map(ask_at_once, range(len(PROMPTS)))) == expected
+
+
+def test_a_client_that_leaves_does_not_keep_the_others_waiting(client, saved, chat_tokenizer):
+    chunks = client.chat.completions.create(model=NAME, messages=chat("a"), stream=True, extra_body=NEVER_ENDING)
+    next(chunk for chunk in chunks if chunk.choices[0].delta.content)
+    chunks.close()
+    assert ask(client, "Hello") == chat_tokenizer.decode(generate_ids(saved[1], chat_tokenizer, "Hello"))
+
+
+def test_the_server_names_its_model_and_refuses_others(client):
+    assert [model.id for model in client.models.list()] == [NAME]
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.chat.completions.create(model="another", messages=chat("Hello"))
+    assert "pinned to 'saved/model'" in raised.value.response.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", b"{"),
+        ("chat/completions", b"[]"),
+        ("chat/completions", b"{}"),
+        ("chat/completions", b'{"messages": []}'),
+        ("chat/completions", b'{"messages": "Hello"}'),
+        ("chat/completions", b'{"messages": [{"role": "user", "content": "a"}], "max_tokens": -1}'),
+        ("chat/completions", b'{"messages": [{"role": "user", "content": "a"}], "unknown": 1}'),
+        ("completions", b'{"prompt": ["a", "b"]}'),
+        ("completions", b'{"prompt": ""}'),
+    ],
+)
+def test_a_bad_request_gets_an_error_and_the_server_lives_on(client, saved, chat_tokenizer, path, body):
+    assert post(client, path, body) in (400, 422, 500)
+    assert ask(client, "a", length=4) == chat_tokenizer.decode(generate_ids(saved[1], chat_tokenizer, "a", length=4))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model_dir", "nowhere"], "serve.py: cannot serve 'nowhere': We couldn't connect to"),
+        (
+            ["--model_dir", "{base}/"],
+            "serve.py: cannot serve '{base}': it has no config.json with the model_type 'phase",
+        ),
+        (["--model_dir", NAME, "--continuous-batching"], "serve.py: error: --continuous-batching needs a paged"),
+        (["--model_dir", NAME, "--compile"], "serve.py: error: --compile needs a paged or a static cache"),
+    ],
+)
+def test_a_bad_command_ends_in_one_line(bases, capsys, flags, message):
+    base = bases["llama"]
+    with pytest.raises(SystemExit) as raised:
+        serve.main([flag.format(base=base) for flag in flags])
+    said = [line for line in [str(raised.value), *capsys.readouterr().err.splitlines()] if "serve.py: " in line]
+    assert len(said) == 1 and said[0].startswith(message.format(base=base))
+
+
+def test_a_bad_command_ends_the_process_before_a_server_starts(saved):
+    done = subprocess.run(**command(saved[0], "--model_dir", "saved"), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("serve.py: cannot serve 'saved': ")
+    assert "Traceback" not in done.stderr and "Uvicorn" not in done.stderr
+
+
+def test_an_interrupt_ends_the_server_though_an_answer_is_under_way(saved):
+    with serving(saved[0]) as (process, client):
+        chunks = client.chat.completions.create(model=NAME, messages=chat("a"), stream=True, extra_body=NEVER_ENDING)
+        next(chunk for chunk in chunks if chunk.choices[0].delta.content)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == -signal.SIGINT  # not SIGABRT
