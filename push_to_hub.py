@@ -18,13 +18,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-import httpx
 import torch
 import transformers
 import yaml
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, constants, get_token
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    constants,
+    get_token,
+)
 from huggingface_hub.errors import (
     HfHubHTTPError,
+    HTTPError,  # of httpx or httpx2, whichever huggingface_hub uses
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     StrictDataclassError,
@@ -41,7 +50,14 @@ from modeling_phase15 import Phase15ForCausalLM
 
 CARD = Path(__file__).parent / "model_card.md.jinja"
 PICTURES = ("training_curve.png", "loss_by_chunk.png")
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")  # what a later push may have fewer of
+OURS = (  # what a push may leave on the Hub, and a later one may have no more; anything else there is not touched
+    "*.safetensors",
+    "*.safetensors.index.json",
+    *PICTURES,
+    "recipe.yaml",
+    "recipes_before.yaml",
+    "chat_template.jinja",
+)
 
 
 @dataclass
@@ -87,6 +103,10 @@ def check_arguments(args: PushArguments):
         validate_repo_id(args.base_model)
     if args.dry_run != (args.output_dir is not None):
         raise ValueError("`dry_run` and `output_dir` go together: the folder to which a dry run writes.")
+    if args.create_pr and args.revision is not None:
+        raise ValueError("`create_pr` and `revision` exclude each other: a pull request is always against main.")
+    if not args.commit_message.strip():
+        raise ValueError("`commit_message` is empty, but a commit needs a title.")
     source = Path(args.model_dir)
     if not source.is_dir():
         raise ValueError(f"{source}: no such folder.")
@@ -157,10 +177,17 @@ def stage(args: PushArguments, folder: Path):
         query = tokenizer(question)["input_ids"]
     else:
         chat = [{"role": "user", "content": question}]
-        query = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        try:
+            query = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        except Exception as error:  # a template is a program: it raises what it likes
+            raise ValueError(f"{source}: the chat template cannot be used: {error}") from error
     inputs = {"input_ids": torch.tensor([query]), "attention_mask": torch.ones(1, len(query), dtype=torch.long)}
     here = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0, len(query) :].tolist()
-    if eval_sft.answer_in_new_process(folder, query, max_new_tokens) != here:
+    try:
+        there = eval_sft.answer_in_new_process(folder, query, max_new_tokens)
+    except ValueError as error:  # the staged folder is gone when this is read
+        raise ValueError(str(error).replace(str(folder), f"{source}, as staged,")) from error
+    if there != here:
         raise ValueError(f"{source}: a new process, which loaded what was staged, gives another answer than this one.")
 
 
@@ -176,6 +203,8 @@ def load(source: Path) -> tuple[Phase15ForCausalLM, PreTrainedTokenizerBase]:
         tokenizer = AutoTokenizer.from_pretrained(source, config=model.config)
     except Exception as error:  # tokenizers raises plain Exceptions
         raise ValueError(f"{source}: the tokenizer cannot be loaded: {error}") from error
+    for name in ("is_local", "local_files_only"):  # how it was loaded here is nobody else's business
+        tokenizer.init_kwargs.pop(name, None)
     return model, tokenizer
 
 
@@ -243,7 +272,7 @@ def is_hub_dataset(name: str) -> bool:
 def keep(staged: Path, folder: Path):
     """Moves what was staged into a folder that is new, empty, or holds an earlier stage and nothing else."""
     old, names = list(folder.glob("*")), {path.name for path in staged.iterdir()}
-    others = [path for path in old if path.name not in names and not any(path.match(name) for name in WEIGHTS)]
+    others = [path for path in old if path.name not in names and not any(path.match(name) for name in OURS)]
     if others or (old and folder / "README.md" not in old):
         reason = f"holds {others[0].name}" if others else "has no model card"
         raise ValueError(f"{folder} is no earlier stage, it {reason}; give another --output_dir. Nothing was written.")
@@ -255,23 +284,40 @@ def keep(staged: Path, folder: Path):
 def upload(args: PushArguments, staged: str):
     """Makes the repository and the branch if they are not there, and one commit of all that differs."""
     api = HfApi()
+    try:
+        ModelCard.load(Path(staged) / "README.md").validate()  # the Hub's own opinion, before anything is made there
+    except ValueError as error:
+        raise ValueError(f"{constants.ENDPOINT} does not accept the model card: {error}") from error
     api.create_repo(args.repo_id, private=args.private or None, exist_ok=True)
-    if args.revision and not args.create_pr:
+    if args.revision:
         api.create_branch(args.repo_id, branch=args.revision, exist_ok=True)
-    before = api.model_info(args.repo_id, revision=args.revision).sha
-    commit = api.upload_folder(
-        repo_id=args.repo_id,
-        folder_path=staged,
-        commit_message=args.commit_message,
-        revision=args.revision,
-        create_pr=args.create_pr,
-        delete_patterns=list(WEIGHTS),
-    )
-    if commit.oid == before:
-        print(f"Nothing has changed since commit {before}: no commit was made.")
+    before = api.model_info(args.repo_id, revision=args.revision)
+    if args.private and not before.private:
+        raise ValueError(f"{args.repo_id} is there already and public. Nothing was uploaded.")
+    files = {path.relative_to(staged).as_posix(): path for path in Path(staged).rglob("*") if path.is_file()}
+    stale = [s.rfilename for s in before.siblings if any(Path(s.rfilename).match(name) for name in OURS)]
+    operations = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
+    operations += [CommitOperationDelete(name) for name in stale if name not in files]
+    try:
+        commit = api.create_commit(  # not upload_folder, which may split what it uploads into several commits
+            args.repo_id,
+            operations,
+            commit_message=args.commit_message,
+            revision=args.revision,
+            create_pr=args.create_pr,
+            parent_commit=before.sha,
+        )
+    except RuntimeError as error:  # huggingface_hub's about a large file; the cause may be a race of its threads
+        reason = error.__cause__ if isinstance(error.__cause__, HTTPError) else "the connection broke"
+        raise OSError(f"{error} {reason}. {AGAIN}") from error
+    if commit.oid == before.sha:
+        print(f"Nothing has changed since commit {before.sha}: no commit was made.")
     else:
         print(f"Published: {commit.pr_url or commit.commit_url}")
     print(f'from_pretrained("{args.repo_id}", trust_remote_code=True, revision="{commit.oid}")')
+
+
+AGAIN = "The same command again does what is left to do, and makes no second commit."
 
 
 def explain(error: Exception) -> str:
@@ -283,16 +329,16 @@ def explain(error: Exception) -> str:
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         reason = {401: "the token is not valid", 403: "the token may not write there"}.get(status, f"error {status}")
-        return f"{constants.ENDPOINT} refuses: {reason}. {error.server_message or ''} Nothing was published."
-    if isinstance(error, httpx.HTTPError):
-        return f"{constants.ENDPOINT} cannot be reached, or the connection broke: {error}. Nothing was published."
+        return f"{constants.ENDPOINT} refuses: {reason}. {error.server_message or ''} {AGAIN if status >= 500 else ''}"
+    if isinstance(error, HTTPError):
+        return f"{constants.ENDPOINT} cannot be reached, or the connection broke: {error}. {AGAIN}"
     return str(error)
 
 
 if __name__ == "__main__":
     try:
         main(*HfArgumentParser(PushArguments).parse_args_into_dataclasses())
-    except (ValueError, OSError, StrictDataclassError, httpx.HTTPError, httpx.InvalidURL) as error:
+    except (ValueError, OSError, StrictDataclassError, HTTPError) as error:
         line = " ".join(explain(error).split())
         if token := get_token():  # some libraries show the header that they could not send
             line = line.replace(token, "***")

@@ -1,0 +1,512 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""push_to_hub.py against a Hub on 127.0.0.1: what it uploads, what others then load, and what ends it in one line."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SIZES
+from hub_server import Commit, HubServer, Request
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from modeling_phase15 import Phase15ForCausalLM
+from train_sft import main, prepare
+
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = str(ROOT / "push_to_hub.py")
+ALICE, BOB, READER = "hf_aliceAliceAliceAliceAlice", "hf_bobBobBobBobBob", "hf_readerReaderReaderReader"
+REPO = "alice/phase15-tiny"
+FILES = {
+    "README.md",
+    "chat_template.jinja",
+    "config.json",
+    "configuration_phase15.py",
+    "generation_config.json",
+    "loss_by_chunk.png",
+    "modeling_phase15.py",
+    "recipe.yaml",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training_curve.png",
+}
+
+RUN = ("loss_by_chunk.png", "recipe.yaml", "results.json", "training_curve.png")
+
+# Runs the script once per line of its input, in a copy of itself: importing torch for each would take minutes.
+RUNNER = """
+import json, os, runpy, sys
+
+script = sys.argv[1]
+sys.path[0] = os.path.dirname(script)
+import push_to_hub  # for what it imports; a run executes it again
+
+for line in sys.stdin:
+    run = json.loads(line)
+    if (child := os.fork()) == 0:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+os.environ.update(run["environment"])
+for number, name in enumerate([os.devnull, *run["output"]]):
+    os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
+sys.argv = run["argv"]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@dataclass
+class Run:
+    returncode: int
+    stdout: str
+    stderr: str
+    requests: list[Request]
+    log: list[Commit]  # the repository's main branch afterwards, without the Hub's initial commit
+
+    @property
+    def error(self) -> str:
+        """The one line that a failure is to say, beside libraries' warnings and progress bars."""
+        assert self.returncode == 1, (self.returncode, self.stderr[-3000:])
+        assert "Traceback" not in self.stderr, self.stderr[-3000:]
+        lines = [line for line in self.stderr.splitlines() if line.startswith("push_to_hub.py: ")]
+        assert len(lines) == 1, self.stderr[-3000:]
+        return lines[0]
+
+    def succeeded(self) -> "Run":
+        assert self.returncode == 0, self.stderr[-3000:]
+        return self
+
+
+class Shell:
+    """A user's shell with a Hub of its own."""
+
+    def __init__(self, folder: Path, fork: bool):
+        folder.mkdir()
+        self.hub = HubServer(users={ALICE: "alice", BOB: "bob"}, read_only={READER: "alice"}).start()
+        self.folder, self.runs = folder, []
+        unset = ("HF_HUB_OFFLINE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_MODULES_CACHE")
+        paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) != ROOT]
+        self.environment = {name: value for name, value in os.environ.items() if name not in unset} | {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "NO_PROXY": "127.0.0.1",
+            "HF_ENDPOINT": self.hub.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(folder / "hf"),
+            "OMP_NUM_THREADS": "1",
+        }
+        self.runner = fork and subprocess.Popen(
+            [sys.executable, "-c", RUNNER, SCRIPT],
+            cwd=folder,
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def push(self, model_dir, *flags, repo_id: str = REPO, token: str | None = ALICE, **environment: str) -> Run:
+        argv = [SCRIPT, "--model_dir", str(model_dir), "--repo_id", repo_id, *map(str, flags)]
+        environment |= {"HF_TOKEN": token} if token else {}
+        before = len(self.hub.requests)
+        if self.runner:
+            output = [str(self.folder / f"{len(self.runs)}.{name}") for name in ("out", "err")]
+            json.dump({"argv": argv, "environment": environment, "output": output}, self.runner.stdin)
+            self.runner.stdin.write("\n")
+            self.runner.stdin.flush()
+            returncode = int(self.runner.stdout.readline())
+            output = [Path(name).read_text() for name in output]
+        else:
+            command = [sys.executable, *argv]
+            streams = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 300}
+            done = subprocess.run(command, cwd=self.folder, env=self.environment | environment, **streams)
+            returncode, output = done.returncode, [done.stdout, done.stderr]
+        repo = self.hub.repos.get(repo_id)
+        self.runs.append(Run(returncode, *output, self.hub.requests[before:], repo.log()[1:] if repo else []))
+        return self.runs[-1]
+
+    def close(self):
+        if self.runner:
+            self.runner.stdin.close()
+            self.runner.wait(60)
+        self.hub.stop()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("push")
+
+
+@pytest.fixture(scope="module")
+def shells(folder):
+    """Started before the models are made: the runners import meanwhile."""
+    shells = {
+        name: Shell(folder / f"shell-{name}", fork=name != "alone") for name in ("story", "refusals", "dying", "alone")
+    }
+    yield shells
+    for shell in shells.values():
+        shell.close()
+
+
+@pytest.fixture(scope="module")
+def models(shells, folder, chat_tokenizer) -> dict[str, Path]:
+    """Folders to push: a training run, two that differ in their weights, and folders that cannot be pushed."""
+    data = [{"query": f"Why is {i}?", "answer": "Blue light scatters most. " * 2} for i in range(6)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in data))
+    llm = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    recipe = SIZES | {
+        "dataset_name": str(folder / "data.jsonl"),
+        "validation_split": 0.3,
+        "base_config": llm | {"vocab_size": 300, "max_position_embeddings": 64, "initializer_range": 0.2},
+        "output_dir": str(folder / "first"),
+        "max_steps": 4,
+        "save_steps": 4,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    main(*prepare([str(folder / "recipe.yaml")]))
+
+    def variant(name: str, **tensors: float) -> Path:
+        shutil.copytree(folder / "first", folder / name)
+        weights = load_file(folder / name / "model.safetensors")
+        for tensor, value in tensors.items():
+            weights[f"hypernet.{tensor}"].fill_(value)
+        save_file(weights, folder / name / "model.safetensors", {"format": "pt"})
+        return folder / name
+
+    second = variant("second", alpha=0.5)
+    for name in RUN:  # as save_pretrained leaves a model
+        (second / name).unlink()
+    variant("third", alpha=0.7)
+    variant("nan", alpha=float("nan"))
+    cut = variant("truncated weights") / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-1000])
+    (variant("broken template") / "chat_template.jinja").write_text("{% for message in messages %}")
+    (variant("broken tokenizer") / "tokenizer.json").write_text("{}")
+    (variant("broken config") / "config.json").write_text('{"model_type": "phase15", ')
+    (variant("another model") / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "base"}')
+    save_file({"base_model.model.x": torch.zeros(1)}, folder / "adapter" / "adapter_model.safetensors")
+    (folder / "empty").mkdir()
+    return {path.name: path for path in folder.iterdir() if path.is_dir()} | {"missing": folder / "missing"}
+
+
+SHARDS = ("--max_shard_size", "60KB")
+REFUSALS = {  # folder, flags, keywords of push(), what the line says
+    "wrong token": ("first", (), {"token": "hf_wrongWrongWrongWrong"}, r"(?i)token"),
+    "no token": ("first", (), {"token": None}, r"hf auth login.*HF_TOKEN"),
+    "read-only token": ("first", (), {"token": READER}, r"(?i)token|permission|right"),
+    "somebody else's namespace": ("first", (), {"repo_id": "bob/phase15-tiny"}, r"(?i)permission|right|bob"),
+    "no namespace": ("first", (), {"repo_id": "phase15-tiny"}, r"phase15-tiny"),
+    "three parts": ("first", (), {"repo_id": "alice/phase15/tiny"}, r"alice/phase15/tiny"),
+    "spaces": ("first", (), {"repo_id": "alice/bad name!"}, r"alice/bad name!"),
+    "two hyphens": ("first", (), {"repo_id": "alice/x--y"}, r"alice/x--y"),
+    "a name with .git": ("first", (), {"repo_id": "alice/x.git"}, r"alice/x\.git"),
+    "pull request and branch": ("first", ("--create_pr", "--revision", "dev"), {}, r"create_pr.*revision"),
+    "no title": ("first", ("--commit_message", ""), {}, r"commit_message"),
+    "unknown licence": ("first", ("--license", "do what you like"), {}, r"license.*apache-2\.0"),
+    "missing": ("missing", (), {}, r"missing"),
+    "empty": ("empty", (), {}, r"empty.*config\.json"),
+    "another model": ("another model", (), {}, r"another model.*(?i:phase15)"),
+    "adapter": ("adapter", (), {}, r"(?i)adapter.*merge"),
+    "broken config": ("broken config", (), {}, r"config\.json"),
+    "truncated weights": ("truncated weights", (), {}, r"safetensors|weights"),
+    "broken tokenizer": ("broken tokenizer", (), {}, r"(?i)tokenizer"),
+    "broken template": ("broken template", (), {}, r"(?i)template"),
+    "nan": ("nan", (), {}, r"/nan,.*finite"),
+}
+FAULTS = {"500": (500, False), "403": (403, False), "answer lost": ("cut", True)}
+
+
+def push_story(shell, models, staged) -> dict[str, Run]:
+    """One repository's life."""
+    first = (models["first"], *SHARDS)
+    changes = ("--private", "--commit_message", "First release")
+    return {
+        "dry": shell.push(*first, "--dry_run", "--output_dir", staged, token=None),
+        "first": shell.push(*first, *changes),
+        "again": shell.push(*first, *changes),
+        "changed": shell.push(models["second"]),
+        "pr": shell.push(models["third"], "--create_pr"),
+        "branch": shell.push(models["third"], "--revision", "dev/x"),
+    }
+
+
+def push_in_vain(shell, models) -> dict[str, Run]:
+    """What is wrong with the input, then a Hub that fails at the commit, and in the end does not."""
+    runs = {}
+    for case, (model_dir, flags, keywords, _) in REFUSALS.items():
+        runs[case] = shell.push(models[model_dir], *flags, **keywords)
+    for case, (action, after) in FAULTS.items():
+        shell.hub.fail("POST", f"/api/models/{REPO}/commit/", action, after, times=1)
+        runs[case] = shell.push(models["first"])
+    runs["at last"] = shell.push(models["first"])
+    return runs | {"public": shell.push(models["second"], "--private")}
+
+
+def push_to_a_dying_hub(shell, models) -> dict[str, Run]:
+    shell.hub.fail("PUT", "/lfs/", "die", times=1)
+    died = shell.push(models["first"])
+    shell.hub.start()
+    return {"died": died, "completed": shell.push(models["first"])}
+
+
+def push_without_a_hub(shell, models, staged) -> dict[str, Run]:
+    dry = shell.push(models["first"], "--dry_run", "--output_dir", staged, *SHARDS, HF_HUB_OFFLINE="1")
+    return {"dry": dry, "no network": shell.push(models["first"], HF_ENDPOINT="http://127.0.0.1:9")}
+
+
+@pytest.fixture(scope="module")
+def lanes(shells, models, folder):
+    """The four shells at work at the same time: they spend most of theirs importing, and waiting to try again."""
+    with ThreadPoolExecutor() as pool:
+        yield {
+            "dying": pool.submit(push_to_a_dying_hub, shells["dying"], models),
+            "story": pool.submit(push_story, shells["story"], models, folder / "staged"),
+            "refusals": pool.submit(push_in_vain, shells["refusals"], models),
+            "alone": pool.submit(push_without_a_hub, shells["alone"], models, folder / "staged-offline"),
+        }
+
+
+@pytest.fixture(scope="module")
+def story(lanes) -> dict[str, Run]:
+    return lanes["story"].result()
+
+
+@pytest.fixture(scope="module")
+def refusals(lanes) -> dict[str, Run]:
+    return lanes["refusals"].result()
+
+
+@pytest.fixture(scope="module")
+def dying(lanes) -> dict[str, Run]:
+    return lanes["dying"].result()
+
+
+@pytest.fixture(scope="module")
+def alone(lanes) -> dict[str, Run]:
+    return lanes["alone"].result()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def uploaded(commit: Commit) -> dict[str, bytes]:
+    return {path: file.data for path, file in commit.files.items() if path != ".gitattributes"}
+
+
+# what is uploaded
+
+
+def test_a_push_is_one_commit_of_the_files_that_a_dry_run_stages(story, folder):
+    staged = contents(folder / "staged")
+    shards = {name for name in staged if "safetensors" in name}
+    assert set(staged) - shards == FILES
+    assert len(shards) > 2 and "model.safetensors.index.json" in shards and "model.safetensors" not in shards
+    assert story["first"].succeeded().stderr.count("Traceback") == 0
+    (commit,) = story["first"].log
+    assert uploaded(commit) == staged and commit.title == "First release"
+
+
+def test_weights_and_pictures_are_uploaded_as_large_files(story):
+    files = story["first"].log[0].files
+    assert {name for name, file in files.items() if file.lfs} == {
+        name for name in files if name.endswith((".safetensors", ".png"))
+    }
+
+
+def test_the_same_push_again_makes_no_commit(story):
+    assert story["again"].succeeded().log == story["first"].log
+
+
+def test_another_model_makes_one_commit_that_removes_what_only_the_old_one_had(story, models):
+    """Here its many shards, and its training run."""
+    first, second = story["changed"].succeeded().log
+    assert [first] == story["first"].log and second.parent == first.sha
+    files = uploaded(second)
+    assert set(files) == FILES - set(RUN) | {"model.safetensors"}
+    assert files["model.safetensors"] == (models["second"] / "model.safetensors").read_bytes()
+
+
+def test_a_private_repository_is_private(story, refusals, shells):
+    assert shells["story"].hub.repos[REPO].private
+    assert not shells["refusals"].hub.repos[REPO].private
+
+
+def test_a_pull_request_leaves_main_alone(story, shells, models):
+    assert story["pr"].succeeded().log == story["changed"].log
+    commit = shells["story"].hub.repos[REPO].log("refs/pr/1")[-1]
+    assert commit.parent == story["changed"].log[-1].sha
+    assert uploaded(commit)["model.safetensors"] == (models["third"] / "model.safetensors").read_bytes()
+    assert "/discussions/1" in story["pr"].stdout
+
+
+def test_a_branch_is_made_where_there_is_none_and_leaves_main_alone(story, shells, models):
+    assert story["branch"].succeeded().log == story["changed"].log
+    repo = shells["story"].hub.repos[REPO]
+    assert set(repo.refs) == {"main", "refs/pr/1", "dev/x"}
+    commit = repo.log("dev/x")[-1]
+    assert commit.parent == story["changed"].log[-1].sha
+    assert uploaded(commit)["model.safetensors"] == (models["third"] / "model.safetensors").read_bytes()
+
+
+def test_a_dry_run_asks_the_hub_nothing_and_needs_neither_it_nor_a_token(story, alone, folder):
+    """Offline or not makes no difference to what is staged."""
+    for run in (story["dry"], alone["dry"]):
+        assert run.succeeded().requests == []
+    assert contents(folder / "staged-offline") == contents(folder / "staged")
+
+
+def test_the_server_of_these_tests_had_no_errors_of_its_own(story, refusals, dying, alone, shells):
+    assert [shell.hub.errors for shell in shells.values()] == [[], [], [], []]
+
+
+# what others load
+
+LOAD = """
+import importlib.util, json, sys
+import torch, transformers
+from huggingface_hub import ModelCard, hf_hub_download
+from transformers import AutoTokenizer
+
+torch.set_num_threads(1)
+assert importlib.util.find_spec("modeling_phase15") is None, "the repository is on this process's path"
+repo_id, revisions, prompt = sys.argv[1], sys.argv[2:-1], sys.argv[-1]
+results = {"refused": {}}
+for revision in revisions:
+    remote = {"trust_remote_code": True, "revision": revision}
+    tokenizer = AutoTokenizer.from_pretrained(repo_id, **remote)
+    inputs = tokenizer.apply_chat_template(json.loads(prompt), add_generation_prompt=True, return_dict=True,
+                                           return_tensors="pt")
+    for name in ("AutoModelForCausalLM", "AutoModel"):
+        model, info = getattr(transformers, name).from_pretrained(repo_id, output_loading_info=True, **remote)
+        assert not any(info.values()), info
+        with torch.no_grad():
+            results[revision, name] = inputs["input_ids"], model(**inputs).logits, model.generate(
+                **inputs, max_new_tokens=20, do_sample=False
+            )
+    results[revision, "config"] = transformers.AutoConfig.from_pretrained(repo_id, **remote).to_diff_dict()
+for name in ("AutoConfig", "AutoModelForCausalLM", "AutoModel"):
+    try:
+        getattr(transformers, name).from_pretrained(repo_id, revision=revisions[0])
+    except ValueError as error:
+        results["refused"][name] = str(error)
+card = ModelCard.load(hf_hub_download(repo_id, "README.md", revision=revisions[0]))
+card.validate()
+results["card"] = card.data.to_dict(), card.data.eval_results, card.text
+torch.save(results, "results.pt")
+"""
+PROMPT = [{"role": "user", "content": "Why is the sky blue?"}]
+
+
+@pytest.fixture(scope="module")
+def elsewhere(story, shells, folder) -> dict:
+    """What a process got that knows the repository's name and has a token, and nothing else."""
+    shell, home = shells["story"], folder / "elsewhere"
+    home.mkdir()
+    revisions = [story["first"].succeeded().log[0].sha, "dev/x"]
+    command = [sys.executable, "-c", LOAD, REPO, *revisions, json.dumps(PROMPT)]
+    environment = shell.environment | {"HF_HOME": str(home / "hf"), "HF_TOKEN": ALICE}
+    streams = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run(command, cwd=home, env=environment, **streams)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(home / "results.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("auto_class", ["AutoModelForCausalLM", "AutoModel"])
+@pytest.mark.parametrize(("name", "revision"), [("first", 0), ("third", "dev/x")])
+def test_another_process_gets_the_same_logits_bit_for_bit(elsewhere, story, models, name, revision, auto_class):
+    revision = revision or story["first"].log[0].sha
+    model, tokenizer = (c.from_pretrained(models[name]) for c in (Phase15ForCausalLM, AutoTokenizer))
+    inputs = tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    ids, logits, tokens = elsewhere[revision, auto_class]
+    assert torch.equal(ids, inputs["input_ids"]) and torch.equal(logits, expected)
+    assert torch.equal(tokens, model.generate(**inputs, max_new_tokens=20, do_sample=False))
+
+
+def test_another_process_gets_the_same_config(elsewhere, models):
+    config = elsewhere["dev/x", "config"]
+    assert config["model_type"] == "phase15" and {name: config[name] for name in SIZES} == SIZES
+
+
+@pytest.mark.parametrize("auto_class", ["AutoConfig", "AutoModelForCausalLM", "AutoModel"])
+def test_nothing_is_run_without_trust_remote_code(elsewhere, auto_class):
+    assert "trust_remote_code=True" in elsewhere["refused"][auto_class]
+
+
+def test_the_card_is_valid_and_its_results_are_the_runs(elsewhere, models):
+    data, eval_results, text = elsewhere["card"]
+    assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
+    validation = json.loads((models["first"] / "results.json").read_text())["validation"]
+    assert eval_results and any(abs(r.metric_value - validation["the model"]["loss"]) < 1e-3 for r in eval_results)
+    assert "trust_remote_code=True" in text and REPO in text
+
+
+# what goes wrong
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_refused_push_says_why_in_one_line_and_writes_nothing(case, refusals, shells):
+    run = refusals[case]
+    assert re.search(REFUSALS[case][3], run.error.removeprefix("push_to_hub.py: ")), run.error
+    assert not any(request.writes and request.status == 200 for request in run.requests), run.requests
+    assert run.log == [] and set(shells["refusals"].hub.repos) <= {REPO}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_commit_that_fails_leaves_nothing_to_be_seen(case, refusals):
+    run = refusals[case]
+    assert run.error and len(run.log) == (1 if case == "answer lost" else 0)
+
+
+def test_after_failures_the_same_command_makes_the_one_commit(refusals):
+    assert refusals["at last"].succeeded().log == refusals["answer lost"].log
+
+
+def test_a_public_repository_gets_no_private_push(refusals):
+    assert "public" in refusals["public"].error and refusals["public"].log == refusals["at last"].log
+
+
+def test_a_hub_that_dies_during_the_upload_shows_nothing_and_a_second_run_completes(dying):
+    assert dying["died"].error and dying["died"].log == []
+    assert any(r.method == "PUT" and r.status is None for r in dying["died"].requests)
+    (commit,) = dying["completed"].succeeded().log
+    assert set(uploaded(commit)) == FILES | {"model.safetensors"}
+
+
+def test_no_network(alone):
+    assert re.search(r"(?i)127\.0\.0\.1:9|connect|network|reach", alone["no network"].error)
+
+
+def test_no_token_is_said_or_uploaded(story, refusals, dying, alone, shells, folder):
+    runs = [run for shell in shells.values() for run in shell.runs]
+    said = [text for run in runs for text in (run.stdout, run.stderr)]
+    files = [data for staged in ("staged", "staged-offline") for data in contents(folder / staged).values()]
+    for shell in shells.values():
+        files += [data for repo in shell.hub.repos.values() for data in repo.lfs.values()]
+        commits = [commit for repo in shell.hub.repos.values() for commit in repo.commits.values()]
+        files += [data for commit in commits for data in uploaded(commit).values()]
+        said += [text for commit in commits for text in (commit.title, commit.description)]
+    for token in (ALICE, BOB, READER, "hf_wrong"):
+        assert not any(token in text for text in said)
+        assert not any(token.encode() in data for data in files)
+    sent = [r for shell in shells.values() for r in shell.hub.requests]
+    assert not any(r.path.startswith("/lfs/") and "Authorization" in r.headers for r in sent)
+    assert not any(token in r.path for r in sent for token in (ALICE, BOB, READER))
