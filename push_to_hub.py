@@ -135,6 +135,8 @@ def read_run(folder: Path) -> Run:
             if isinstance(value, str) and Path(value).is_absolute():
                 recipe[name] = Path(value).name
     results = read_documents(folder / "results.json", {"train", "steps", "records", "validation"})
+    if results and not recipes:
+        raise ValueError(f"{folder} holds results.json, but not the recipe.yaml that says of what.")
     return Run(recipes, results[0] if results else {})
 
 
@@ -289,7 +291,7 @@ def upload(args: PushArguments, staged: str):
     except ValueError as error:
         raise ValueError(f"{constants.ENDPOINT} does not accept the model card: {error}") from error
     api.create_repo(args.repo_id, private=args.private or None, exist_ok=True)
-    if args.revision:
+    if args.revision and not args.revision.startswith("refs/"):  # of a pull request, say
         api.create_branch(args.repo_id, branch=args.revision, exist_ok=True)
     before = api.model_info(args.repo_id, revision=args.revision)
     if args.private and not before.private:
