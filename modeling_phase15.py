@@ -313,7 +313,7 @@ class Rows(NamedTuple):
 class Phase15PreTrainedModel(PreTrainedModel):
     config: Phase15Config
     config_class = Phase15Config
-    base_model_prefix = ""  # the recursion and the LLM are one: `base_model` is the model itself
+    base_model_prefix = "phase15"  # no attribute: recursion and LLM are one, and `base_model` is the model itself
     supports_gradient_checkpointing = True
     _no_split_modules = ["HyperNetwork"]  # it adds what its parts give
     _skip_keys_device_placement = ["past_key_values"]

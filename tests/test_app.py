@@ -27,6 +27,7 @@ from conftest import (
     reference_carry,
     reference_step,
 )
+from huggingface_hub import SpaceCard
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from modeling_phase15 import Phase15ForCausalLM
@@ -471,3 +472,9 @@ def test_leaving_the_page_ends_the_generation(page, server):
     ask_for_a_long_answer(page)
     page.close()
     wait_until_idle(server[0])
+
+
+def test_the_card_of_the_space():
+    card = SpaceCard.load(ROOT / "docs" / "space.md")
+    assert (card.data.sdk, card.data.app_file) == ("gradio", "app.py") and (ROOT / card.data.app_file).is_file()
+    assert card.data.sdk_version.split(".")[0] == gradio.__version__.split(".")[0]

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_sft
-from benchmarks.load_time import compare
+from benchmarks.load_time import rounds
 from modeling_phase15 import Phase15ForCausalLM
 
 
@@ -189,5 +189,5 @@ def test_loading_takes_at_most_1_15_times_the_bases_time(real, tmp_path):
     base, model, _ = real
     model.save_pretrained(tmp_path / "phase15")
     base.save_pretrained(tmp_path / "base")
-    times = compare(str(tmp_path / "phase15"), str(tmp_path / "base"), repeats=9)
-    assert times["processor"][0] < 1.15 * times["processor"][1]
+    ours, bare = zip(*rounds(str(tmp_path / "phase15"), str(tmp_path / "base"), repeats=12), strict=True)
+    assert min(ours) < 1.15 * min(bare)  # the fastest of each: what other processes do not disturb

@@ -5,6 +5,8 @@ import copy
 import logging
 import os
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -440,6 +442,25 @@ def test_a_quantised_base_is_wrapped_trained_around_and_saved(kind, base, ids, t
     loaded = load(tmp_path)
     assert torch.equal(logits_of(loaded, ids), logits_of(model, ids))
     assert is_quantised(loaded.llm.get_submodule("model.layers.0.mlp.up_proj"))
+
+
+# the README
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_the_examples_of_the_readme_run(saved, ids, tmp_path, monkeypatch, capsys):
+    for package in ("trl", "torchao"):
+        pytest.importorskip(package, reason="requirements-extra.txt")
+    section = (ROOT / "README.md").read_text("utf-8").split("## In the tools you have")[1]
+    (example,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    shutil.copytree(saved, tmp_path / "outputs" / "quickstart")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(example, names)
+    assert "'role': 'assistant'" in capsys.readouterr().out
+    assert (tmp_path / "outputs" / "adapter" / "adapter_model.safetensors").is_file()
+    quantised = linears(names["model"].llm.model)
+    assert quantised and all(is_quantised(linear) for linear in quantised.values())
 
 
 # what else one does to a model
