@@ -143,12 +143,12 @@ def main(argv: list[str]):
     Run.create(commands)
     parser = commands.choices["run"]
     parser.usage, parser.epilog = "python eval_lm.py --model_dir DIR --tasks TASK … [options of lm_eval]", None
-    parser.add_argument("--model_dir", required=True, metavar="DIR", help="Folder of a Phase15 model")
+    parser.add_argument("--model_dir", required=True, metavar="DIR", help="Folder or Hub id of a Phase15 model")
     args = parser.parse_args(argv)
     if args.model is not None:
         raise ValueError("`--model` cannot be given: it is phase15. For other models there is lm_eval itself.")
-    if not Path(args.model_dir).is_dir():
-        raise ValueError(f"{args.model_dir}: no such folder.")
+    if not Path(args.model_dir).is_dir() and args.model_dir.count("/") != 1:
+        raise ValueError(f"{args.model_dir}: no such folder, and no USER/NAME on the Hub.")
     model_type = Phase15Config.get_config_dict(args.model_dir)[0].get("model_type")
     if model_type != Phase15Config.model_type:
         raise ValueError(f"{args.model_dir} is no Phase15 model, but of model_type {model_type!r}.")

@@ -400,7 +400,7 @@ def test_a_missing_folder_ends_in_one_line():
     command = [sys.executable, str(ROOT / "eval_lm.py"), "--model_dir", "nowhere", "--tasks", "choice"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1] == "eval_lm.py: nowhere: no such folder."
+    assert done.stderr.splitlines()[-1] == "eval_lm.py: nowhere: no such folder, and no USER/NAME on the Hub."
 
 
 def test_an_unknown_task_and_a_model_that_is_no_phase15_are_named(folders, monkeypatch):
