@@ -38,7 +38,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     StrictDataclassError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
@@ -286,10 +286,12 @@ def keep(staged: Path, folder: Path):
 def upload(args: PushArguments, staged: str):
     """Makes the repository and the branch if they are not there, and one commit of all that differs."""
     api = HfApi()
-    try:
-        ModelCard.load(Path(staged) / "README.md").validate()  # the Hub's own opinion, before anything is made there
-    except ValueError as error:
-        raise ValueError(f"{constants.ENDPOINT} does not accept the model card: {error}") from error
+    card = (Path(staged) / "README.md").read_text("utf-8")
+    # the Hub's opinion of it before anything is made there; ModelCard.validate asks another host before hub 2.0
+    answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json={"repoType": "model", "content": card})
+    if answer.status_code == 400:
+        raise ValueError(f"{api.endpoint} does not accept the model card: {answer.text}")
+    hf_raise_for_status(answer)
     api.create_repo(args.repo_id, private=args.private or None, exist_ok=True)
     if args.revision and not args.revision.startswith("refs/"):  # of a pull request, say
         api.create_branch(args.repo_id, branch=args.revision, exist_ok=True)
