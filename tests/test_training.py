@@ -397,9 +397,9 @@ def test_records_are_split(recipe, tmp_path):
     assert trainer.train_dataset["record"][:] == list(range(1, 11))
     assert trainer.eval_dataset["record"][:] == list(range(11, 15))
     arguments = [write(recipe, tmp_path, stage="lora", validation_split=0.0), "--max_steps", "1"]
-    trainer, model_args = prepare(arguments)
+    trainer, *rest = prepare(arguments)
     assert trainer.train_dataset["record"][:] == list(range(1, 16)) and trainer.eval_dataset is None
-    main(trainer, model_args)
+    main(trainer, *rest)
     assert json.loads((Path(recipe["output_dir"]) / "results.json").read_text())["validation"] == {}
 
 
