@@ -321,7 +321,7 @@ def upload(args: PushArguments, staged: str):
     print(f'from_pretrained("{args.repo_id}", trust_remote_code=True, revision="{commit.oid}")')
 
 
-AGAIN = "The same command again does what is left to do, and makes no second commit."
+AGAIN = "The same command again does what is left to do."
 
 
 def explain(error: Exception) -> str:
