@@ -3,7 +3,7 @@
 Publishes a trained model on the Hugging Face Hub: weights, tokenizer, code, pictures, recipe and model card, in one
 commit, after a new process has loaded and used what will be published.
 
-    python push_to_hub.py --model_dir outputs/quickstart --repo_id USER/NAME --dry_run --output_dir staged
+    python push_to_hub.py --model_dir outputs/quickstart --repo_id USER/NAME --dry_run --output_dir outputs/staged
     hf auth login                                               (or HF_TOKEN=…)
     python push_to_hub.py --model_dir outputs/quickstart --repo_id USER/NAME --private
     python push_to_hub.py --help                                every flag
