@@ -380,7 +380,7 @@ def test_the_server_of_these_tests_had_no_errors_of_its_own(story, refusals, dyi
 
 LOAD = """
 import importlib.util, json, sys
-import torch, transformers
+import huggingface_hub, torch, transformers
 from huggingface_hub import ModelCard, hf_hub_download
 from transformers import AutoTokenizer
 
@@ -407,7 +407,8 @@ for name in ("AutoConfig", "AutoModelForCausalLM", "AutoModel"):
     except ValueError as error:
         results["refused"][name] = str(error)
 card = ModelCard.load(hf_hub_download(repo_id, "README.md", revision=revisions[0]))
-card.validate()
+if huggingface_hub.__version__ >= "2":  # before, it asks huggingface.co whatever HF_ENDPOINT says
+    card.validate()
 results["card"] = card.data.to_dict(), card.data.eval_results, card.text
 torch.save(results, "results.pt")
 """
