@@ -41,8 +41,10 @@ from transformers.utils import can_return_tuple
 
 try:  # inside a package: how transformers loads this file from a Hub repository or a saved folder
     from .configuration_phase15 import Phase15Config
+    from .decoding_phase15 import decode, obstacle
 except ImportError:  # at the root of this repository
     from configuration_phase15 import Phase15Config
+    from decoding_phase15 import decode, obstacle
 
 
 # ---------------------------------------------------------------------------------------------------- the recursion
@@ -668,11 +670,7 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
             )
         states = []
         if has_query[0]:
-            soft_prompt = cache.soft_prompt or self.empty_soft_prompt(len(rows.length))
-            if cache.chunk is not None and cache.chunk.shape[1]:  # the message closes the open chunk
-                soft_prompt = self.step(soft_prompt, cache.chunk, torch.full_like(rows.length, cache.chunk.shape[1]))
-            query = rows.input_ids[:, : int(rows.query_length.max())]
-            states.append(self._open_chunk(cache, self.read(soft_prompt, query, rows.query_length), **kwargs))
+            states.append(self._open_chunk(cache, self._read_message(rows, cache), **kwargs))
         answer = rows.query_length[:, None] + torch.arange(int(answer_length[0]), device=row.device)
         answer = self.get_input_embeddings()(rows.input_ids.gather(1, answer))  # (B, A, d)
         while answer.shape[1]:
@@ -689,6 +687,14 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         first_place = rows.length - hidden_states.shape[1]
         return hidden_states[row, place - first_place[row]], states[-1][1]
 
+    def _read_message(self, rows: Rows, cache: Phase15Cache) -> SoftPrompt:
+        """What becomes of the cache's soft prompt when each row's query is read; it closes the open chunk."""
+        soft_prompt = cache.soft_prompt or self.empty_soft_prompt(len(rows.length))
+        if cache.chunk is not None and cache.chunk.shape[1]:
+            soft_prompt = self.step(soft_prompt, cache.chunk, torch.full_like(rows.length, cache.chunk.shape[1]))
+        query = rows.input_ids[:, : int(rows.query_length.max())]
+        return self.read(soft_prompt, query, rows.query_length)
+
     def _hear(self, cache: Phase15Cache, tokens: torch.Tensor, **kwargs):
         """Calls the LLM on more tokens of the open chunk; returns as `predict`."""
         return self.predict(cache.soft_prompt, tokens, cache.llm_cache, cache.chunk.shape[1], **kwargs)
@@ -702,7 +708,12 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(
-        self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args,
+        compile: bool | None = None,
+        **kwargs,
     ):
         r"""
         Generates as [`~transformers.GenerationMixin.generate`] does, with all its arguments, at constant memory: the
@@ -714,9 +725,14 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
             past_key_values (`Phase15Cache`, *optional*):
                 Cache of an earlier call, which `return_dict_in_generate=True` returned; `inputs` are then the whole
                 conversation, and what the cache has not seen is read as the next message.
+            compile (`bool`, *optional*):
+                Greedy search and sampling on static buffers with compiled steps, on CUDA as CUDA graphs: by default
+                on CUDA where nothing forbids it. The first call compiles, which takes about a minute. True insists
+                on it, on a CPU too (`torch.compile` needs a C++ compiler there); False refuses it.
 
         Raises:
-            ValueError: for assisted decoding, contrastive search, paged or other caches, and chunked prefill.
+            ValueError: for assisted decoding, contrastive search, paged or other caches, and chunked prefill; for
+                `compile=True` with something that forbids it, which is named.
         """
 
         sources = [kwargs, *(vars(config) for config in (generation_config, self.generation_config) if config)]
@@ -727,6 +743,9 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         for name, (mode, reason) in UNSUPPORTED_GENERATION.items():
             if setting(name):
                 raise ValueError(f"Phase15 does not support {mode} (`{name}`): {reason}.")
+        if compile and (setting("num_beams") or 1) > 1:
+            raise ValueError("`compile=True` cannot be honoured with beam search.")
+        kwargs["compile"] = False if compile is None and setting("disable_compile") else compile
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         num_columns = 1 if input_ids is None else input_ids.shape[-1]  # the library starts from a BOS token
         cache = kwargs.get("past_key_values")
@@ -743,6 +762,36 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
             kwargs["prompt_length"] = num_columns
         return super().generate(inputs, generation_config, *args, **kwargs)
 
+    def _sample(
+        self,
+        input_ids: torch.LongTensor,
+        logits_processor,
+        stopping_criteria,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer=None,
+        compile: bool | None = None,
+        **model_kwargs,
+    ):
+        """Greedy search and sampling: the library's loop, or the fast path of decoding_phase15.py."""
+        parts = (logits_processor, stopping_criteria, generation_config)
+        cache = model_kwargs.get("past_key_values")
+        if compile is None:
+            compile = self.device.type == "cuda" and not obstacle(self, *parts, synced_gpus, model_kwargs)
+        elif compile and (reason := obstacle(self, *parts, synced_gpus, model_kwargs)):
+            raise ValueError(f"`compile=True` cannot be honoured with {reason}.")
+        num_new = None if cache is None or not cache.seen_tokens else input_ids.shape[1] - cache.seen_tokens
+        if not compile or num_new == 1:  # one more token of the answer is no message
+            return super()._sample(
+                input_ids, *parts, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs
+            )
+        model_inputs = self.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=num_new, is_first_iteration=True, **model_kwargs
+        )
+        message = (model_inputs["input_ids"], model_inputs.get("attention_mask"), None, model_inputs["query_lengths"])
+        soft_prompt = self._read_message(compact(*message, cache.seen_tokens), cache)
+        return decode(self, soft_prompt, cache, input_ids, *parts, streamer)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
@@ -751,6 +800,7 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         query_lengths: torch.LongTensor | None = None,
         prompt_length: int | None = None,
         is_first_iteration: bool = False,
+        compile: bool | None = None,
         **kwargs,
     ) -> dict:
         """As the library's; besides, says which tokens are the query: the prompt, read once if there is a cache."""

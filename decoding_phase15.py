@@ -1,0 +1,338 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""
+The fast path of `generate`: greedy search and sampling on buffers that never move, so that each of its three steps can
+be compiled, and on CUDA be recorded once and replayed as a CUDA graph.
+
+    step     sp = step(sp, chunk)                          once per chunk
+    open     the LLM on the N slots; picks the chunk's first token
+    hear     the LLM on the newest token; picks the next   K - 1 times per chunk
+
+Tokens are picked on the device, and the host asks once per chunk whether all rows have ended. modeling_phase15.py does
+not need this file to be understood: under greedy search it gives the tokens of the library's own loop there, which is
+the reference that the tests hold it to.
+"""
+
+import threading
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import Cache, LogitsProcessorList
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    MaxLengthCriteria,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+PROCESSORS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)  # of the scores alone
+CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
+MAX_DECODERS = 4  # kept per model: batch sizes and sampling settings that take turns
+
+
+class Phase15StaticCache(Cache):
+    """
+    Keys and values of [soft prompt ; chunk] in buffers that are written in place: slot i in column i, token j of the
+    chunk in column N + j, whatever the number of used slots. What may be seen is the attention mask's business.
+
+    Args:
+        keys, values (`list[torch.Tensor]` of shape `(batch_size, num_key_value_heads, N + K, head_dim)`): by layer.
+        columns (`torch.LongTensor` of shape `(num_tokens,)`): where the keys and values of a call go.
+        width (`int`): how many columns a call sees.
+    """
+
+    def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor], columns: torch.LongTensor, width: int):
+        super().__init__(layers=[])
+        self.keys, self.values, self.columns, self.width = keys, values, columns, width
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        keys.index_copy_(2, self.columns, key_states)
+        values.index_copy_(2, self.columns, value_states)
+        return keys[:, :, : self.width], values[:, :, : self.width]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0  # positions and mask are always given
+
+
+# the three steps as functions of the buffers, which is what is compiled
+
+
+def call_llm(model, inputs_embeds, position_ids, visible: torch.BoolTensor, cache: Phase15StaticCache) -> torch.Tensor:
+    """Last hidden states; `visible`: `(batch_size, 1, num_tokens, width)`, which columns each token sees."""
+    dtype = inputs_embeds.dtype
+    mask = torch.zeros((), dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
+    outputs = model.llm.base_model(
+        inputs_embeds=inputs_embeds,
+        position_ids=position_ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return outputs.last_hidden_state
+
+
+def open_chunk(model, soft_prompt, slot_cache: Phase15StaticCache) -> torch.Tensor:
+    """Fills the slots' columns; returns the logits of the chunk's first token, `(batch_size, vocab_size)`."""
+    embeds, length = soft_prompt
+    batch_size, num_slots, hidden_size = embeds.shape
+    slot = torch.arange(num_slots, device=embeds.device)
+    visible = (slot <= slot[:, None]) & soft_prompt.mask[:, None, None, :]
+    hidden_states = call_llm(model, embeds, slot.expand(batch_size, -1), visible, slot_cache)
+    last_slot = (length - 1)[:, None, None].expand(-1, 1, hidden_size)
+    return model.get_output_embeddings()(hidden_states.gather(1, last_slot)[:, 0])
+
+
+def hear_token(model, soft_prompt, chunk: torch.LongTensor, chunk_cache: Phase15StaticCache) -> torch.Tensor:
+    """Feeds the chunk's newest token; returns the logits of the next, `(batch_size, vocab_size)`."""
+    embeds, length = soft_prompt
+    place = chunk_cache.columns - embeds.shape[1]  # (1,), of the newest token in the chunk
+    heard = torch.arange(chunk.shape[1], device=chunk.device) <= place
+    visible = torch.cat([soft_prompt.mask, heard.expand(chunk.shape[0], -1)], dim=1)[:, None, None, :]
+    tokens = model.get_input_embeddings()(chunk.index_select(1, place))
+    return model.get_output_embeddings()(
+        call_llm(model, tokens, length[:, None] + place, visible, chunk_cache)[:, -1]
+    )
+
+
+def step_soft_prompt(model, soft_prompt, chunk: torch.LongTensor):
+    """The soft prompt after a full chunk."""
+    length = torch.full_like(soft_prompt.length, chunk.shape[1])
+    return model.step(soft_prompt, model.get_input_embeddings()(chunk), length)
+
+
+class Phase15Decoder:
+    """
+    The buffers of one batch size and way of picking tokens, and the steps on them.
+
+    On CUDA the steps are recorded when they first run, and replayed ever after; they read the weights where they are,
+    so a decoder is good for as long as the weights do not move (see `decoder_of`).
+
+    Args:
+        model (`Phase15ForCausalLM`): not kept, so that decoders do not keep it alive.
+        batch_size (`int`): rows.
+        pick (`Callable`): from logits of shape `(batch_size, vocab_size)`, float32, to token ids `(batch_size,)`.
+        eos_token_id (`torch.LongTensor` of shape `(num_tokens,)`, *optional*): the tokens that end a row.
+        pad_token_id (`torch.LongTensor` of shape `()`, *optional*): what ended rows go on with.
+    """
+
+    def __init__(self, model, batch_size: int, pick: Callable, eos_token_id, pad_token_id):
+        self.pick, self.eos_token_id, self.pad_token_id = pick, eos_token_id, pad_token_id
+        self.soft_prompt = model.empty_soft_prompt(batch_size)
+        embeds, config = self.soft_prompt.embeds, model.config.text_config
+        device, num_slots, chunk_length = embeds.device, embeds.shape[1], model.config.chunk_length
+        self.chunk = torch.zeros(batch_size, chunk_length, dtype=torch.long, device=device)
+        self.finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (batch_size, config.num_key_value_heads, num_slots + chunk_length, head_dim)
+        keys, values = ([embeds.new_zeros(shape) for _ in range(config.num_hidden_layers)] for _ in range(2))
+        self.slot_cache = Phase15StaticCache(keys, values, torch.arange(num_slots, device=device), num_slots)
+        # the column of the chunk's newest token
+        self.column = torch.full((1,), num_slots, device=device)
+        self.chunk_cache = Phase15StaticCache(keys, values, self.column, num_slots + chunk_length)
+        self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
+        self.lock = threading.Lock()  # the buffers serve one call at a time
+
+    def start(self, soft_prompt):
+        """A new answer after a message that `soft_prompt` has read."""
+        for buffer, value in zip(self.soft_prompt, soft_prompt, strict=True):
+            buffer.copy_(value)
+        self.finished.zero_()
+
+    def step(self, model):
+        for buffer, value in zip(self.soft_prompt, compiled(step_soft_prompt)(model, self.soft_prompt, self.chunk)):
+            buffer.copy_(value)
+
+    def open(self, model):
+        logits = compiled(open_chunk)(model, self.soft_prompt, self.slot_cache)
+        self.column.fill_(self.slot_cache.width)
+        self._write(logits)
+
+    def hear(self, model):
+        logits = compiled(hear_token)(model, self.soft_prompt, self.chunk, self.chunk_cache)
+        self.column.add_(1)
+        self._write(logits)
+
+    def _write(self, logits: torch.Tensor):
+        tokens = self.pick(logits.float())
+        if self.eos_token_id is not None:
+            tokens = torch.where(self.finished, self.pad_token_id, tokens)
+            self.finished |= (tokens[:, None] == self.eos_token_id).any(dim=1)
+        self.chunk.index_copy_(1, self.column - self.slot_cache.width, tokens[:, None])
+
+    def run(self, name: str, model):
+        """`step`, `open` or `hear`; on CUDA replayed."""
+        if self.chunk.device.type != "cuda":
+            return getattr(self, name)(model)
+        if not self.graphs:
+            self._record(model)
+        self.graphs[name].replay()
+
+    def _record(self, model):
+        """Records the steps as CUDA graphs, without an effect on the state of the answer that `start` began."""
+        device = self.chunk.device
+        began = [state.clone() for state in (*self.soft_prompt, self.finished)]
+        random_state = torch.cuda.get_rng_state(device)
+        stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        names = ("step", "open", "hear") if self.chunk.shape[1] > 1 else ("step", "open")
+        with torch.cuda.device(device):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # what is allocated and tuned at first calls must not be recorded
+                for _ in range(3):
+                    for name in names:
+                        getattr(self, name)(model)
+            torch.cuda.current_stream().wait_stream(stream)
+            for name in names:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=stream):
+                    getattr(self, name)(model)
+                self.graphs[name] = graph
+        torch.cuda.set_rng_state(random_state, device)
+        for state, value in zip((*self.soft_prompt, self.finished), began, strict=True):
+            state.copy_(value)
+
+
+def compiled(function: Callable) -> Callable:
+    """`torch.compile`, once per function: weights and buffers are its inputs, so all models and decoders share it."""
+    if function not in _COMPILED:
+        _COMPILED[function] = torch.compile(function, options={"coordinate_descent_tuning": True})
+    return _COMPILED[function]
+
+
+_COMPILED: dict[Callable, Callable] = {}
+_DECODERS: WeakKeyDictionary[nn.Module, dict[tuple, Phase15Decoder]] = WeakKeyDictionary()
+
+
+def obstacle(
+    model, processors: LogitsProcessorList, criteria: list, generation_config, synced_gpus: bool, model_kwargs: dict
+) -> str | None:
+    """What keeps a call of `generate` from the fast path, or None."""
+    cache = model_kwargs.get("past_key_values")
+    rope = getattr(model.config.text_config, "rope_parameters", None) or {}
+    modules, parameters = list(model.modules()), list(model.parameters())
+    reasons = {
+        "`use_cache=False`": cache is None,
+        "`query_lengths`": model_kwargs.get("query_lengths") is not None,
+        "synchronised GPUs": synced_gpus,
+        "a model in training mode": model.training,
+        "quantised weights": getattr(model, "is_quantized", False),
+        "PEFT adapters that are not merged": any(type(m).__module__.startswith("peft.") for m in modules),
+        "forward hooks": any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in modules),
+        "weights on several devices": len({parameter.device for parameter in parameters}) > 1,
+        "sharded weights": any(type(p) not in (nn.Parameter, torch.Tensor) for p in parameters),
+        "autocast": torch.is_autocast_enabled(parameters[0].device.type),
+        f"attention {(attention := model.llm.config._attn_implementation)!r}": attention not in ("sdpa", "eager"),
+        f"RoPE of type {(kind := rope.get('rope_type', 'default'))!r}": kind in ("dynamic", "longrope"),
+    }
+    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        reasons[f"`{name}`"] = getattr(generation_config, name, None)
+    for part in (*processors, *criteria):
+        reasons[type(part).__name__] = type(part) not in PROCESSORS + CRITERIA
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def decoder_of(model, batch_size: int, processors: LogitsProcessorList, criteria: list, generation_config):
+    """The model's decoder for these settings, made if there is none whose weights are still in their places."""
+    eos_token_id = next((c.eos_token_id for c in criteria if isinstance(c, EosTokenCriteria)), None)
+    pad_token_id, do_sample = generation_config._pad_token_tensor, generation_config.do_sample
+    key = (
+        batch_size,
+        do_sample,
+        tuple((type(processor), *sorted(vars(processor).items())) for processor in processors),
+        None if eos_token_id is None else (*eos_token_id.tolist(), int(pad_token_id)),
+        tuple((tensor.data_ptr(), tensor.dtype) for tensor in (*model.parameters(), *model.buffers())),
+    )
+    decoders = _DECODERS.setdefault(model, {})
+    if key in decoders:
+        return decoders[key]
+
+    def pick(scores: torch.Tensor) -> torch.LongTensor:
+        for processor in processors:
+            scores = processor(None, scores)
+        if not do_sample:
+            return scores.argmax(dim=-1)
+        probabilities = scores.softmax(dim=-1)  # and an exponential race: torch.multinomial without its check
+        return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
+
+    while len(decoders) >= MAX_DECODERS:
+        del decoders[next(iter(decoders))]
+    if eos_token_id is not None:
+        eos_token_id = eos_token_id.to(model.device)
+        pad_token_id = pad_token_id.to(model.device)
+    decoders[key] = Phase15Decoder(model, batch_size, pick, eos_token_id, pad_token_id)
+    return decoders[key]
+
+
+def decode(
+    model,
+    soft_prompt,
+    cache,
+    input_ids: torch.LongTensor,
+    processors: LogitsProcessorList,
+    criteria: list,
+    generation_config,
+    streamer=None,
+) -> GenerateDecoderOnlyOutput | torch.LongTensor:
+    """
+    Answers after a message that `soft_prompt` has read; arguments and result are those of `GenerationMixin._sample`.
+
+    Args:
+        soft_prompt (`SoftPrompt`): of the whole prompt.
+        cache (`Phase15Cache`): left in the state in which the library's loop would leave it.
+        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): the prompt.
+    """
+    limit = next((c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)), None)
+    remaining = None if limit is None else max(limit - input_ids.shape[1], 1)
+    decoder = decoder_of(model, len(input_ids), processors, criteria, generation_config)
+    answer = []
+    with decoder.lock:
+        decoder.start(soft_prompt)
+        while True:
+            num_tokens = decoder.chunk.shape[1] if remaining is None else min(decoder.chunk.shape[1], remaining)
+            for place in range(num_tokens):
+                decoder.run("hear" if place else "open", model)
+                if streamer is not None:
+                    streamer.put(decoder.chunk[:, place].cpu())
+                    if decoder.finished.all():
+                        num_tokens = place + 1
+                        break
+            answer.append(decoder.chunk[:, :num_tokens].clone())
+            remaining = None if remaining is None else remaining - num_tokens
+            if remaining == 0 or (decoder.eos_token_id is not None and decoder.finished.all()):
+                break
+            decoder.run("step", model)
+        answer = torch.cat(answer, dim=1)
+        if decoder.eos_token_id is not None:  # the rows may all have ended inside the last chunk
+            ended = (answer[..., None] == decoder.eos_token_id).any(dim=-1).cumsum(dim=1).bool().all(dim=0)
+            answer = answer[:, : answer.shape[1] - max(int(ended.sum()) - 1, 0)]
+        give_back(decoder, model, cache, heard=(answer.shape[1] - 1) % decoder.chunk.shape[1])
+    if streamer is not None:
+        streamer.end()
+    cache.seen_tokens = input_ids.shape[1] + answer.shape[1] - 1  # the last token was not fed
+    sequences = torch.cat([input_ids, answer], dim=1)
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
+
+
+def give_back(decoder: Phase15Decoder, model, cache, heard: int):
+    """Puts the decoder's state into a `Phase15Cache`, whose key-value cache has no column for unused slots."""
+    cache.open_chunk(decoder.soft_prompt._replace(embeds=decoder.soft_prompt.embeds.clone()))
+    cache.soft_prompt = cache.soft_prompt._replace(length=decoder.soft_prompt.length.clone())
+    cache.chunk = model.get_input_embeddings()(decoder.chunk[:, :heard])
+    used, num_slots = int(decoder.soft_prompt.length.max()), decoder.slot_cache.width
+    for layer, states in enumerate(zip(decoder.slot_cache.keys, decoder.slot_cache.values, strict=True)):
+        cache.llm_cache.update(
+            *(torch.cat([s[:, :, :used], s[:, :, num_slots : num_slots + heard]], dim=2) for s in states), layer
+        )
+
+
+__all__ = ["Phase15Decoder", "Phase15StaticCache", "decode", "obstacle"]
