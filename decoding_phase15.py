@@ -35,6 +35,7 @@ logger = logging.get_logger(__name__)
 
 PROCESSORS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)  # of the scores alone
 CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
+INDUCTOR = {"coordinate_descent_tuning": True}  # products with one row are read at the speed of memory
 MAX_DECODERS = 4  # kept per model: batch sizes and sampling settings that take turns
 
 
@@ -98,9 +99,7 @@ def hear_token(model, soft_prompt, chunk: torch.LongTensor, chunk_cache: Phase15
     heard = torch.arange(chunk.shape[1], device=chunk.device) <= place
     visible = torch.cat([soft_prompt.mask, heard.expand(chunk.shape[0], -1)], dim=1)[:, None, None, :]
     tokens = model.get_input_embeddings()(chunk.index_select(1, place))
-    return model.get_output_embeddings()(
-        call_llm(model, tokens, length[:, None] + place, visible, chunk_cache)[:, -1]
-    )
+    return model.get_output_embeddings()(call_llm(model, tokens, length[:, None] + place, visible, chunk_cache)[:, -1])
 
 
 def step_soft_prompt(model, soft_prompt, chunk: torch.LongTensor):
@@ -148,7 +147,8 @@ class Phase15Decoder:
         self.finished.zero_()
 
     def step(self, model):
-        for buffer, value in zip(self.soft_prompt, compiled(step_soft_prompt)(model, self.soft_prompt, self.chunk)):
+        stepped = compiled(step_soft_prompt)(model, self.soft_prompt, self.chunk)
+        for buffer, value in zip(self.soft_prompt, stepped, strict=True):
             buffer.copy_(value)
 
     def open(self, model):
@@ -203,7 +203,7 @@ class Phase15Decoder:
 def compiled(function: Callable) -> Callable:
     """`torch.compile`, once per function: weights and buffers are its inputs, so all models and decoders share it."""
     if function not in _COMPILED:
-        _COMPILED[function] = torch.compile(function, options={"coordinate_descent_tuning": True})
+        _COMPILED[function] = torch.compile(function, options=INDUCTOR)
     return _COMPILED[function]
 
 

@@ -782,9 +782,7 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
             raise ValueError(f"`compile=True` cannot be honoured with {reason}.")
         num_new = None if cache is None or not cache.seen_tokens else input_ids.shape[1] - cache.seen_tokens
         if not compile or num_new == 1:  # one more token of the answer is no message
-            return super()._sample(
-                input_ids, *parts, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs
-            )
+            return super()._sample(input_ids, *parts, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
         model_inputs = self.prepare_inputs_for_generation(
             input_ids, next_sequence_length=num_new, is_first_iteration=True, **model_kwargs
         )
