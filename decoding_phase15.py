@@ -35,6 +35,7 @@ logger = logging.get_logger(__name__)
 
 PROCESSORS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)  # of the scores alone
 CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
+AUTOMATIC_ON = ("cuda",)  # devices where nobody has to ask for it
 INDUCTOR = {"coordinate_descent_tuning": True}  # products with one row are read at the speed of memory
 MAX_DECODERS = 4  # kept per model: batch sizes and sampling settings that take turns
 
@@ -211,15 +212,31 @@ _COMPILED: dict[Callable, Callable] = {}
 _DECODERS: WeakKeyDictionary[nn.Module, dict[tuple, Phase15Decoder]] = WeakKeyDictionary()
 
 
+def is_compiled(compile: bool | None, model, *call) -> bool:
+    """Whether a call of `generate` (see `obstacle`) takes the fast path; `compile` insists on it or refuses it."""
+    if compile is None:
+        return model.device.type in AUTOMATIC_ON and obstacle(model, *call) is None
+    if compile and (reason := obstacle(model, *call)):
+        raise ValueError(f"`compile=True` cannot be honoured with {reason}.")
+    return compile
+
+
 def obstacle(
-    model, processors: LogitsProcessorList, criteria: list, generation_config, synced_gpus: bool, model_kwargs: dict
+    model,
+    processors: LogitsProcessorList,
+    criteria: list,
+    generation_config,
+    synced_gpus: bool,
+    num_new: int | None,
+    model_kwargs: dict,
 ) -> str | None:
-    """What keeps a call of `generate` from the fast path, or None."""
+    """What keeps a call of `generate` from the fast path, or None; `num_new`: tokens that a used cache has not seen."""
     cache = model_kwargs.get("past_key_values")
     rope = getattr(model.config.text_config, "rope_parameters", None) or {}
     modules, parameters = list(model.modules()), list(model.parameters())
     reasons = {
         "`use_cache=False`": cache is None,
+        "a cache that has seen all but one token": num_new == 1,  # the answer goes on: there is no message
         "`query_lengths`": model_kwargs.get("query_lengths") is not None,
         "synchronised GPUs": synced_gpus,
         "a model in training mode": model.training,
@@ -335,4 +352,4 @@ def give_back(decoder: Phase15Decoder, model, cache, heard: int):
         )
 
 
-__all__ = ["Phase15Decoder", "Phase15StaticCache", "decode", "obstacle"]
+__all__ = ["Phase15Decoder", "Phase15StaticCache", "decode", "is_compiled"]

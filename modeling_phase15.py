@@ -41,10 +41,10 @@ from transformers.utils import can_return_tuple
 
 try:  # inside a package: how transformers loads this file from a Hub repository or a saved folder
     from .configuration_phase15 import Phase15Config
-    from .decoding_phase15 import decode, obstacle
+    from .decoding_phase15 import decode, is_compiled
 except ImportError:  # at the root of this repository
     from configuration_phase15 import Phase15Config
-    from decoding_phase15 import decode, obstacle
+    from decoding_phase15 import decode, is_compiled
 
 
 # ---------------------------------------------------------------------------------------------------- the recursion
@@ -776,12 +776,8 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         """Greedy search and sampling: the library's loop, or the fast path of decoding_phase15.py."""
         parts = (logits_processor, stopping_criteria, generation_config)
         cache = model_kwargs.get("past_key_values")
-        if compile is None:
-            compile = self.device.type == "cuda" and not obstacle(self, *parts, synced_gpus, model_kwargs)
-        elif compile and (reason := obstacle(self, *parts, synced_gpus, model_kwargs)):
-            raise ValueError(f"`compile=True` cannot be honoured with {reason}.")
         num_new = None if cache is None or not cache.seen_tokens else input_ids.shape[1] - cache.seen_tokens
-        if not compile or num_new == 1:  # one more token of the answer is no message
+        if not is_compiled(compile, self, *parts, synced_gpus, num_new, model_kwargs):
             return super()._sample(input_ids, *parts, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
         model_inputs = self.prepare_inputs_for_generation(
             input_ids, next_sequence_length=num_new, is_first_iteration=True, **model_kwargs

@@ -13,11 +13,10 @@ from conftest import BASES, CHUNK, SIZES, SLOTS, randomise_alpha
 from peft import LoraConfig, get_peft_model
 from test_generation import LONG_PROMPTS, PROMPTS, generate
 from torch.fx.experimental.proxy_tensor import make_fx
-from transformers import GenerationMixin, StoppingCriteria
+from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import decoding_phase15
-import modeling_phase15
 from decoding_phase15 import Phase15Decoder, hear_token, open_chunk, step_soft_prompt
 from modeling_phase15 import Phase15Cache, Phase15ForCausalLM
 
@@ -125,16 +124,23 @@ def test_the_cache_is_left_as_the_librarys_loop_leaves_it(tiny, fast):
         assert caches[0].seen_tokens == caches[1].seen_tokens
 
 
-@pytest.mark.parametrize("num_new", [1, 3])  # the unread token alone, or a message
-def test_a_conversation_goes_on(tiny, fast, num_new):
-    def talk(**kwargs):
-        first = generate(tiny, [LONG_PROMPTS[0]], max_new_tokens=6, return_dict_in_generate=True, **kwargs)
-        ids = torch.cat([first.sequences, PROMPTS[0][None, : num_new - 1]], dim=1)
-        mask = torch.ones_like(ids)
-        again = {"past_key_values": first.past_key_values, "attention_mask": mask, "pad_token_id": 0}
-        return tiny.generate(ids, max_new_tokens=11, **again, **kwargs)
+def talk(model, new_tokens: torch.Tensor, **kwargs):
+    first = generate(model, [LONG_PROMPTS[0]], max_new_tokens=6, return_dict_in_generate=True, **kwargs)
+    ids = torch.cat([first.sequences, new_tokens[None]], dim=1)
+    again = {"past_key_values": first.past_key_values, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    return model.generate(ids, max_new_tokens=11, **again, **kwargs)
 
-    assert torch.equal(talk(compile=True), talk())
+
+def test_a_conversation_goes_on(tiny, fast):
+    assert torch.equal(talk(tiny, PROMPTS[0], compile=True), talk(tiny, PROMPTS[0]))
+
+
+def test_an_answer_goes_on_in_the_librarys_loop(tiny, fast, monkeypatch):
+    expected = talk(tiny, PROMPTS[0][:0])
+    with pytest.raises(ValueError, match="cannot be honoured with a cache that has seen all but one token"):
+        talk(tiny, PROMPTS[0][:0], compile=True)
+    monkeypatch.setattr(decoding_phase15, "AUTOMATIC_ON", ("cpu",))
+    assert torch.equal(talk(tiny, PROMPTS[0][:0]), expected)
 
 
 class Collector(BaseStreamer):
@@ -261,17 +267,9 @@ def test_on_a_cpu_only_when_asked(tiny, decoders):
 
 
 def test_on_cuda_unless_something_forbids_it(tiny, decoders, monkeypatch):
-    """The choice alone: the model says that it is on a GPU, and runs on the CPU."""
-    taken, sample = [], Phase15ForCausalLM._sample
-
-    def on_cuda(*args, **kwargs):
-        with monkeypatch.context() as patch:
-            patch.setattr(Phase15ForCausalLM, "device", torch.device("cuda"))
-            return sample(*args, **kwargs)
-
-    monkeypatch.setattr(Phase15ForCausalLM, "_sample", on_cuda)
-    monkeypatch.setattr(modeling_phase15, "decode", lambda *args: taken.append(args) or torch.zeros(1, 9))
-    monkeypatch.setattr(GenerationMixin, "_sample", lambda *args, **kwargs: torch.zeros(1, 9))
+    """The choice alone, as if this CPU were a GPU."""
+    monkeypatch.setattr(decoding_phase15, "AUTOMATIC_ON", ("cpu",))
+    monkeypatch.setattr(decoding_phase15, "compiled", lambda function: function)
     for kwargs, expected in (
         ({}, 1),
         ({"do_sample": True}, 1),
@@ -279,9 +277,9 @@ def test_on_cuda_unless_something_forbids_it(tiny, decoders, monkeypatch):
         ({"disable_compile": True}, 0),
         ({"repetition_penalty": 1.7}, 0),
     ):
-        taken.clear()
+        decoders.clear()
         generate(tiny, [PROMPTS[0]], max_new_tokens=2, **kwargs)
-        assert len(taken) == expected
+        assert len(decoders) == expected
 
 
 class Never(StoppingCriteria):
