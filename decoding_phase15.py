@@ -230,7 +230,7 @@ def obstacle(
     num_new: int | None,
     model_kwargs: dict,
 ) -> str | None:
-    """What keeps a call of `generate` from the fast path, or None; `num_new`: tokens that a used cache has not seen."""
+    """What keeps a call of `generate` from the fast path, if anything; `num_new`: tokens a used cache has not seen."""
     cache = model_kwargs.get("past_key_values")
     rope = getattr(model.config.text_config, "rope_parameters", None) or {}
     modules, parameters = list(model.modules()), list(model.parameters())

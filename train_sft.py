@@ -37,13 +37,14 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 import eval_sft
 from configuration_phase15 import Phase15Config
 from data_sft import Phase15DataCollator, load_records, tokenize, train_tokenizer
-from modeling_phase15 import HyperNetwork, Phase15ForCausalLM, SoftPrompt
+from modeling_phase15 import HyperNetwork, HyperNetworkLayer, Phase15ForCausalLM, SoftPrompt
 
 
 logger = logging.get_logger("phase15.train")
@@ -115,6 +116,9 @@ class Phase15TrainingArguments(TrainingArguments):
     )
     bptt_chunks: int | None = field(
         default=None, metadata={"help": "Stop the gradient through the recursion after every so many chunks."}
+    )
+    compile_layers: bool = field(
+        default=False, metadata={"help": "torch.compile every layer of LLM and HyperNetwork (torch_compile: all of it)."}
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew where output_dir holds a finished run."}
@@ -335,6 +339,16 @@ def load_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM
     return model, tokenizer
 
 
+def compile_layers(model: torch.nn.Module):
+    """
+    Compiles the layers of LLM and HyperNetwork, in place: one compilation each, since all layers of a kind share it,
+    and none of what is between them, whose shapes change with the batch.
+    """
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer | HyperNetworkLayer):
+            module.compile()
+
+
 def is_phase15(name: str) -> bool:
     if name.endswith(".gguf"):
         return False
@@ -360,6 +374,8 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dic
         dataset = tokenize(records, tokenizer, model.config.max_answer_length, data_args.dataset_name)
         if data_args.shuffle_records:  # after they were numbered
             dataset = dataset.shuffle(seed=training_args.seed)
+    if training_args.compile_layers:
+        compile_layers(model)
     num_validation = math.ceil(len(dataset) * data_args.validation_split)
     num_training = len(dataset) - num_validation
     if num_training < 1:
