@@ -516,4 +516,5 @@ if __name__ == "__main__":
     try:
         main(*run)
     except (FloatingPointError, Phase15RecordError) as error:
-        raise SystemExit(f"train_sft.py: {' '.join(str(error).split())}") from error
+        message = str(error).rpartition("Phase15RecordError: ")[2]  # of a worker's traceback, in which torch puts it
+        raise SystemExit(f"train_sft.py: {' '.join(message.split())}") from error
