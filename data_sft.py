@@ -94,7 +94,8 @@ def stream_records(name: str, config: str | None = None, split: str = "train") -
             order of their names, a Hub id, or "python-docstrings".
 
     Returns:
-        `IterableDataset`: rows of `where`, the file and the record's number in it, and `fields`, the record.
+        `IterableDataset`: rows of `fields`, the record; `number`, its number from 1; and `where`, its file and its
+        number in that.
 
     Raises:
         ValueError: for files that are missing, empty or of another type; for what is in them when it is reached.
@@ -126,10 +127,11 @@ class Phase15RecordError(ValueError):
 
 
 def _rows(sources: tuple[tuple[str, Callable], ...]) -> Iterator[dict]:
+    numbers = itertools.count(1)
     for name, read in sources:
         try:
-            for number, record in enumerate(read(), start=1):
-                yield {"where": f"{name}, record {number}", "fields": record}
+            for in_file, record in enumerate(read(), start=1):
+                yield {"fields": record, "number": next(numbers), "where": f"{name}, record {in_file}"}
         except (ValueError, OSError) as error:
             raise Phase15RecordError(f"{name}: {error}") from error
 
@@ -196,98 +198,65 @@ READERS = {".jsonl": _json_records, ".csv": _csv_records, ".parquet": _parquet_r
 
 
 def tokenize(
-    dataset: Dataset | IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    max_answer_length: int,
-    source: str = "data set",
-) -> Dataset | IterableDataset:
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_answer_length: int, source: str = "data set"
+) -> Dataset:
     """
     Turns records into `input_ids` (query, then answer), `query_length` and `record`, the record's number from 1.
-    Answers longer than `max_answer_length` tokens are cut, and the cuts counted in the log. Of a stream, as
-    `stream_records` gives it, only the first record is looked at before it is needed, and the cuts are not counted.
+    Answers longer than `max_answer_length` tokens are cut, and the cuts counted in the log.
 
     Raises:
         ValueError: for a data set without a record, an unknown format, a missing or empty field or one of the wrong
             type, or a tokenizer without an end token or chat template where one is needed.
     """
-    is_stream = isinstance(dataset, IterableDataset)
-    first = next(iter(dataset), None)
-    if first is None:
+    columns = dataset.column_names
+    if not len(dataset):
         raise ValueError(f"{source}: there is no usable record.")
-    columns = list(first["fields"]) if is_stream else dataset.column_names
-    where = first["where"] if is_stream else f"{source}, record 1"
-    fields = next((names for names in FORMATS if set(names) <= set(columns)), None)
-    if fields is None:
-        expected = "; ".join(", ".join(names) for names in FORMATS)
-        raise ValueError(f"{where}: unknown format with columns {columns}; expected one of: {expected}.")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"{source}: the tokenizer has no end token (`eos_token`) to close the answers with.")
+    fields = record_format(columns, tokenizer, source)
 
-    def encode(record: dict, index: int, where: str | None = None) -> dict:
-        where = where or f"{source}, record {index + 1}"
-        query, answer = split_record(record, fields, where)
-        if isinstance(query, str):
-            query_ids = tokenizer(query)["input_ids"]
-        elif tokenizer.chat_template is None:
-            raise ValueError(f"{where}: the tokenizer has no chat template; use string columns prompt, completion.")
-        else:
-            query_ids = tokenizer.apply_chat_template(query, add_generation_prompt=True, return_dict=True)["input_ids"]
-        answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        return {
-            "input_ids": query_ids + answer_ids[:max_answer_length],
-            "query_length": len(query_ids),
-            "record": index + 1,
-            "cut": len(answer_ids) > max_answer_length,
-        }
+    def encode_record(record: dict, index: int) -> dict:
+        number = index + 1
+        return encode(record, number, f"{source}, record {number}", fields, tokenizer, max_answer_length)
 
-    def encode_row(row: dict, index: int) -> dict:
-        try:
-            encoded = encode(row["fields"], index, row["where"])
-        except ValueError as error:
-            raise Phase15RecordError(str(error)) from error
-        if encoded.pop("cut"):
-            logger.warning_once(f"{source}: answers are cut at {max_answer_length} tokens (in a stream not counted).")
-        return encoded
-
-    if is_stream:
-        return dataset.map(encode_row, with_indices=True, remove_columns=["where", "fields"])
-    encoded = dataset.map(encode, with_indices=True, remove_columns=columns, desc=f"Tokenizing {source}")
+    encoded = dataset.map(encode_record, with_indices=True, remove_columns=columns, desc=f"Tokenizing {source}")
     if num_cut := sum(encoded["cut"]):
         logger.warning(f"{source}: {num_cut} of {len(encoded)} answers were cut at {max_answer_length} tokens.")
     return encoded.remove_columns("cut")
 
 
-class Phase15Stream(torch.utils.data.IterableDataset):
-    """
-    The records of a tokenized stream, pass after pass without an end. Trainer would count passes too, but not when it
-    resumes (huggingface/transformers#26413): with one that does not end it has only batches to skip.
-
-    No `datasets` stream itself: of those, accelerate deals the files to the processes. From this one, which is the
-    same in every process, each takes its share of every global batch: a run is the same on any number of them.
-    """
-
-    def __init__(self, dataset: IterableDataset):
-        self.dataset = dataset
-
-    def __iter__(self) -> Iterator[dict]:
-        for number in itertools.count():
-            self.dataset.set_epoch(number)  # shuffled records come in another order
-            yield from self.dataset
+def record_format(columns: list[str], tokenizer: PreTrainedTokenizerBase, source: str) -> tuple[str, ...]:
+    """The fields that hold query and answer, from the columns of the first record."""
+    fields = next((names for names in FORMATS if set(names) <= set(columns)), None)
+    if fields is None:
+        expected = "; ".join(", ".join(names) for names in FORMATS)
+        raise ValueError(f"{source}, record 1: unknown format with columns {columns}; expected one of: {expected}.")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{source}: the tokenizer has no end token (`eos_token`) to close the answers with.")
+    return fields
 
 
-def split_stream(
-    dataset: IterableDataset, num_validation: int, shuffle_seed: int | None = None, source: str = "data set"
-) -> tuple[Phase15Stream, Dataset | None]:
-    """
-    The records of a tokenized stream to train on, and the first `num_validation`, which are read now, to validate.
-    With a `shuffle_seed` the former are shuffled, as far as a buffer of `SHUFFLE_BUFFER` records goes.
-    """
-    validation, training = list(dataset.take(num_validation)), dataset.skip(num_validation)
-    if next(iter(training), None) is None:
-        raise ValueError(f"{source}: of {len(validation)} records none is left to train on.")
-    if shuffle_seed is not None:
-        training = training.shuffle(seed=shuffle_seed, buffer_size=SHUFFLE_BUFFER)
-    return Phase15Stream(training), Dataset.from_list(validation) if validation else None
+def encode(
+    record: dict,
+    number: int,
+    where: str,
+    fields: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    max_answer_length: int,
+) -> dict:
+    """One tokenized record; `cut` says whether its answer is not whole."""
+    query, answer = split_record(record, fields, where)
+    if isinstance(query, str):
+        query_ids = tokenizer(query)["input_ids"]
+    elif tokenizer.chat_template is None:
+        raise ValueError(f"{where}: the tokenizer has no chat template; use string columns prompt, completion.")
+    else:
+        query_ids = tokenizer.apply_chat_template(query, add_generation_prompt=True, return_dict=True)["input_ids"]
+    answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    return {
+        "input_ids": query_ids + answer_ids[:max_answer_length],
+        "query_length": len(query_ids),
+        "record": number,
+        "cut": len(answer_ids) > max_answer_length,
+    }
 
 
 def split_record(record: dict, fields: tuple[str, ...], where: str) -> tuple[str | list[dict], str]:
@@ -339,10 +308,75 @@ def answer_of(message: dict, where: str) -> str:
     return message["content"]
 
 
+# streams: the records are numbered, shuffled and dealt out as they are, and tokenized where they are trained on
+
+
+class Phase15Stream(torch.utils.data.IterableDataset):
+    """
+    The rows of a stream, pass after pass without an end. Trainer would count passes too, but not when it resumes
+    (huggingface/transformers#26413): of one that does not end it has only batches to skip.
+
+    No `datasets` stream itself: of those, accelerate deals the files to the processes. From this one, which is the
+    same in every process, each takes its share of every global batch: a run is the same on any number of them.
+    """
+
+    def __init__(self, dataset: IterableDataset):
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[dict]:
+        for number in itertools.count():
+            self.dataset.set_epoch(number)  # shuffled records come in another order
+            yield from self.dataset
+
+
+def split_stream(
+    dataset: IterableDataset, num_validation: int, shuffle_seed: int | None = None, source: str = "data set"
+) -> tuple[Phase15Stream, list[dict] | None]:
+    """
+    The rows to train on, and the first `num_validation`, which are read now, to validate. With a `shuffle_seed` the
+    former are shuffled, as far as a buffer of `SHUFFLE_BUFFER` records goes.
+    """
+    validation, training = list(dataset.take(num_validation)), dataset.skip(num_validation)
+    if next(iter(training), None) is None:
+        raise ValueError(f"{source}: of {len(validation)} records none is left to train on.")
+    if shuffle_seed is not None:
+        training = training.shuffle(seed=shuffle_seed, buffer_size=SHUFFLE_BUFFER)
+    return Phase15Stream(training), validation or None
+
+
+def stream_encoder(
+    dataset: IterableDataset, tokenizer: PreTrainedTokenizerBase, max_answer_length: int, source: str = "data set"
+) -> Callable[[dict], dict]:
+    """
+    A function that turns a row of `dataset` into what `tokenize` turns a record into. Only the first record is looked
+    at before it is needed, and cut answers are not counted.
+
+    Raises:
+        ValueError: for what `tokenize` refuses, a [`Phase15RecordError`] where it is about a record that is reached.
+    """
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"{source}: there is no usable record.")
+    fields = record_format(list(first["fields"]), tokenizer, source)
+    encode_row = partial(_encode_row, (fields, tokenizer, max_answer_length), source)
+    encode_row(first)
+    return encode_row
+
+
+def _encode_row(how: tuple, source: str, row: dict) -> dict:
+    try:
+        encoded = encode(row["fields"], row["number"], row["where"], *how)
+    except ValueError as error:
+        raise Phase15RecordError(str(error)) from error
+    if encoded.pop("cut"):
+        logger.warning_once(f"{source}: answers are cut at {how[-1]} tokens (in a stream they are not counted).")
+    return encoded
+
+
 @dataclass
 class Phase15DataCollator:
     """
-    Pads a list of tokenized records on the right.
+    Pads a list of tokenized records on the right; or of what `encode`, as from `stream_encoder`, makes such of.
 
     Returns:
         `input_ids`, `attention_mask` and `labels`, `torch.LongTensor` of shape `(batch_size, sequence_length)`, with
@@ -350,8 +384,10 @@ class Phase15DataCollator:
     """
 
     pad_token_id: int = 0
+    encode: Callable[[dict], dict] | None = None
 
     def __call__(self, features: list[dict]) -> dict[str, torch.Tensor]:
+        features = [self.encode(row) for row in features] if self.encode else features
         length = max(len(feature["input_ids"]) for feature in features)
         batch = {"input_ids": [], "attention_mask": [], "labels": []}
         for feature in features:

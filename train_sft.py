@@ -48,6 +48,7 @@ from data_sft import (
     Phase15Stream,
     load_records,
     split_stream,
+    stream_encoder,
     stream_records,
     tokenize,
     train_tokenizer,
@@ -405,23 +406,31 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dic
             # or the main process would join the batches of all, which fails where they are padded to other lengths
             training_args.accelerator_config.dispatch_batches = False
     set_seed(training_args.seed)
+    name, num_validation = data_args.dataset_name, data_args.max_validation_records
     with training_args.main_process_first(desc="data"):
         load = stream_records if data_args.streaming else load_records
-        records = load(data_args.dataset_name, data_args.dataset_config, data_args.dataset_train_split)
+        records = load(name, data_args.dataset_config, data_args.dataset_train_split)
         model, tokenizer = load_model(model_args, records)
-        dataset = tokenize(records, tokenizer, model.config.max_answer_length, data_args.dataset_name)
-        if data_args.shuffle_records and not data_args.streaming:  # after they were numbered
-            dataset = dataset.shuffle(seed=training_args.seed)
-    num_validation = data_args.max_validation_records
+        if not data_args.streaming:
+            dataset = tokenize(records, tokenizer, model.config.max_answer_length, name)
+            if data_args.shuffle_records:  # after they were numbered
+                dataset = dataset.shuffle(seed=training_args.seed)
+    pad_token_id = next(x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if x is not None)
     if data_args.streaming:
+        collator = Phase15DataCollator(
+            pad_token_id, encode=stream_encoder(records, tokenizer, model.config.max_answer_length, name)
+        )
         num_validation = num_validation if data_args.validation_split else 0
         seed = training_args.seed if data_args.shuffle_records else None
-        train_dataset, eval_dataset = split_stream(dataset, num_validation, seed, data_args.dataset_name)
+        train_dataset, eval_dataset = split_stream(records, num_validation, seed, name)
+        if eval_dataset:
+            collator(eval_dataset)  # what is wrong with one of them is said now
     else:
+        collator = Phase15DataCollator(pad_token_id)
         share = math.ceil(len(dataset) * data_args.validation_split)
         num_training = len(dataset) - share
         if num_training < 1:
-            raise ValueError(f"{data_args.dataset_name}: of {len(dataset)} records none is left to train on.")
+            raise ValueError(f"{name}: of {len(dataset)} records none is left to train on.")
         num_validation = share if num_validation is None else min(num_validation, share)
         train_dataset = dataset.select(range(num_training))
         rest = range(num_training, num_training + num_validation)
@@ -431,9 +440,7 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dic
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=Phase15DataCollator(
-            next(x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if x is not None)
-        ),
+        data_collator=collator,
         processing_class=tokenizer,
     )
     return trainer, model_args, recipe
@@ -501,8 +508,8 @@ def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments, recipe: dic
     (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if model_args.stage != "lora" or model_args.merge_adapter:
         print(f"Saved to {output_dir}. Loaded in a new process:")
-        query = next(iter(trainer.train_dataset))
-        query = query["input_ids"][: query["query_length"]]
+        first = trainer.data_collator([next(iter(trainer.train_dataset))])
+        query = first["input_ids"][first["labels"] == -100].tolist()
         answer = eval_sft.answer_in_new_process(output_dir, query, max_new_tokens=64)
         print("Q:", trainer.processing_class.decode(query, skip_special_tokens=True))
         print("A:", trainer.processing_class.decode(answer, skip_special_tokens=True))

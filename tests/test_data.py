@@ -22,6 +22,7 @@ from data_sft import (
     docstring_records,
     load_records,
     split_stream,
+    stream_encoder,
     stream_records,
     tokenize,
 )
@@ -73,7 +74,12 @@ def read(path, tokenizer, max_answer_length=64):
 
 
 def stream(path, tokenizer, max_answer_length=64):
-    return tokenize(stream_records(str(path)), tokenizer, max_answer_length, str(path))
+    rows = stream_records(str(path))
+    return map(stream_encoder(rows, tokenizer, max_answer_length, str(path)), rows)
+
+
+def numbers_of(rows, count):
+    return [row["number"] for row in itertools.islice(rows, count)]
 
 
 def ids_of(tokenizer, text):
@@ -318,7 +324,7 @@ def test_a_stream_of_several_files(suffix, chat_tokenizer, tmp_path):
     rows = list(stream(tmp_path / f"*{suffix}", chat_tokenizer))
     assert rows == list(read(whole, chat_tokenizer))
     write(tmp_path / f"aa{suffix}", [pairs[2], {"question": "", "answer": "b"}])
-    rows = iter(stream(tmp_path / f"*{suffix}", chat_tokenizer))
+    rows = stream(tmp_path / f"*{suffix}", chat_tokenizer)
     assert [next(rows)["record"] for _ in range(3)] == [1, 2, 3]
     with pytest.raises(Phase15RecordError, match=rf"/aa\{suffix}, record 2: `question`"):
         next(rows)
@@ -332,7 +338,7 @@ class TooFar(Exception):
 
 
 def test_a_stream_is_read_as_it_is_needed(chat_tokenizer, monkeypatch, tmp_path):
-    """Of a file without an end one record is looked at, then one for each that is asked for."""
+    """Of a file without an end, and not one record more than is asked for; all are read as the first pass goes on."""
     given = []
 
     def endless(path):
@@ -343,19 +349,20 @@ def test_a_stream_is_read_as_it_is_needed(chat_tokenizer, monkeypatch, tmp_path)
             yield PAIR
 
     monkeypatch.setitem(data_sft.READERS, ".jsonl", endless)
-    dataset = stream(write(tmp_path / "data.jsonl", [PAIR]), chat_tokenizer)
+    rows = stream_records(write(tmp_path / "data.jsonl", [PAIR]))
+    stream_encoder(rows, chat_tokenizer, 64)
     assert given == [1]
-    training, validation = split_stream(dataset, 10)
-    assert max(given) <= 12 and validation["record"][:] == list(range(1, 11))
+    training, validation = split_stream(rows, 10)
+    assert max(given) <= 12 and numbers_of(validation, 99) == list(range(1, 11))
     given.clear()
-    assert [row["record"] for row in itertools.islice(training, 5)] == list(range(11, 16))
+    assert numbers_of(training, 5) == list(range(11, 16))
     assert given == list(range(1, 16))
 
 
 def test_the_lines_of_a_stream_are_read_one_by_one(chat_tokenizer, tmp_path):
     """Not the file at once, nor a block of megabytes: the broken line is met when it is its turn."""
     (tmp_path / "data.jsonl").write_text(GOOD * 40 + "broken\n")
-    rows = iter(stream(tmp_path / "data.jsonl", chat_tokenizer))
+    rows = stream(tmp_path / "data.jsonl", chat_tokenizer)
     assert [next(rows)["record"] for _ in range(40)] == list(range(1, 41))
     with pytest.raises(Phase15RecordError, match=r"data\.jsonl: record 41 is not JSON"):
         next(rows)
@@ -368,52 +375,47 @@ def test_the_broken_part_of_a_parquet_file(chat_tokenizer, tmp_path):
     content = bytearray(path.read_bytes())
     content[start : start + 8] = b"\xff" * 8
     path.write_bytes(content)
-    rows = iter(stream(path, chat_tokenizer))
+    rows = stream(path, chat_tokenizer)
     assert [next(rows)["record"] for _ in range(2000)] == list(range(1, 2001))
     with pytest.raises(Phase15RecordError, match=r"data\.parquet: the records from number 2001 on cannot be read"):
         list(rows)
 
 
-def records_of(training, count):
-    return [row["record"] for row in itertools.islice(training, count)]
-
-
-def test_passes_over_a_stream(chat_tokenizer, tmp_path):
+def test_passes_over_a_stream(tmp_path):
     """One after another, without the records that validate."""
-    path = write(tmp_path / "data.jsonl", [PAIR] * 7)
-    training, validation = split_stream(stream(path, chat_tokenizer), 2)
-    assert records_of(training, 12) == [3, 4, 5, 6, 7] * 2 + [3, 4] and validation["record"][:] == [1, 2]
-    training, validation = split_stream(stream(path, chat_tokenizer), 0)
-    assert records_of(training, 9) == [1, 2, 3, 4, 5, 6, 7, 1, 2] and validation is None
+    rows = stream_records(write(tmp_path / "data.jsonl", [PAIR] * 7))
+    training, validation = split_stream(rows, 2)
+    assert numbers_of(training, 12) == [3, 4, 5, 6, 7] * 2 + [3, 4] and numbers_of(validation, 9) == [1, 2]
+    training, validation = split_stream(rows, 0)
+    assert numbers_of(training, 9) == [1, 2, 3, 4, 5, 6, 7, 1, 2] and validation is None
 
 
-def test_a_shuffled_stream(chat_tokenizer, monkeypatch, tmp_path):
+def test_a_shuffled_stream(monkeypatch, tmp_path):
     """Every pass has every record, in an order of its own that the seed gives, moved no further than the buffer."""
-    path = write(tmp_path / "data.jsonl", [PAIR] * 42)
-    dataset = stream(path, chat_tokenizer)
-    training, validation = split_stream(dataset, 2, shuffle_seed=0)
-    order = records_of(training, 120)
+    rows = stream_records(write(tmp_path / "data.jsonl", [PAIR] * 42))
+    training, validation = split_stream(rows, 2, shuffle_seed=0)
+    order = numbers_of(training, 120)
     passes = [order[:40], order[40:80], order[80:]]
-    assert all(sorted(numbers) == list(range(3, 43)) for numbers in passes) and validation["record"][:] == [1, 2]
+    assert all(sorted(numbers) == list(range(3, 43)) for numbers in passes) and numbers_of(validation, 9) == [1, 2]
     assert len(set(map(tuple, [*passes, sorted(passes[0])]))) == 4
-    assert records_of(training, 120) == records_of(split_stream(dataset, 2, shuffle_seed=0)[0], 120) == order
-    assert records_of(split_stream(dataset, 2, shuffle_seed=1)[0], 40) != passes[0]
+    assert numbers_of(training, 120) == numbers_of(split_stream(rows, 2, shuffle_seed=0)[0], 120) == order
+    assert numbers_of(split_stream(rows, 2, shuffle_seed=1)[0], 40) != passes[0]
     monkeypatch.setattr(data_sft, "SHUFFLE_BUFFER", 8)
-    order = records_of(split_stream(dataset, 0, shuffle_seed=0)[0], 42)
+    order = numbers_of(split_stream(rows, 0, shuffle_seed=0)[0], 42)
     assert sorted(order) == list(range(1, 43)) != order
     assert all(number <= place + 8 for place, number in enumerate(order, start=1))
 
 
-def test_a_stream_with_too_few_records(chat_tokenizer, tmp_path):
-    dataset = stream(write(tmp_path / "data.jsonl", [PAIR] * 3), chat_tokenizer)
-    assert records_of(split_stream(dataset, 2)[0], 2) == [3, 3]
+def test_a_stream_with_too_few_records(tmp_path):
+    rows = stream_records(write(tmp_path / "data.jsonl", [PAIR] * 3))
+    assert numbers_of(split_stream(rows, 2)[0], 2) == [3, 3]
     for num_validation in (3, 4):
         with pytest.raises(ValueError, match="some data: of 3 records none is left"):
-            split_stream(dataset, num_validation, source="some data")
+            split_stream(rows, num_validation, source="some data")
 
 
 def test_a_stream_from_the_hub(chat_tokenizer, monkeypatch, tmp_path):
-    """One of several files, which stay in their order in every pass; and one whose second file is broken."""
+    """One of several files, which stay in their order in every pass; what is wrong with a record is said of it."""
     parts = [[{"question": f"{i}{j}", "answer": "b"} for j in range(3)] for i in range(4)]
     files = [write(tmp_path / f"{i}.jsonl", part) for i, part in enumerate(parts)]
     asked = []
@@ -423,21 +425,29 @@ def test_a_stream_from_the_hub(chat_tokenizer, monkeypatch, tmp_path):
         return load_dataset("json", data_files=files, split="train", streaming=True)
 
     monkeypatch.setattr(data_sft, "load_dataset", hub)
-    dataset = tokenize(stream_records("me/data", "main", "test"), chat_tokenizer, 64, "me/data")
+    rows = stream_records("me/data", "main", "test")
     assert asked == [("me/data", "main", "test", True)]
-    training, _ = split_stream(dataset, 1)
-    assert records_of(training, 22) == [*range(2, 13), *range(2, 13)]
-    assert list(itertools.islice(training, 11)) == list(itertools.islice(training, 11, 22))
-    texts = [chat_tokenizer.decode(row["input_ids"]) for row in itertools.islice(training, 11)]
-    questions = [record["question"] for part in parts for record in part]
-    assert all(question in text for question, text in zip(questions[1:], texts, strict=True))
-    (tmp_path / "2.jsonl").write_text(GOOD + "broken\n")
-    with pytest.raises(Phase15RecordError, match="me/data: the records from number 7 on cannot be read: .*JSON"):
-        list(dataset)
+    encode = stream_encoder(rows, chat_tokenizer, 64, "me/data")
+    training, _ = split_stream(rows, 1)
+    numbered = [(i + 1, record) for i, record in enumerate(record for part in parts for record in part)]
+    assert [(row["number"], row["fields"]) for row in itertools.islice(training, 22)] == numbered[1:] * 2
     parts[1][1]["answer"] = None
     write(tmp_path / "1.jsonl", parts[1])
     with pytest.raises(Phase15RecordError, match="me/data, record 5: `answer` is missing"):
-        list(dataset)
+        list(map(encode, rows))
+    (tmp_path / "2.jsonl").write_text(GOOD + "broken\n")
+    with pytest.raises(Phase15RecordError, match="me/data: the records from number 7 on cannot be read: .*JSON"):
+        list(rows)
+
+
+def test_a_stream_that_a_tokenizer_cannot_take(chat_tokenizer, tmp_path):
+    """Is refused before the first step, as a file is."""
+    rows = stream_records(write(tmp_path / "data.jsonl", [PAIR]))
+    for name, words in (("chat_template", "record 1: .*no chat template"), ("eos_token", "eos_token")):
+        tokenizer = copy.deepcopy(chat_tokenizer)
+        setattr(tokenizer, name, None)
+        with pytest.raises(ValueError, match=words):
+            stream_encoder(rows, tokenizer, 64)
 
 
 def test_half_a_surrogate_pair_in_a_stream(chat_tokenizer, tmp_path):

@@ -484,7 +484,7 @@ def test_a_resumed_stream_after_one_that_ends(recipe, tmp_path):
 
 
 def test_a_bad_record_of_a_stream(recipe, monkeypatch, tmp_path):
-    """Is no matter until it is reached; then it is named in one line, and the run goes on when it is mended."""
+    """It is no matter until it is reached; then it is named in one line, and the run goes on when it is mended."""
     monkeypatch.setattr(sys, "argv", ["script"])
     pairs = Path(recipe["dataset_name"]).read_text().splitlines(keepends=True)
     path = tmp_path / "bad.jsonl"
@@ -504,6 +504,17 @@ def test_a_bad_record_of_a_stream(recipe, monkeypatch, tmp_path):
     assert batches == [[14, 15], [16, 4], [5, 6], [7, 8]]
 
 
+def test_a_bad_record_that_shall_validate_a_stream(recipe, tmp_path):
+    """Is told before the first step."""
+    lines = Path(recipe["dataset_name"]).read_text().splitlines(keepends=True)
+    lines[1] = '{"question": "a"}\n'
+    (tmp_path / "bad.jsonl").write_text("".join(lines))
+    path = write(recipe | STREAM, tmp_path, dataset_name=str(tmp_path / "bad.jsonl"))
+    with pytest.raises(ValueError, match=r"bad\.jsonl, record 2: `answer` is missing"):
+        prepare([path])
+    prepare([path, "--max_validation_records", "1"])
+
+
 def test_what_a_run_on_a_stream_leaves(recipe, tmp_path, capfd):
     recipe |= STREAM | {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     trainer, *rest = prepare([write(recipe, tmp_path)])
@@ -511,7 +522,7 @@ def test_what_a_run_on_a_stream_leaves(recipe, tmp_path, capfd):
     folder = Path(recipe["output_dir"])
     results = json.loads((folder / "results.json").read_text())
     assert results["records"] == {"training": 24, "validation": 3}  # three steps of two batches of four
-    assert trainer.eval_dataset["record"][:] == [1, 2, 3]
+    assert [row["number"] for row in trainer.eval_dataset] == [1, 2, 3]
     assert_close(results["validation"]["the model"]["loss"], trainer.evaluate()["eval_loss"], atol=1e-5, rtol=1e-5)
     assert [log["step"] for log in trainer.state.log_history if "eval_loss" in log][:1] == [2]
     first = json.loads(Path(recipe["dataset_name"]).read_text().splitlines()[3])
@@ -529,14 +540,15 @@ from train_sft import prepare
 runs = []
 for recipe, killed_after, checkpoint in json.loads(sys.argv[1]):
     trainer, *_ = prepare([recipe])
-    batches = watched(trainer)
+    batches, encoded, encode = watched(trainer), [], trainer.data_collator.encode
+    trainer.data_collator.encode = lambda row, encode=encode: (encoded.append(row["number"]), encode(row))[1]
     if killed_after:
         trainer.add_callback(At(killed_after, kill))
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except Killed:
         pass
-    runs.append({"batches": batches, "logs": epochless(trainer.state.log_history)})
+    runs.append({"batches": batches, "encoded": encoded, "logs": epochless(trainer.state.log_history)})
 Path(sys.argv[2], os.environ["RANK"]).write_text(json.dumps(runs))
 """
 
@@ -569,6 +581,9 @@ def test_two_processes_share_a_stream(recipe, tmp_path):
     for run, other, steps in ((killed, others[0], range(6)), (resumed, others[1], range(4, 8))):
         assert [a + b for a, b in zip(run["batches"], other["batches"], strict=True)] == [expected[i] for i in steps]
         assert all(len(batch) == 2 for batch in run["batches"])
+    for run in (killed, others[0]):  # no process tokenizes what another trains on, but for the next batch
+        assert run["encoded"][:12] == [number for batch in run["batches"] for number in batch]
+        assert len(run["encoded"]) <= 14
     logs = {str(step): log for step, log in epochless(one.state.log_history).items()}
     for step, log in [*killed["logs"].items(), *resumed["logs"].items()]:
         assert_close(log, logs[step], atol=1e-4, rtol=1e-3)
