@@ -118,7 +118,7 @@ def stream_records(name: str, config: str | None = None, split: str = "train") -
         )
     else:
         sources = ((name, partial(_numbered, load_dataset(name, config, split=split, streaming=True))),)
-    # a tuple, and no list, of which `datasets` and accelerate would deal the files to workers and processes
+    # in a tuple: `datasets` takes a list for shards, which it would read apart, shuffle and number each from 1
     return IterableDataset.from_generator(_rows, gen_kwargs={"sources": sources})
 
 
@@ -316,8 +316,8 @@ class Phase15Stream(torch.utils.data.IterableDataset):
     The rows of a stream, pass after pass without an end. Trainer would count passes too, but not when it resumes
     (huggingface/transformers#26413): of one that does not end it has only batches to skip.
 
-    No `datasets` stream itself: of those, accelerate deals the files to the processes. From this one, which is the
-    same in every process, each takes its share of every global batch: a run is the same on any number of them.
+    It is the same in every process, and one source to accelerate, however many files it reads: so each process takes
+    its share of every global batch, instead of files of its own, and a run is the same on any number of them.
     """
 
     def __init__(self, dataset: IterableDataset):
@@ -326,7 +326,11 @@ class Phase15Stream(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict]:
         for number in itertools.count():
             self.dataset.set_epoch(number)  # shuffled records come in another order
-            yield from self.dataset
+            row = None
+            for row in self.dataset:
+                yield row
+            if row is None:  # or this would go on for ever
+                raise Phase15RecordError("the stream has no more record to train on; were its files changed?")
 
 
 def split_stream(

@@ -390,6 +390,15 @@ def test_passes_over_a_stream(tmp_path):
     assert numbers_of(training, 9) == [1, 2, 3, 4, 5, 6, 7, 1, 2] and validation is None
 
 
+def test_a_stream_whose_file_is_cut_between_two_passes(tmp_path):
+    training, _ = split_stream(stream_records(write(tmp_path / "data.jsonl", [PAIR] * 3)), 2)
+    rows = iter(training)
+    assert next(rows)["number"] == 3
+    write(tmp_path / "data.jsonl", [PAIR] * 2)
+    with pytest.raises(Phase15RecordError, match="no more record"):
+        next(rows)
+
+
 def test_a_shuffled_stream(monkeypatch, tmp_path):
     """Every pass has every record, in an order of its own that the seed gives, moved no further than the buffer."""
     rows = stream_records(write(tmp_path / "data.jsonl", [PAIR] * 42))
