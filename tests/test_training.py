@@ -431,10 +431,10 @@ def watched(trainer) -> list[list[int]]:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stream_trains_as_its_file_does(workers, recipe, tmp_path):
-    """In its order; the first records validate where a file's last ones do."""
+    """In its order; and none of its records validate where no share shall."""
     recipe |= {"train_sampling_strategy": "sequential", "validation_split": 0.0, "dataloader_num_workers": workers}
     whole, *_ = prepare([write(recipe, tmp_path)])
-    streamed, *_ = prepare([write(recipe, tmp_path, streaming=True)])
+    streamed, *_ = prepare([write(recipe, tmp_path, streaming=True, max_validation_records=3)])
     batches = watched(whole), watched(streamed)
     whole.train()
     streamed.train()
@@ -760,7 +760,7 @@ BAD_VALUES = {
     "stream-without-steps": (STREAM | {"max_steps": -1}, ["max_steps", "streaming"]),
     "stream-with-a-share": (STREAM | {"max_validation_records": None}, ["max_validation_records", "0"]),
     "stream-without-tokenizer": (
-        STREAM | {"model_name_or_path": None, "base_config": {"vocab_size": 270}},
+        STREAM | {"model_name_or_path": None, "base_config": {"vocab_size": 270, "hidden_size": 30}},
         ["base_config", "model_name_or_path"],
     ),
     "stream-by-two": (STREAM | {"dataloader_num_workers": 2}, ["dataloader_num_workers", "2", "one"]),
