@@ -195,58 +195,61 @@ def decode(args: argparse.Namespace) -> dict:
     """Whole calls of `generate`, prompt included."""
     model, base = make_models(args)
     limits = ceilings(args.device, args.dtype)
-    config, results = model.config, {}
-    for batch_size in args.batch_sizes:
-        prompt = torch.randint(5, config.text_config.vocab_size, (batch_size, args.prompt_length), device=args.device)
-        options = {
-            "attention_mask": torch.ones_like(prompt),
-            "max_new_tokens": args.new_tokens,
-            "do_sample": args.sample,
-            "pad_token_id": 0,
-        }
-        everywhere = CompileConfig()
-        everywhere._compile_all_devices = True  # the library compiles on GPUs alone, unless told so
-        variants = {
-            BASE: lambda: base.generate(prompt, **options),
-            PLAIN: lambda: model.generate(prompt, compile=False, **options),
-        }
-        if args.compile:
-            variants[BASE_COMPILED] = lambda: base.generate(
-                prompt, cache_implementation="static", compile_config=everywhere, **options
-            )
-            variants[COMPILED] = lambda: model.generate(prompt, compile=True, **options)
-        medians = {name: statistics.median(times) for name, times in rounds(variants, args.rounds).items()}
-        peaks = {name: peak_memory(function) for name, function in variants.items()}
-
-        size = torch.finfo(args.dtype).bits // 8
-        num_slots, chunk_length = config.num_soft_tokens, config.chunk_length
-        head_dim = config.text_config.hidden_size // config.text_config.num_attention_heads
-        position = 2 * config.text_config.num_hidden_layers * config.text_config.num_key_value_heads * head_dim
-        context = args.prompt_length + args.new_tokens / 2
-        weights, window = read_parameters(base), num_slots + chunk_length / 2
-        read = {  # bytes per step of the whole batch: weights once, keys and values of every row
-            True: size * (weights + hypernet_parameters(model) / chunk_length + batch_size * window * position),
-            False: size * (weights + batch_size * context * position),
-        }
-        rows = {}
-        for name, seconds in medians.items():
-            step = seconds / args.new_tokens
-            bandwidth = read[name in (PLAIN, COMPILED)] / step
-            rows[name] = {
-                "ms_per_token": 1e3 * step,
-                "tokens_per_second": batch_size / step,
-                "ratio_to_base": seconds / medians[BASE],
-                "peak_mb": None if peaks[name] is None else peaks[name] / 2**20,
-                "gb_per_second": bandwidth / 1e9,
-                "share_of_copy": bandwidth / limits["bytes_per_second"],
-            }
-        results[f"batch {batch_size}"] = rows
-        if args.compile and not args.sample:
-            same = variants[COMPILED]() == variants[PLAIN]()
-            rows[COMPILED]["tokens_equal_to_the_librarys_loop"] = same[:, args.prompt_length :].float().mean().item()
-            if args.dtype == torch.float32 and not same.all():
-                raise SystemExit(f"benchmark.py: the compiled path gives other tokens than the library's loop: {rows}")
+    results = {f"batch {size}": decode_batch(args, model, base, limits, size) for size in args.batch_sizes}
     return {"ceilings": limits, "results": results}
+
+
+def decode_batch(args: argparse.Namespace, model, base, limits: dict[str, float], batch_size: int) -> dict[str, dict]:
+    config = model.config
+    prompt = torch.randint(5, config.text_config.vocab_size, (batch_size, args.prompt_length), device=args.device)
+    options = {
+        "attention_mask": torch.ones_like(prompt),
+        "max_new_tokens": args.new_tokens,
+        "do_sample": args.sample,
+        "pad_token_id": 0,
+    }
+    everywhere = CompileConfig()
+    everywhere._compile_all_devices = True  # the library compiles on GPUs alone, unless told so
+    variants = {
+        BASE: lambda: base.generate(prompt, **options),
+        PLAIN: lambda: model.generate(prompt, compile=False, **options),
+    }
+    if args.compile:
+        variants[BASE_COMPILED] = lambda: base.generate(
+            prompt, cache_implementation="static", compile_config=everywhere, **options
+        )
+        variants[COMPILED] = lambda: model.generate(prompt, compile=True, **options)
+    medians = {name: statistics.median(times) for name, times in rounds(variants, args.rounds).items()}
+    peaks = {name: peak_memory(function) for name, function in variants.items()}
+
+    size = torch.finfo(args.dtype).bits // 8
+    num_slots, chunk_length = config.num_soft_tokens, config.chunk_length
+    head_dim = config.text_config.hidden_size // config.text_config.num_attention_heads
+    position = 2 * config.text_config.num_hidden_layers * config.text_config.num_key_value_heads * head_dim
+    context = args.prompt_length + args.new_tokens / 2
+    weights, window = read_parameters(base), num_slots + chunk_length / 2
+    read = {  # bytes per step of the whole batch: weights once, keys and values of every row
+        True: size * (weights + hypernet_parameters(model) / chunk_length + batch_size * window * position),
+        False: size * (weights + batch_size * context * position),
+    }
+    rows = {}
+    for name, seconds in medians.items():
+        step = seconds / args.new_tokens
+        bandwidth = read[name in (PLAIN, COMPILED)] / step
+        rows[name] = {
+            "ms_per_token": 1e3 * step,
+            "tokens_per_second": batch_size / step,
+            "ratio_to_base": seconds / medians[BASE],
+            "peak_mb": None if peaks[name] is None else peaks[name] / 2**20,
+            "gb_per_second": bandwidth / 1e9,
+            "share_of_copy": bandwidth / limits["bytes_per_second"],
+        }
+    if args.compile and not args.sample:
+        same = variants[COMPILED]() == variants[PLAIN]()
+        rows[COMPILED]["tokens_equal_to_the_librarys_loop"] = same[:, args.prompt_length :].float().mean().item()
+        if args.dtype == torch.float32 and not same.all():
+            raise SystemExit(f"benchmark.py: the compiled path gives other tokens than the library's loop: {rows}")
+    return rows
 
 
 class Clock(BaseStreamer):
@@ -284,7 +287,7 @@ def long(args: argparse.Namespace) -> dict:
         **({COMPILED: (model, Phase15Cache, {"compile": True})} if args.compile else {}),
     }
     rows, curves, ends = {}, {}, {}
-    for name, (candidate, cache_class, kwargs) in variants.items():
+    for candidate, _, kwargs in variants.values():
         candidate.generate(prompt, max_new_tokens=2 * window, **options, **kwargs)  # not counted
     clocks = {name: [] for name in variants}
     for index in range(args.rounds):
@@ -320,7 +323,8 @@ def long(args: argparse.Namespace) -> dict:
             key: last[key] / first[key] for key in ("ms_per_token", "state_mb", "allocated_mb") if first[key]
         }
     for name in variants:
-        behind = [n for n, (ours, base_end) in enumerate(zip(ends[name], ends[BASE], strict=True), 1) if ours > base_end]
+        pairs = enumerate(zip(ends[name], ends[BASE], strict=True), start=1)
+        behind = [length for length, (ours, bases) in pairs if ours > bases]
         if name != BASE:  # from here on its whole answer was there before the base's
             ahead = max(behind, default=0) + 1
             rows[name]["faster_than_base_from_token"] = ahead if ahead <= len(ends[name]) else None
@@ -364,68 +368,71 @@ def train(args: argparse.Namespace) -> dict:
     """Steps of fine-tuning: forward, backward and AdamW, every row a query and an answer of full length."""
     model, base = make_models(args)
     model.train()
-    limits, config, results = ceilings(args.device, args.dtype), model.config, {}
-    query_length, answer_length = args.prompt_length, args.new_tokens
+    limits = ceilings(args.device, args.dtype)
     if args.stage == "hypernet":
         base.requires_grad_(False)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     compiled = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})  # the same weights
     compile_layers(compiled)
-    for batch_size in args.batch_sizes:
-        ids = torch.randint(
-            5, config.text_config.vocab_size, (batch_size, query_length + answer_length), device=args.device
-        )
-        labels = ids.clone()
-        labels[:, :query_length] = -100
-        losses = {
-            "phase15": lambda: model(ids, labels=labels, skip_logits=True).loss,
-            "phase15, chunk by chunk": lambda: chunk_by_chunk(model, ids, query_length),
-            "base, full context": lambda: base(ids, labels=labels).loss,
-        }
-        if args.stage == "hypernet":
-            del losses["base, full context"]  # frozen: there is nothing to train
-        if args.compile:
-            losses["phase15, compiled layers"] = lambda: compiled(ids, labels=labels, skip_logits=True).loss
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=0.0, fused=True)  # at rate 0, so that no variant moves the others
-
-        def step(loss: Callable):
-            loss().backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        variants = {name: lambda loss=loss: step(loss) for name, loss in losses.items()}
-        with torch.no_grad():
-            values = {name: loss().item() for name, loss in losses.items()}
-        medians = {name: statistics.median(times) for name, times in rounds(variants, args.rounds).items()}
-        peaks = {name: peak_memory(function) for name, function in variants.items()}
-
-        # 6 FLOP per parameter and token processed, nothing for recomputation; 4 where no weight gradient is made
-        num_chunks = math.ceil(answer_length / config.chunk_length)
-        layers, head = sum(p.numel() for p in base.model.layers.parameters()), base.lm_head.weight.numel()
-        positions = num_chunks * (config.num_soft_tokens + config.chunk_length - 1)
-        steps = math.ceil(query_length / config.max_query_length) + num_chunks - 1
-        per_parameter = 4 if args.stage == "hypernet" else 6
-        recursion = 6 * hypernet_parameters(model) * steps * config.num_soft_tokens
-        flop = {
-            True: batch_size * (per_parameter * (layers * positions + head * answer_length) + recursion),
-            False: batch_size * 6 * (layers + head) * (query_length + answer_length),
-        }
-        rows = {}
-        for name, seconds in medians.items():
-            achieved = flop[name.startswith("phase15")] / seconds
-            rows[name] = {
-                "ms_per_step": 1e3 * seconds,
-                "answer_tokens_per_second": batch_size * answer_length / seconds,
-                "speedup_over_chunk_by_chunk": medians["phase15, chunk by chunk"] / seconds,
-                "peak_mb": None if peaks[name] is None else peaks[name] / 2**20,
-                "tflop_per_second": achieved / 1e12,
-                "share_of_product": achieved / limits["flop_per_second"],
-                "loss": values[name],
-            }
-        results[f"batch {batch_size}"] = rows
+    results = {f"batch {size}": train_batch(args, model, base, compiled, limits, size) for size in args.batch_sizes}
     return {"ceilings": limits, "results": results}
+
+
+def train_batch(args: argparse.Namespace, model, base, compiled, limits, batch_size: int) -> dict[str, dict]:
+    config, query_length, answer_length = model.config, args.prompt_length, args.new_tokens
+    ids = torch.randint(
+        5, config.text_config.vocab_size, (batch_size, query_length + answer_length), device=args.device
+    )
+    labels = ids.clone()
+    labels[:, :query_length] = -100
+    losses = {
+        "phase15": lambda: model(ids, labels=labels, skip_logits=True).loss,
+        "phase15, chunk by chunk": lambda: chunk_by_chunk(model, ids, query_length),
+        "base, full context": lambda: base(ids, labels=labels).loss,
+    }
+    if args.stage == "hypernet":
+        del losses["base, full context"]  # frozen: there is nothing to train
+    if args.compile:
+        losses["phase15, compiled layers"] = lambda: compiled(ids, labels=labels, skip_logits=True).loss
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=0.0, fused=True)  # at rate 0, so that no variant moves the others
+
+    def step(loss: Callable):
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    variants = {name: lambda loss=loss: step(loss) for name, loss in losses.items()}
+    with torch.no_grad():
+        values = {name: loss().item() for name, loss in losses.items()}
+    medians = {name: statistics.median(times) for name, times in rounds(variants, args.rounds).items()}
+    peaks = {name: peak_memory(function) for name, function in variants.items()}
+
+    # 6 FLOP per parameter and token processed, nothing for recomputation; 4 where no weight gradient is made
+    num_chunks = math.ceil(answer_length / config.chunk_length)
+    layers, head = sum(p.numel() for p in base.model.layers.parameters()), base.lm_head.weight.numel()
+    positions = num_chunks * (config.num_soft_tokens + config.chunk_length - 1)
+    steps = math.ceil(query_length / config.max_query_length) + num_chunks - 1
+    per_parameter = 4 if args.stage == "hypernet" else 6
+    recursion = 6 * hypernet_parameters(model) * steps * config.num_soft_tokens
+    flop = {
+        True: batch_size * (per_parameter * (layers * positions + head * answer_length) + recursion),
+        False: batch_size * 6 * (layers + head) * (query_length + answer_length),
+    }
+    rows = {}
+    for name, seconds in medians.items():
+        achieved = flop[name.startswith("phase15")] / seconds
+        rows[name] = {
+            "ms_per_step": 1e3 * seconds,
+            "answer_tokens_per_second": batch_size * answer_length / seconds,
+            "speedup_over_chunk_by_chunk": medians["phase15, chunk by chunk"] / seconds,
+            "peak_mb": None if peaks[name] is None else peaks[name] / 2**20,
+            "tflop_per_second": achieved / 1e12,
+            "share_of_product": achieved / limits["flop_per_second"],
+            "loss": values[name],
+        }
+    return rows
 
 
 def load(args: argparse.Namespace) -> dict:
@@ -507,16 +514,17 @@ def main(args: argparse.Namespace) -> dict:
     with quiet():
         report = {"train": train, "decode": decode, "long": long, "load": load}[args.what](args)
     settings = {name: value for name, value in vars(args).items() if name not in ("json", "picture", "folders")}
+    settings |= {name: str(settings[name]).removeprefix("torch.") for name in ("dtype", "device")}
     report = {
         "benchmark": args.what,
         "commit": commit(),
         "device": device_name(args.device),
         "versions": {package: version(package) for package in ("torch", "transformers")},
-        "settings": {n: v if isinstance(v, int | list) else str(v).removeprefix("torch.") for n, v in settings.items()},
+        "settings": settings,
         **report,
     }
     if not args.json:
-        print(f"{args.what}, {args.shape}, {report['settings']['dtype']}, {report['device']}, commit {report['commit']}")
+        print(f"{args.what}, {args.shape}, {settings['dtype']}, {report['device']}, commit {report['commit']}")
         if limits := report.get("ceilings"):
             rates = limits["bytes_per_second"] / 1e9, limits["flop_per_second"] / 1e12
             print("ceilings: a large copy {:.0f} GB/s, a large matrix product {:.2f} TFLOP/s".format(*rates))

@@ -14,16 +14,20 @@ All but the string prompt/completion go through the tokenizer's chat template. T
 
 import ast
 import csv
+import glob
+import itertools
 import json
 import sysconfig
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import pyarrow.parquet
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -40,6 +44,7 @@ FORMATS = (
 )
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 DOCSTRINGS = "python-docstrings"  # the embedded data set
+SHUFFLE_BUFFER = 10_000  # records of a stream that are held to be shuffled
 
 
 def load_records(name: str, config: str | None = None, split: str = "train") -> Dataset:
@@ -70,48 +75,126 @@ def load_records(name: str, config: str | None = None, split: str = "train") -> 
     try:
         if path.suffix.lower() == ".csv":
             return Dataset.from_list(list(_csv_records(path)))
-        if problem := _json_problem(path):
-            raise ValueError(problem)
+        if path.suffix.lower() in (".jsonl", ".json"):
+            for _ in _json_records(path):  # pyarrow may crash on what is no record
+                pass
         return load_dataset(BUILDERS[path.suffix.lower()], data_files=str(path), split="train")
-    except (DatasetGenerationError, ValueError) as error:
+    except DatasetGenerationError as error:
         raise ValueError(f"{name}: {error.__cause__ or error}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def stream_records(name: str, config: str | None = None, split: str = "train") -> IterableDataset:
+    """
+    As `load_records`, but nothing is read before it is needed, and one record at a time.
+
+    Args:
+        name (`str`): a JSONL, CSV or Parquet file or a pattern of several ("data/*.jsonl"), which are read in the
+            order of their names, a Hub id, or "python-docstrings".
+
+    Returns:
+        `IterableDataset`: rows of `fields`, the record; `number`, its number from 1; and `where`, its file and its
+        number in that.
+
+    Raises:
+        ValueError: for files that are missing, empty or of another type; for what is in them when it is reached.
+    """
+    suffix = Path(name).suffix.lower()
+    if name == DOCSTRINGS:
+        sources = ((name, docstring_records),)
+    elif suffix in READERS:
+        paths = [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True))
+        if not paths:
+            raise ValueError(f"{name}: no such file.")
+        for path in paths:
+            if not Path(path).stat().st_size:
+                raise ValueError(f"{path}: the file is empty.")
+        sources = tuple((path, partial(READERS[suffix], Path(path))) for path in paths)
+    elif suffix in BUILDERS or Path(name).exists():
+        raise ValueError(
+            f"{name}: expected a file that ends in {', '.join(READERS)}, which can be read record by record, "
+            "or the id of a Hub data set."
+        )
+    else:
+        sources = ((name, partial(_numbered, load_dataset(name, config, split=split, streaming=True))),)
+    # in a tuple: `datasets` takes a list for shards, which it would read apart, shuffle and number each from 1
+    return IterableDataset.from_generator(_rows, gen_kwargs={"sources": sources})
+
+
+class Phase15RecordError(ValueError):
+    """What is wrong with a record of a stream, with its file and number; known only when the record is reached."""
+
+
+def _rows(sources: tuple[tuple[str, Callable], ...]) -> Iterator[dict]:
+    numbers = itertools.count(1)
+    for name, read in sources:
+        try:
+            for in_file, record in enumerate(read(), start=1):
+                yield {"fields": record, "number": next(numbers), "where": f"{name}, record {in_file}"}
+        except (ValueError, OSError) as error:
+            raise Phase15RecordError(f"{name}: {error}") from error
 
 
 def _csv_records(path: Path) -> Iterator[dict[str, str]]:
     """Every value is a string: 007 stays 007, and an answer may be NA."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         number = 0
-        for number, record in enumerate(csv.DictReader(file, restkey="", restval=""), start=1):
-            if "" in record:
-                raise ValueError(f"record {number} has more values than the header has columns.")
+        try:
+            for number, record in enumerate(csv.DictReader(file, restkey="", restval=""), start=1):
+                if "" in record:
+                    raise ValueError(f"record {number} has more values than the header has columns.")
+                yield record
+        except csv.Error as error:
+            raise ValueError(f"record {number + 1} is not CSV: {error}") from error
+    if not number:
+        raise ValueError("there is no usable record.")
+
+
+def _json_records(path: Path) -> Iterator[dict]:
+    """A JSON Lines file, line by line, or the whole of a JSON file."""
+    with path.open("rb") as file:
+        if path.suffix.lower() == ".jsonl":
+            records = (line for line in file if line.strip())
+        else:
+            try:
+                records = json.load(file)
+            except ValueError as error:
+                raise ValueError(f"not JSON: {error}") from error
+            records = records if isinstance(records, list) else [records]
+        number = 0
+        for number, record in enumerate(records, start=1):
+            try:
+                record = json.loads(record) if isinstance(record, bytes) else record
+            except ValueError as error:  # broken JSON, or not UTF-8
+                raise ValueError(f"record {number} is not JSON: {error}") from error
+            if not isinstance(record, dict):
+                kind = type(record).__name__
+                raise ValueError(f"record {number} is a {kind}, but an object with named fields was expected.")
+            if not record:
+                raise ValueError(f"record {number} has no field.")
             yield record
     if not number:
         raise ValueError("there is no usable record.")
 
 
-def _json_problem(path: Path) -> str | None:
-    """What keeps a JSON or JSON Lines file from being records, found before pyarrow, which may crash on it."""
-    if path.suffix.lower() == ".parquet":
-        return None
-    if path.suffix.lower() == ".jsonl":
-        records = (line for line in path.open("rb") if line.strip())
-    else:
-        try:
-            records = json.loads(path.read_bytes())
-        except ValueError as error:
-            return f"not JSON: {error}"
-        records = records if isinstance(records, list) else [records]
+def _parquet_records(path: Path) -> Iterator[dict]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        yield from _numbered(record for batch in file.iter_batches(1000) for record in batch.to_pylist())
+
+
+def _numbered(records: Iterable[dict]) -> Iterator[dict]:
+    """The records, until one cannot be read."""
     number = 0
-    for number, record in enumerate(records, start=1):
-        try:
-            record = json.loads(record) if isinstance(record, bytes) else record
-        except ValueError as error:  # broken JSON, or not UTF-8
-            return f"record {number} is not JSON: {error}"
-        if not isinstance(record, dict):
-            return f"record {number} is a {type(record).__name__}, but an object with named fields was expected."
-        if not record:
-            return f"record {number} has no field."
-    return None if number else "there is no usable record."
+    try:
+        for record in records:
+            yield record
+            number += 1
+    except (ValueError, OSError) as error:
+        raise ValueError(f"the records from number {number + 1} on cannot be read: {error}") from error
+
+
+READERS = {".jsonl": _json_records, ".csv": _csv_records, ".parquet": _parquet_records}
 
 
 def tokenize(
@@ -128,48 +211,66 @@ def tokenize(
     columns = dataset.column_names
     if not len(dataset):
         raise ValueError(f"{source}: there is no usable record.")
+    fields = record_format(columns, tokenizer, source)
+
+    def encode_record(record: dict, index: int) -> dict:
+        number = index + 1
+        return encode(record, number, f"{source}, record {number}", fields, tokenizer, max_answer_length)
+
+    encoded = dataset.map(encode_record, with_indices=True, remove_columns=columns, desc=f"Tokenizing {source}")
+    if num_cut := sum(encoded["cut"]):
+        logger.warning(f"{source}: {num_cut} of {len(encoded)} answers were cut at {max_answer_length} tokens.")
+    return encoded.remove_columns("cut")
+
+
+def record_format(columns: list[str], tokenizer: PreTrainedTokenizerBase, source: str) -> tuple[str, ...]:
+    """The fields that hold query and answer, from the columns of the first record."""
     fields = next((names for names in FORMATS if set(names) <= set(columns)), None)
     if fields is None:
         expected = "; ".join(", ".join(names) for names in FORMATS)
         raise ValueError(f"{source}, record 1: unknown format with columns {columns}; expected one of: {expected}.")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{source}: the tokenizer has no end token (`eos_token`) to close the answers with.")
+    return fields
 
-    def encode(record: dict, index: int) -> dict:
-        where = f"{source}, record {index + 1}"
-        query, answer = split_record(record, fields, where)
-        if isinstance(query, str):
-            query_ids = tokenizer(query)["input_ids"]
-        elif tokenizer.chat_template is None:
-            raise ValueError(f"{where}: the tokenizer has no chat template; use string columns prompt, completion.")
-        else:
-            query_ids = tokenizer.apply_chat_template(query, add_generation_prompt=True, return_dict=True)["input_ids"]
-        answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        return {
-            "input_ids": query_ids + answer_ids[:max_answer_length],
-            "query_length": len(query_ids),
-            "record": index + 1,
-            "cut": len(answer_ids) > max_answer_length,
-        }
 
-    encoded = dataset.map(encode, with_indices=True, remove_columns=columns, desc=f"Tokenizing {source}")
-    if num_cut := sum(encoded["cut"]):
-        logger.warning(f"{source}: {num_cut} of {len(encoded)} answers were cut at {max_answer_length} tokens.")
-    return encoded.remove_columns("cut")
+def encode(
+    record: dict,
+    number: int,
+    where: str,
+    fields: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    max_answer_length: int,
+) -> dict:
+    """One tokenized record; `cut` says whether its answer is not whole."""
+    query, answer = split_record(record, fields, where)
+    if isinstance(query, str):
+        query_ids = tokenizer(query)["input_ids"]
+    elif tokenizer.chat_template is None:
+        raise ValueError(f"{where}: the tokenizer has no chat template; use string columns prompt, completion.")
+    else:
+        query_ids = tokenizer.apply_chat_template(query, add_generation_prompt=True, return_dict=True)["input_ids"]
+    answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    return {
+        "input_ids": query_ids + answer_ids[:max_answer_length],
+        "query_length": len(query_ids),
+        "record": number,
+        "cut": len(answer_ids) > max_answer_length,
+    }
 
 
 def split_record(record: dict, fields: tuple[str, ...], where: str) -> tuple[str | list[dict], str]:
     """The query, a string or a list of messages, and the answer of a record in the format of `fields`."""
     if fields == ("messages",):
-        *query, answer = check_messages(record["messages"], f"{where}: `messages`", at_least=2)
+        *query, answer = check_messages(record.get("messages"), f"{where}: `messages`", at_least=2)
         return query, answer_of(answer, f"{where}: the last of `messages`")
-    prompt, completion = (record[name] for name in fields)
+    prompt, completion = (record.get(name) for name in fields)
     if fields == ("prompt", "completion") and isinstance(prompt, list):
         prompt = check_messages(prompt, f"{where}: `prompt`")
         *more, answer = check_messages(completion, f"{where}: `completion`")
         return prompt + more, answer_of(answer, f"{where}: the last of `completion`")
     for name in fields:
-        check_text(record[name], f"{where}: `{name}`", seen=record)
+        check_text(record.get(name), f"{where}: `{name}`", seen=record)
     if fields == ("prompt", "completion"):
         return prompt, completion
     if fields == ("instruction", "output") and record.get("input"):
@@ -184,6 +285,10 @@ def check_text(value, where: str, seen: dict) -> str:
         )
     if not isinstance(value, str):
         raise ValueError(f"{where} is a {type(value).__name__} ({value!r:.40}), but a string was expected.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half a surrogate pair: JSON may hold it, a tokenizer stumbles over it
+        raise ValueError(f"{where} is not text: {error}.") from error
     return value
 
 
@@ -203,10 +308,79 @@ def answer_of(message: dict, where: str) -> str:
     return message["content"]
 
 
+# streams: the records are numbered, shuffled and dealt out as they are, and tokenized where they are trained on
+
+
+class Phase15Stream(torch.utils.data.IterableDataset):
+    """
+    The rows of a stream, pass after pass without an end. Trainer would count passes too, but not when it resumes
+    (huggingface/transformers#26413): of one that does not end it has only batches to skip.
+
+    It is the same in every process, and one source to accelerate, however many files it reads: so each process takes
+    its share of every global batch, instead of files of its own, and a run is the same on any number of them.
+    """
+
+    def __init__(self, dataset: IterableDataset):
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[dict]:
+        for number in itertools.count():
+            self.dataset.set_epoch(number)  # shuffled records come in another order
+            row = None
+            for row in self.dataset:
+                yield row
+            if row is None:  # or this would go on for ever
+                raise Phase15RecordError("the stream has no more record to train on; were its files changed?")
+
+
+def split_stream(
+    dataset: IterableDataset, num_validation: int, shuffle_seed: int | None = None, source: str = "data set"
+) -> tuple[Phase15Stream, list[dict] | None]:
+    """
+    The rows to train on, and the first `num_validation`, which are read now, to validate. With a `shuffle_seed` the
+    former are shuffled, as far as a buffer of `SHUFFLE_BUFFER` records goes.
+    """
+    validation, training = list(dataset.take(num_validation)), dataset.skip(num_validation)
+    if next(iter(training), None) is None:
+        raise ValueError(f"{source}: of {len(validation)} records none is left to train on.")
+    if shuffle_seed is not None:
+        training = training.shuffle(seed=shuffle_seed, buffer_size=SHUFFLE_BUFFER)
+    return Phase15Stream(training), validation or None
+
+
+def stream_encoder(
+    dataset: IterableDataset, tokenizer: PreTrainedTokenizerBase, max_answer_length: int, source: str = "data set"
+) -> Callable[[dict], dict]:
+    """
+    A function that turns a row of `dataset` into what `tokenize` turns a record into. Only the first record is looked
+    at before it is needed, and cut answers are not counted.
+
+    Raises:
+        ValueError: for what `tokenize` refuses, a [`Phase15RecordError`] where it is about a record that is reached.
+    """
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"{source}: there is no usable record.")
+    fields = record_format(list(first["fields"]), tokenizer, source)
+    encode_row = partial(_encode_row, (fields, tokenizer, max_answer_length), source)
+    encode_row(first)
+    return encode_row
+
+
+def _encode_row(how: tuple, source: str, row: dict) -> dict:
+    try:
+        encoded = encode(row["fields"], row["number"], row["where"], *how)
+    except ValueError as error:
+        raise Phase15RecordError(str(error)) from error
+    if encoded.pop("cut"):
+        logger.warning_once(f"{source}: answers are cut at {how[-1]} tokens (in a stream they are not counted).")
+    return encoded
+
+
 @dataclass
 class Phase15DataCollator:
     """
-    Pads a list of tokenized records on the right.
+    Pads a list of tokenized records on the right; or of what `encode`, as from `stream_encoder`, makes such of.
 
     Returns:
         `input_ids`, `attention_mask` and `labels`, `torch.LongTensor` of shape `(batch_size, sequence_length)`, with
@@ -214,8 +388,10 @@ class Phase15DataCollator:
     """
 
     pad_token_id: int = 0
+    encode: Callable[[dict], dict] | None = None
 
     def __call__(self, features: list[dict]) -> dict[str, torch.Tensor]:
+        features = [self.encode(row) for row in features] if self.encode else features
         length = max(len(feature["input_ids"]) for feature in features)
         batch = {"input_ids": [], "attention_mask": [], "labels": []}
         for feature in features:

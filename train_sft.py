@@ -43,7 +43,17 @@ from transformers.utils import logging
 
 import eval_sft
 from configuration_phase15 import Phase15Config
-from data_sft import Phase15DataCollator, load_records, tokenize, train_tokenizer
+from data_sft import (
+    Phase15DataCollator,
+    Phase15RecordError,
+    Phase15Stream,
+    load_records,
+    split_stream,
+    stream_encoder,
+    stream_records,
+    tokenize,
+    train_tokenizer,
+)
 from modeling_phase15 import HyperNetwork, HyperNetworkLayer, Phase15ForCausalLM, SoftPrompt
 
 
@@ -103,8 +113,22 @@ class Phase15DataArguments:
     validation_split: float = field(
         default=0.1, metadata={"help": "Share of the records, the last, kept to validate."}
     )
-    max_validation_records: int | None = field(default=None, metadata={"help": "Validate on so many of them."})
-    shuffle_records: bool = field(default=False, metadata={"help": "Shuffle the records before they are split."})
+    max_validation_records: int | None = field(
+        default=None,
+        metadata={"help": "Validate on so many of them; of a stream, which has no share, on the first so many."},
+    )
+    shuffle_records: bool = field(
+        default=False,
+        metadata={"help": "Shuffle the records before they are split; what a stream trains on, within a buffer."},
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the records while training, in their order and again and again, instead of before it: for "
+            "JSONL, CSV or Parquet files ('data/*.jsonl') and Hub data sets that do not fit. Needs max_steps and "
+            "max_validation_records."
+        },
+    )
 
 
 @dataclass
@@ -118,7 +142,8 @@ class Phase15TrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Stop the gradient through the recursion after every so many chunks."}
     )
     compile_layers: bool = field(
-        default=False, metadata={"help": "torch.compile every layer of LLM and HyperNetwork (torch_compile: all of it)."}
+        default=False,
+        metadata={"help": "torch.compile the layers of LLM and HyperNetwork (torch_compile: all)."},
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew where output_dir holds a finished run."}
@@ -355,6 +380,29 @@ def is_phase15(name: str) -> bool:
     return Phase15Config.get_config_dict(name)[0].get("model_type") == Phase15Config.model_type
 
 
+def check_streaming(
+    model_args: Phase15ModelArguments, data_args: Phase15DataArguments, training_args: Phase15TrainingArguments
+):
+    """Refuses what needs all records at once."""
+    if training_args.max_steps < 1:
+        raise ValueError("`max_steps` is missing: `streaming` data has no length that could give it.")
+    if data_args.validation_split and data_args.max_validation_records is None:
+        raise ValueError(
+            "`max_validation_records` is missing: `streaming` data has no length to keep a share of. The first so "
+            "many records validate; none do with 0."
+        )
+    if model_args.model_name_or_path is None and model_args.base_config:
+        raise ValueError(
+            "`base_config` trains a tokenizer on all records, which `streaming` data does not hold at once; give "
+            "`model_name_or_path`."
+        )
+    if training_args.dataloader_num_workers > 1:
+        raise ValueError(
+            f"`dataloader_num_workers` is {training_args.dataloader_num_workers}, but `streaming` data is read in its "
+            "order, by one at most."
+        )
+
+
 def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dict]:
     """Everything that can fail because of the input, before the first step."""
     model_args, data_args, training_args, recipe = parse_args(argv)
@@ -367,29 +415,49 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dic
         raise ValueError(
             f"{training_args.output_dir} holds a finished run; give another --output_dir or --overwrite_output_dir."
         )
+    if data_args.streaming:
+        check_streaming(model_args, data_args, training_args)
+        if training_args.accelerator_config.dispatch_batches is None:
+            # or the main process would join the batches of all, which fails where they are padded to other lengths
+            training_args.accelerator_config.dispatch_batches = False
     set_seed(training_args.seed)
+    name, num_validation = data_args.dataset_name, data_args.max_validation_records
     with training_args.main_process_first(desc="data"):
-        records = load_records(data_args.dataset_name, data_args.dataset_config, data_args.dataset_train_split)
+        load = stream_records if data_args.streaming else load_records
+        records = load(name, data_args.dataset_config, data_args.dataset_train_split)
         model, tokenizer = load_model(model_args, records)
-        dataset = tokenize(records, tokenizer, model.config.max_answer_length, data_args.dataset_name)
-        if data_args.shuffle_records:  # after they were numbered
-            dataset = dataset.shuffle(seed=training_args.seed)
+        if not data_args.streaming:
+            dataset = tokenize(records, tokenizer, model.config.max_answer_length, name)
+            if data_args.shuffle_records:  # after they were numbered
+                dataset = dataset.shuffle(seed=training_args.seed)
     if training_args.compile_layers:
         compile_layers(model)
-    num_validation = math.ceil(len(dataset) * data_args.validation_split)
-    num_training = len(dataset) - num_validation
-    if num_training < 1:
-        raise ValueError(f"{data_args.dataset_name}: of {len(dataset)} records none is left to train on.")
-    if data_args.max_validation_records is not None:
-        num_validation = min(data_args.max_validation_records, num_validation)
+    pad_token_id = next(x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if x is not None)
+    if data_args.streaming:
+        collator = Phase15DataCollator(
+            pad_token_id, encode=stream_encoder(records, tokenizer, model.config.max_answer_length, name)
+        )
+        num_validation = num_validation if data_args.validation_split else 0
+        seed = training_args.seed if data_args.shuffle_records else None
+        train_dataset, eval_dataset = split_stream(records, num_validation, seed, name)
+        if eval_dataset:
+            collator(eval_dataset)  # what is wrong with one of them is said now
+    else:
+        collator = Phase15DataCollator(pad_token_id)
+        share = math.ceil(len(dataset) * data_args.validation_split)
+        num_training = len(dataset) - share
+        if num_training < 1:
+            raise ValueError(f"{name}: of {len(dataset)} records none is left to train on.")
+        num_validation = share if num_validation is None else min(num_validation, share)
+        train_dataset = dataset.select(range(num_training))
+        rest = range(num_training, num_training + num_validation)
+        eval_dataset = dataset.select(rest) if num_validation else None
     trainer = Phase15Trainer(
         model=model,
         args=training_args,
-        train_dataset=dataset.select(range(num_training)),
-        eval_dataset=dataset.select(range(num_training, num_training + num_validation)) if num_validation else None,
-        data_collator=Phase15DataCollator(
-            next(x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if x is not None)
-        ),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=collator,
         processing_class=tokenizer,
     )
     return trainer, model_args, recipe
@@ -435,10 +503,14 @@ def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments, recipe: dic
     if not trainer.is_world_process_zero():
         return
     eval_sft.plot_training(trainer.state.log_history, output_dir / "training_curve.png")
+    if isinstance(trainer.train_dataset, Phase15Stream):  # what was read of it, in each pass
+        num_training = trainer.state.global_step * trainer.get_total_train_batch_size(args)
+    else:
+        num_training = len(trainer.train_dataset)
     results = {
         "train": result.metrics,
         "steps": trainer.state.global_step,
-        "records": {"training": len(trainer.train_dataset), "validation": len(trainer.eval_dataset or [])},
+        "records": {"training": num_training, "validation": len(trainer.eval_dataset or [])},
         "device": torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type,
         "processes": args.world_size,
         "versions": {package: version(package) for package in ("transformers", "torch", "datasets", "peft")},
@@ -453,8 +525,8 @@ def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments, recipe: dic
     (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if model_args.stage != "lora" or model_args.merge_adapter:
         print(f"Saved to {output_dir}. Loaded in a new process:")
-        query = trainer.train_dataset[0]
-        query = query["input_ids"][: query["query_length"]]
+        first = trainer.data_collator([next(iter(trainer.train_dataset))])
+        query = first["input_ids"][first["labels"] == -100].tolist()
         answer = eval_sft.answer_in_new_process(output_dir, query, max_new_tokens=64)
         print("Q:", trainer.processing_class.decode(query, skip_special_tokens=True))
         print("A:", trainer.processing_class.decode(answer, skip_special_tokens=True))
@@ -467,5 +539,6 @@ if __name__ == "__main__":
         raise SystemExit(f"train_sft.py: {' '.join(str(error).split())}") from error
     try:
         main(*run)
-    except FloatingPointError as error:
-        raise SystemExit(f"train_sft.py: {error}") from error
+    except (FloatingPointError, Phase15RecordError) as error:
+        message = str(error).rpartition("Phase15RecordError: ")[2]  # of a worker's traceback, in which torch puts it
+        raise SystemExit(f"train_sft.py: {' '.join(message.split())}") from error

@@ -3,16 +3,29 @@
 
 import copy
 import inspect
+import itertools
 import json
 import logging
 import re
 
+import pyarrow.parquet
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from tokenizers.processors import TemplateProcessing
 
-from data_sft import FORMATS, Phase15DataCollator, docstring_records, load_records, tokenize
+import data_sft
+from data_sft import (
+    FORMATS,
+    Phase15DataCollator,
+    Phase15RecordError,
+    docstring_records,
+    load_records,
+    split_stream,
+    stream_encoder,
+    stream_records,
+    tokenize,
+)
 
 
 USER, ASSISTANT = "<|user|>\n{}<|end|>\n", "<|assistant|>\n"
@@ -41,6 +54,7 @@ CASES = {  # record, text of its query
     ),
 }
 SUFFIXES = [".jsonl", ".json", ".csv", ".parquet"]
+STREAMED = [suffix for suffix in SUFFIXES if suffix != ".json"]
 
 
 def write(path, records):
@@ -57,6 +71,15 @@ def write(path, records):
 
 def read(path, tokenizer, max_answer_length=64):
     return tokenize(load_records(str(path)), tokenizer, max_answer_length, str(path))
+
+
+def stream(path, tokenizer, max_answer_length=64):
+    rows = stream_records(str(path))
+    return map(stream_encoder(rows, tokenizer, max_answer_length, str(path)), rows)
+
+
+def numbers_of(rows, count):
+    return [row["number"] for row in itertools.islice(rows, count)]
 
 
 def ids_of(tokenizer, text):
@@ -159,6 +182,7 @@ UNREADABLE = {  # file, content, what the error says besides the file
     "missing": ("none.jsonl", None, ["no such file"]),
     "empty": ("data.jsonl", "", ["empty"]),
     "extension": ("data.txt", "a", [".jsonl", ".json", ".csv", ".parquet"]),
+    "long-csv": ("data.csv", "question,answer\na,b\nc," + "x" * 140_000, ["record 2", "CSV"]),
     "broken-jsonl": ("data.jsonl", GOOD + '{"question": "c", "answer": }\n' + GOOD, ["record 2", "JSON"]),
     "cut-off-jsonl": ("data.jsonl", GOOD * 2 + '{"question": "c", "ans', ["record 3", "JSON"]),
     "broken-json": ("data.json", f'[{GOOD}, {{"question": "c", "answer": }}]', ["line 2"]),
@@ -177,13 +201,16 @@ UNREADABLE = {  # file, content, what the error says besides the file
 }
 
 
+@pytest.mark.parametrize("how", [read, stream])
 @pytest.mark.parametrize("case", UNREADABLE)
-def test_unreadable_files(case, chat_tokenizer, tmp_path):
+def test_unreadable_files(case, how, chat_tokenizer, tmp_path):
     name, content, words = UNREADABLE[case]
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError) as error:
-        read(tmp_path / name, chat_tokenizer)
+        list(how(tmp_path / name, chat_tokenizer))
+    if how is stream and name.endswith(".json"):
+        words = [".jsonl, .csv, .parquet"]  # which can be read line by line
     for word in [str(tmp_path / name), *words]:
         assert re.search(rf"{re.escape(word)}\b" if word[-1].isdigit() else re.escape(word), str(error.value), re.I)
     assert "Instruction" not in str(error.value)  # the library's "train" corresponds to no data
@@ -215,8 +242,9 @@ UNUSABLE = {  # the second record, what the error says besides the file and the 
 }
 
 
+@pytest.mark.parametrize("how", [read, stream])
 @pytest.mark.parametrize("case", UNUSABLE)
-def test_unusable_records(case, chat_tokenizer, tmp_path):
+def test_unusable_records(case, how, chat_tokenizer, tmp_path):
     record, words = UNUSABLE[case]
     good = {
         "question": PAIR,
@@ -227,8 +255,8 @@ def test_unusable_records(case, chat_tokenizer, tmp_path):
     if case == "user-completes":
         good = {name: chat(role)["messages"] for name, role in (("prompt", "user"), ("completion", "assistant"))}
     path = write(tmp_path / "data.jsonl", [good, record, good])
-    with pytest.raises(ValueError) as error:
-        read(path, chat_tokenizer)
+    with pytest.raises(Phase15RecordError if how is stream else ValueError) as error:
+        list(how(path, chat_tokenizer))
     for word in [path, "record 2", *words]:
         assert word in str(error.value)
 
@@ -239,11 +267,11 @@ def test_a_mixture_of_strings_and_messages_is_refused(chat_tokenizer, tmp_path):
         read(path, chat_tokenizer)
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_unknown_columns(suffix, chat_tokenizer, tmp_path):
+@pytest.mark.parametrize("how, suffix", [*((read, x) for x in SUFFIXES), *((stream, x) for x in STREAMED)])
+def test_unknown_columns(how, suffix, chat_tokenizer, tmp_path):
     path = write(tmp_path / f"data{suffix}", [{"text": "a", "answer": "b"}])
     with pytest.raises(ValueError) as error:
-        read(path, chat_tokenizer)
+        how(path, chat_tokenizer)  # before a record of a stream is asked for
     for word in [path, "record 1", "['text', 'answer']", *("; ".join(", ".join(names) for names in FORMATS)).split()]:
         assert word in str(error.value)
 
@@ -270,6 +298,188 @@ def test_a_tokenizer_without_end_token(chat_tokenizer):
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="some data: .*eos_token"):
         tokenize(Dataset.from_list([PAIR]), tokenizer, 64, "some data")
+
+
+# streams
+
+
+def test_a_stream_gives_what_a_file_does(chat_tokenizer, tmp_path):
+    for suffix, (case, (record, _)) in itertools.product(STREAMED, CASES.items()):
+        if suffix == ".csv" and any(isinstance(value, list) for value in record.values()):
+            continue  # which a CSV file cannot hold
+        plain = {"prompt": "a", "completion": "b"} if case == "prompt-completion" else record
+        path = write(tmp_path / f"{case}{suffix}", [record, plain, record])
+        rows = list(read(path, chat_tokenizer))
+        assert list(stream(path, chat_tokenizer)) == rows and [row["record"] for row in rows] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("suffix", STREAMED)
+def test_a_stream_of_several_files(suffix, chat_tokenizer, tmp_path):
+    """By name, with their records numbered on; what is wrong with one is said of the record's own file."""
+    pairs = [{"question": "a" * (i + 1), "answer": "b"} for i in range(7)]
+    for name, part in (("b", pairs[4:]), ("a", pairs[:2]), ("aa", pairs[2:4])):
+        write(tmp_path / f"{name}{suffix}", part)
+    (tmp_path / "whole").mkdir()
+    whole = write(tmp_path / "whole" / f"x{suffix}", pairs)
+    rows = list(stream(tmp_path / f"*{suffix}", chat_tokenizer))
+    assert rows == list(read(whole, chat_tokenizer))
+    write(tmp_path / f"aa{suffix}", [pairs[2], {"question": "", "answer": "b"}])
+    rows = stream(tmp_path / f"*{suffix}", chat_tokenizer)
+    assert [next(rows)["record"] for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(Phase15RecordError, match=rf"/aa\{suffix}, record 2: `question`"):
+        next(rows)
+    (tmp_path / f"aa{suffix}").write_text("")
+    with pytest.raises(ValueError, match=rf"/aa\{suffix}: the file is empty"):
+        stream_records(str(tmp_path / f"*{suffix}"))
+
+
+class TooFar(Exception):
+    pass
+
+
+def test_a_stream_is_read_as_it_is_needed(chat_tokenizer, monkeypatch, tmp_path):
+    """Of a file without an end, and not one record more than is asked for; all are read as the first pass goes on."""
+    given = []
+
+    def endless(path):
+        for number in itertools.count(1):
+            if number > 50:
+                raise TooFar
+            given.append(number)
+            yield PAIR
+
+    monkeypatch.setitem(data_sft.READERS, ".jsonl", endless)
+    rows = stream_records(write(tmp_path / "data.jsonl", [PAIR]))
+    stream_encoder(rows, chat_tokenizer, 64)
+    assert given == [1]
+    training, validation = split_stream(rows, 10)
+    assert max(given) <= 12 and numbers_of(validation, 99) == list(range(1, 11))
+    given.clear()
+    assert numbers_of(training, 5) == list(range(11, 16))
+    assert given == list(range(1, 16))
+
+
+def test_the_lines_of_a_stream_are_read_one_by_one(chat_tokenizer, tmp_path):
+    """Not the file at once, nor a block of megabytes: the broken line is met when it is its turn."""
+    (tmp_path / "data.jsonl").write_text(GOOD * 40 + "broken\n")
+    rows = stream(tmp_path / "data.jsonl", chat_tokenizer)
+    assert [next(rows)["record"] for _ in range(40)] == list(range(1, 41))
+    with pytest.raises(Phase15RecordError, match=r"data\.jsonl: record 41 is not JSON"):
+        next(rows)
+
+
+def test_the_broken_part_of_a_parquet_file(chat_tokenizer, tmp_path):
+    path = tmp_path / "data.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([PAIR] * 3000), path, row_group_size=1000)
+    start = pyarrow.parquet.ParquetFile(path).metadata.row_group(2).column(1).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start : start + 8] = b"\xff" * 8
+    path.write_bytes(content)
+    rows = stream(path, chat_tokenizer)
+    assert [next(rows)["record"] for _ in range(2000)] == list(range(1, 2001))
+    with pytest.raises(Phase15RecordError, match=r"data\.parquet: the records from number 2001 on cannot be read"):
+        list(rows)
+
+
+def test_passes_over_a_stream(tmp_path):
+    """One after another, without the records that validate."""
+    rows = stream_records(write(tmp_path / "data.jsonl", [PAIR] * 7))
+    training, validation = split_stream(rows, 2)
+    assert numbers_of(training, 12) == [3, 4, 5, 6, 7] * 2 + [3, 4] and numbers_of(validation, 9) == [1, 2]
+    training, validation = split_stream(rows, 0)
+    assert numbers_of(training, 9) == [1, 2, 3, 4, 5, 6, 7, 1, 2] and validation is None
+
+
+def test_a_stream_whose_file_is_cut_between_two_passes(tmp_path):
+    training, _ = split_stream(stream_records(write(tmp_path / "data.jsonl", [PAIR] * 3)), 2)
+    rows = iter(training)
+    assert next(rows)["number"] == 3
+    write(tmp_path / "data.jsonl", [PAIR] * 2)
+    with pytest.raises(Phase15RecordError, match="no more record"):
+        next(rows)
+
+
+def test_a_shuffled_stream(monkeypatch, tmp_path):
+    """Every pass has every record, in an order of its own that the seed gives, moved no further than the buffer."""
+    rows = stream_records(write(tmp_path / "data.jsonl", [PAIR] * 42))
+    training, validation = split_stream(rows, 2, shuffle_seed=0)
+    order = numbers_of(training, 120)
+    passes = [order[:40], order[40:80], order[80:]]
+    assert all(sorted(numbers) == list(range(3, 43)) for numbers in passes) and numbers_of(validation, 9) == [1, 2]
+    assert len(set(map(tuple, [*passes, sorted(passes[0])]))) == 4
+    assert numbers_of(training, 120) == numbers_of(split_stream(rows, 2, shuffle_seed=0)[0], 120) == order
+    assert numbers_of(split_stream(rows, 2, shuffle_seed=1)[0], 40) != passes[0]
+    monkeypatch.setattr(data_sft, "SHUFFLE_BUFFER", 8)
+    order = numbers_of(split_stream(rows, 0, shuffle_seed=0)[0], 42)
+    assert sorted(order) == list(range(1, 43)) != order
+    assert all(number <= place + 8 for place, number in enumerate(order, start=1))
+
+
+def test_a_stream_with_too_few_records(tmp_path):
+    rows = stream_records(write(tmp_path / "data.jsonl", [PAIR] * 3))
+    assert numbers_of(split_stream(rows, 2)[0], 2) == [3, 3]
+    for num_validation in (3, 4):
+        with pytest.raises(ValueError, match="some data: of 3 records none is left"):
+            split_stream(rows, num_validation, source="some data")
+
+
+def test_a_stream_from_the_hub(chat_tokenizer, monkeypatch, tmp_path):
+    """One of several files, which stay in their order in every pass; what is wrong with a record is said of it."""
+    parts = [[{"question": f"{i}{j}", "answer": "b"} for j in range(3)] for i in range(4)]
+    files = [write(tmp_path / f"{i}.jsonl", part) for i, part in enumerate(parts)]
+    asked = []
+
+    def hub(name, config, *, split, streaming):
+        asked.append((name, config, split, streaming))
+        return load_dataset("json", data_files=files, split="train", streaming=True)
+
+    monkeypatch.setattr(data_sft, "load_dataset", hub)
+    rows = stream_records("me/data", "main", "test")
+    assert asked == [("me/data", "main", "test", True)]
+    encode = stream_encoder(rows, chat_tokenizer, 64, "me/data")
+    training, _ = split_stream(rows, 1)
+    numbered = [(i + 1, record) for i, record in enumerate(record for part in parts for record in part)]
+    assert [(row["number"], row["fields"]) for row in itertools.islice(training, 22)] == numbered[1:] * 2
+    parts[1][1]["answer"] = None
+    write(tmp_path / "1.jsonl", parts[1])
+    with pytest.raises(Phase15RecordError, match="me/data, record 5: `answer` is missing"):
+        list(map(encode, rows))
+    (tmp_path / "2.jsonl").write_text(GOOD + "broken\n")
+    with pytest.raises(Phase15RecordError, match="me/data: the records from number 7 on cannot be read: .*JSON"):
+        list(rows)
+
+
+def test_a_stream_that_a_tokenizer_cannot_take(chat_tokenizer, tmp_path):
+    """Is refused before the first step, as a file is."""
+    rows = stream_records(write(tmp_path / "data.jsonl", [PAIR]))
+    for name, words in (("chat_template", "record 1: .*no chat template"), ("eos_token", "eos_token")):
+        tokenizer = copy.deepcopy(chat_tokenizer)
+        setattr(tokenizer, name, None)
+        with pytest.raises(ValueError, match=words):
+            stream_encoder(rows, tokenizer, 64)
+
+
+def test_half_a_surrogate_pair_in_a_stream(chat_tokenizer, tmp_path):
+    """JSON may spell it; the tokenizer would end in a TypeError that names nothing."""
+    path = write(tmp_path / "data.jsonl", [PAIR, {"question": "a", "answer": "\ud800"}])
+    with pytest.raises(Phase15RecordError, match=r"data\.jsonl, record 2: `answer` is not text: .*surrogate"):
+        list(stream(path, chat_tokenizer))
+
+
+def test_cut_answers_of_a_stream_are_told_once(chat_tokenizer, caplog, tmp_path):
+    path = write(tmp_path / "data.jsonl", [PAIR, *[PAIR | {"answer": ANSWER}] * 3])
+    with caplog.at_level(logging.WARNING):
+        rows = list(stream(path, chat_tokenizer, 5))
+    assert len(re.findall(r"data\.jsonl: answers are cut at 5 tokens", caplog.text)) == 1
+    assert [len(row["input_ids"]) - row["query_length"] for row in rows] == [2, 5, 5, 5]
+
+
+def test_docstrings_are_streamed_too(chat_tokenizer):
+    first, second = itertools.islice(stream("python-docstrings", chat_tokenizer), 2)
+    assert (first["record"], second["record"]) == (1, 2) and first["input_ids"] != second["input_ids"]
+
+
+# the quickstart
 
 
 def test_docstrings_of_the_standard_library():

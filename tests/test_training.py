@@ -403,6 +403,198 @@ def test_records_are_split(recipe, tmp_path):
     assert json.loads((Path(recipe["output_dir"]) / "results.json").read_text())["validation"] == {}
 
 
+# streams
+
+
+STREAM = {"streaming": True, "max_validation_records": 3}
+
+
+def epochless(log_history) -> dict[int, dict]:
+    """What a step logs, but for its speed and the epoch, of which a stream has none."""
+    logs = [log for log in log_history if "loss" in log]
+    return {
+        log["step"]: {k: v for k, v in log.items() if k not in ("epoch", "target_tokens_per_second")} for log in logs
+    }
+
+
+def watched(trainer) -> list[list[int]]:
+    """The numbers of the records of each batch that the trainer will train on."""
+    batches, compute_loss = [], trainer.compute_loss
+
+    def watch(model, inputs, **kwargs):
+        batches.append(inputs["records"].tolist())
+        return compute_loss(model, inputs, **kwargs)
+
+    trainer.compute_loss = watch
+    return batches
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_trains_as_its_file_does(workers, recipe, tmp_path):
+    """In its order; and none of its records validate where no share shall."""
+    recipe |= {"train_sampling_strategy": "sequential", "validation_split": 0.0, "dataloader_num_workers": workers}
+    whole, *_ = prepare([write(recipe, tmp_path)])
+    streamed, *_ = prepare([write(recipe, tmp_path, streaming=True, max_validation_records=3)])
+    batches = watched(whole), watched(streamed)
+    whole.train()
+    streamed.train()
+    assert batches[0] == batches[1] == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
+    assert not changed(state(whole.model), state(streamed.model))
+    assert epochless(whole.state.log_history) == epochless(streamed.state.log_history)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_stream_resumes(shuffle, recipe, tmp_path):
+    """With the same weights, losses and batches, in the third pass over the records; no pass ends with a batch."""
+    recipe |= STREAM | {
+        "stage": "lora",
+        "lora_dropout": 0.3,
+        "gradient_accumulation_steps": 2,
+        "shuffle_records": shuffle,
+    }
+    recipe |= {"max_steps": 9, "save_steps": 4, "per_device_train_batch_size": 2}
+    whole, *_ = prepare([write(recipe, tmp_path, output_dir=str(tmp_path / "whole"))])
+    expected = watched(whole)
+    whole.train()
+    path = write(recipe, tmp_path)
+    killed, *_ = prepare([path])
+    killed.add_callback(At(7, kill))
+    with pytest.raises(Killed):
+        killed.train()
+    resumed, *_ = prepare([path])
+    batches = watched(resumed)
+    resumed.train(resume_from_checkpoint=True)
+    assert batches == expected[8:] and len(expected) == 18
+    assert not changed(state(whole.model), state(resumed.model))
+    assert losses_of(resumed.state.log_history) == losses_of(whole.state.log_history)
+    numbers = [number for batch in expected for number in batch]
+    assert [sorted(numbers[i : i + 12]) for i in (0, 12)] == [list(range(4, 16))] * 2
+    assert (numbers == [*range(4, 16)] * 3) != shuffle
+
+
+def test_a_resumed_stream_after_one_that_ends(recipe, tmp_path):
+    """A stopped run that is given more steps goes on where it stopped."""
+    recipe |= STREAM | {"save_steps": 4, "lr_scheduler_type": "constant"}
+    first, *_ = prepare([write(recipe, tmp_path, max_steps=4)])
+    first.train()
+    more, *_ = prepare([write(recipe, tmp_path, max_steps=6)])
+    batches = watched(more)
+    more.train(resume_from_checkpoint=True)
+    assert batches == [[8, 9, 10, 11], [12, 13, 14, 15]]
+
+
+def test_a_bad_record_of_a_stream(recipe, monkeypatch, tmp_path):
+    """It is no matter until it is reached; then it is named in one line, and the run goes on when it is mended."""
+    monkeypatch.setattr(sys, "argv", ["script"])
+    pairs = Path(recipe["dataset_name"]).read_text().splitlines(keepends=True)
+    path = tmp_path / "bad.jsonl"
+    path.write_text("".join([*pairs, "{broken"]))
+    recipe |= STREAM | {"dataset_name": str(path), "per_device_train_batch_size": 2, "save_steps": 1}
+    trainer, *_ = prepare([write(recipe, tmp_path, max_steps=5, output_dir=str(tmp_path / "short"))])
+    trainer.train()
+    assert trainer.state.global_step == 5
+    recipe = write(recipe, tmp_path, max_steps=9)
+    for workers in ("0", "1"):
+        message = script(recipe, "--dataloader_num_workers", workers)
+        assert message.startswith(f"train_sft.py: {path}: record 16 is not JSON"), message
+    path.write_text("".join([*pairs, pairs[0]]))
+    resumed, *_ = prepare([recipe])
+    batches = watched(resumed)
+    resumed.train(resume_from_checkpoint=True)
+    assert batches == [[14, 15], [16, 4], [5, 6], [7, 8]]
+
+
+def test_a_bad_record_that_shall_validate_a_stream(recipe, tmp_path):
+    """Is told before the first step."""
+    lines = Path(recipe["dataset_name"]).read_text().splitlines(keepends=True)
+    lines[1] = '{"question": "a"}\n'
+    (tmp_path / "bad.jsonl").write_text("".join(lines))
+    path = write(recipe | STREAM, tmp_path, dataset_name=str(tmp_path / "bad.jsonl"))
+    with pytest.raises(ValueError, match=r"bad\.jsonl, record 2: `answer` is missing"):
+        prepare([path])
+    prepare([path, "--max_validation_records", "1"])
+
+
+def test_what_a_run_on_a_stream_leaves(recipe, tmp_path, capfd):
+    recipe |= STREAM | {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    trainer, *rest = prepare([write(recipe, tmp_path)])
+    main(trainer, *rest)
+    folder = Path(recipe["output_dir"])
+    results = json.loads((folder / "results.json").read_text())
+    assert results["records"] == {"training": 24, "validation": 3}  # three steps of two batches of four
+    assert [row["number"] for row in trainer.eval_dataset] == [1, 2, 3]
+    assert_close(results["validation"]["the model"]["loss"], trainer.evaluate()["eval_loss"], atol=1e-5, rtol=1e-5)
+    assert [log["step"] for log in trainer.state.log_history if "eval_loss" in log][:1] == [2]
+    first = json.loads(Path(recipe["dataset_name"]).read_text().splitlines()[3])
+    assert re.search(rf"^Q: .*{re.escape(first['question'])}.*^A: ", capfd.readouterr().out, re.M | re.S)
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["streaming"] is True
+
+
+ON_TWO = """
+import json, os, sys
+from pathlib import Path
+
+from test_training import At, Killed, epochless, kill, watched
+from train_sft import prepare
+
+runs = []
+for recipe, killed_after, checkpoint in json.loads(sys.argv[1]):
+    trainer, *_ = prepare([recipe])
+    batches, encoded, encode = watched(trainer), [], trainer.data_collator.encode
+    trainer.data_collator.encode = lambda row, encode=encode: (encoded.append(row["number"]), encode(row))[1]
+    if killed_after:
+        trainer.add_callback(At(killed_after, kill))
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except Killed:
+        pass
+    runs.append({"batches": batches, "encoded": encoded, "logs": epochless(trainer.state.log_history)})
+Path(sys.argv[2], os.environ["RANK"]).write_text(json.dumps(runs))
+"""
+
+
+def test_two_processes_share_a_stream(recipe, tmp_path):
+    """
+    Each has its half of the batches that one process would have, over several files, shuffled, in several passes; also
+    when the run is killed and resumed, on two or on one.
+    """
+    lines = Path(recipe["dataset_name"]).read_text().splitlines(keepends=True)
+    for name, part in (("a", lines[:7]), ("b", lines[7:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    recipe |= STREAM | {"dataset_name": str(tmp_path / "[ab].jsonl"), "max_validation_records": 2}
+    recipe |= {"shuffle_records": True, "max_steps": 8, "save_steps": 4}
+    one, *_ = prepare([write(recipe, tmp_path, output_dir=str(tmp_path / "one"))])
+    expected = watched(one)
+    one.train()
+    assert sorted(number for batch in expected for number in batch)[:4] == [3, 3, 3, 4]
+
+    on_two = write(recipe, tmp_path, per_device_train_batch_size=2, ddp_backend="gloo")
+    checkpoint = str(Path(recipe["output_dir"]) / "checkpoint-4")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    (tmp_path / "on_two.py").write_text(ON_TWO)
+    runs = json.dumps([(on_two, 6, None), (on_two, None, checkpoint)])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    command = [*launch, str(tmp_path / "on_two.py"), runs, str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (killed, resumed), others = (json.loads((tmp_path / rank).read_text()) for rank in "01")
+    for run, other, steps in ((killed, others[0], range(6)), (resumed, others[1], range(4, 8))):
+        assert [a + b for a, b in zip(run["batches"], other["batches"], strict=True)] == [expected[i] for i in steps]
+        assert all(len(batch) == 2 for batch in run["batches"])
+    for run in (killed, others[0]):  # no process tokenizes what another trains on, but for the next batch
+        assert run["encoded"][:12] == [number for batch in run["batches"] for number in batch]
+        assert len(run["encoded"]) <= 14
+    logs = {str(step): log for step, log in epochless(one.state.log_history).items()}
+    for step, log in [*killed["logs"].items(), *resumed["logs"].items()]:
+        assert_close(log, logs[step], atol=1e-4, rtol=1e-3)
+    assert list(resumed["logs"]) == list(logs)
+
+    resumed, *_ = prepare([write(recipe, tmp_path)])
+    batches = watched(resumed)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert batches == expected[4:]
+
+
 # the script
 
 
@@ -565,6 +757,15 @@ def test_bad_recipes(case, argv, tmp_path):
 
 
 BAD_VALUES = {
+    "stream-without-steps": (STREAM | {"max_steps": -1}, ["max_steps", "streaming"]),
+    "stream-with-a-share": (STREAM | {"max_validation_records": None}, ["max_validation_records", "0"]),
+    "stream-without-tokenizer": (
+        STREAM | {"model_name_or_path": None, "base_config": {"vocab_size": 270, "hidden_size": 30}},
+        ["base_config", "model_name_or_path"],
+    ),
+    "stream-by-two": (STREAM | {"dataloader_num_workers": 2}, ["dataloader_num_workers", "2", "one"]),
+    "stream-that-validates-all": (STREAM | {"max_validation_records": 15}, ["data.jsonl", "15 records"]),
+    "stream-of-no-file": (STREAM | {"dataset_name": "no/*.jsonl"}, ["no/*.jsonl", "no such file"]),
     "no-data": ({"dataset_name": None}, ["dataset_name"]),
     "no-model": ({"model_name_or_path": None}, ["model_name_or_path", "base_config"]),
     "no-such-file": ({"dataset_name": "none.jsonl"}, ["none.jsonl"]),
