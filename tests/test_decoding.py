@@ -12,6 +12,7 @@ import torch
 from conftest import BASES, CHUNK, SIZES, SLOTS, randomise_alpha
 from peft import LoraConfig, get_peft_model
 from test_generation import LONG_PROMPTS, PROMPTS, generate
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -207,7 +208,7 @@ def test_the_steps_are_one_graph_each(tiny):
     """No break, so that torch.compile fuses all of it, and one compilation serves any number of steps."""
     decoder = Phase15Decoder(tiny, 2, lambda scores: scores.argmax(dim=-1), None, None)
     decoder.start(tiny.empty_soft_prompt(2)._replace(length=torch.tensor([3, SLOTS])))
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     for function, args in (
         (open_chunk, (decoder.slot_cache,)),
         (hear_token, (decoder.chunk, decoder.chunk_cache)),
@@ -225,7 +226,7 @@ def test_the_steps_are_one_graph_each(tiny):
 
 def test_generate_compiles_the_steps_once(tiny, monkeypatch):
     """For two answers, and without inductor, whose first use takes a minute; `benchmark.py decode` runs that."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(decoding_phase15, "_COMPILED", {})
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     monkeypatch.setattr(decoding_phase15, "INDUCTOR", None)

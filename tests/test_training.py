@@ -2,6 +2,7 @@
 """Steps of Phase15Trainer against naive ones, the stages, runs of the script, and its comparison of variants."""
 
 import copy
+import functools
 import json
 import math
 import os
@@ -36,6 +37,7 @@ from conftest import (
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainerCallback
 
@@ -317,6 +319,21 @@ def test_stage_2_starts_from_stage_1(recipe, tmp_path):
     assert second.train_dataset[:] == first.train_dataset[:]
     with pytest.raises(ValueError, match=r"(?s)chunk_length.*\b8\b.*stage1.*\b4\b"):
         prepare([write(recipe, tmp_path, chunk_length=8)])
+
+
+def test_compiled_layers_train_as_others_do(recipe, tmp_path, monkeypatch):
+    """Compiled once for each kind of layer and once more for shapes that change, not for every layer or batch."""
+    counter = CompileCounterWithBackend("aot_eager")  # inductor takes a minute
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    logs = {}
+    for compiled in (False, True):
+        values = {"compile_layers": compiled, "output_dir": str(tmp_path / f"run{compiled}"), "logging_steps": 1}
+        trainer, *_ = prepare([write(recipe, tmp_path, **values)])
+        trainer.train()
+        logs[compiled] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        assert bool(counter.frame_count) == compiled
+    assert_close(logs[True], logs[False], atol=1e-5, rtol=1e-5)
+    assert len(set(logs[True])) > 2 and counter.frame_count <= 6
 
 
 def inputs_of(trainer):
