@@ -33,6 +33,7 @@ FILES = {
     "configuration_phase15.py",
     "generation_config.json",
     "loss_by_chunk.png",
+    "decoding_phase15.py",
     "modeling_phase15.py",
     "recipe.yaml",
     "tokenizer.json",
