@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from accelerate import DistributedType
 from datasets import disable_progress_bars
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
@@ -407,6 +408,11 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dic
             f"{os.environ['WORLD_SIZE']} processes were launched, but there is no GPU, and each would train alone; "
             "add --use_cpu to train together on CPUs."
         )
+    if training_args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        if training_args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+            raise ValueError("accelerate has no FSDP without GPUs; use recipes/accelerate_ddp.yaml.")
+        if model_args.stage == "lora":
+            raise ValueError("`stage` is lora, which is not supported under FSDP; use recipes/accelerate_ddp.yaml.")
     if not training_args.should_log:  # one process on each machine is enough
         logging.get_logger("phase15").setLevel(logging.ERROR)
         disable_progress_bars()
@@ -433,10 +439,6 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dic
         ),
         processing_class=tokenizer,
     )
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
-        raise ValueError("accelerate has no FSDP on CPUs; use recipes/accelerate_ddp.yaml.")
-    if trainer.is_fsdp_enabled and model_args.stage == "lora":
-        raise ValueError("`stage` is lora, which cannot be sharded by FSDP; use recipes/accelerate_ddp.yaml.")
     return trainer, model_args, recipe
 
 
