@@ -406,13 +406,12 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
 
     # the parts of a step, shared by training, generation and evaluation
 
-    def empty_soft_prompt(self, batch_size: int, dtype: torch.dtype | None = None) -> SoftPrompt:
-        """The state before the first token: no slot is used. `dtype` is the embeddings' if not given."""
-        embeddings = self.get_input_embeddings().weight  # under FSDP a shard, of which no tensor can be made
-        shape = (batch_size, self.config.num_soft_tokens, self.config.text_config.hidden_size)
+    def empty_soft_prompt(self, batch_size: int, like: torch.Tensor | None = None) -> SoftPrompt:
+        """The state before the first token: no slot is used. `like` is embeddings, if the weight is a shard."""
+        like = self.get_input_embeddings().weight if like is None else like
         return SoftPrompt(
-            torch.zeros(shape, dtype=dtype or embeddings.dtype, device=embeddings.device),
-            torch.zeros(batch_size, dtype=torch.long, device=embeddings.device),
+            like.new_zeros(batch_size, self.config.num_soft_tokens, like.shape[-1]),
+            torch.zeros(batch_size, dtype=torch.long, device=like.device),
         )
 
     def step(self, soft_prompt: SoftPrompt, tokens: torch.Tensor, token_length: torch.LongTensor) -> SoftPrompt:
@@ -636,7 +635,7 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
 
         # one call for all segments: FSDP gathers the embeddings at each, and all processes must do so equally often
         query = self.get_input_embeddings()(rows.input_ids[:, : int(rows.query_length.max())])
-        soft_prompts = [self.read(self.empty_soft_prompt(num_rows, query.dtype), query, rows.query_length)]
+        soft_prompts = [self.read(self.empty_soft_prompt(num_rows, like=query), query, rows.query_length)]
         for index in range(num_chunks - 1):
             soft_prompt = soft_prompts[-1]
             if bptt_chunks and (index + 1) % bptt_chunks == 0:

@@ -7,6 +7,7 @@ Supervised fine-tuning of a Phase15 model, chunk by chunk with teacher forcing.
     python train_sft.py recipes/tinyllama_stage2.yaml     then both, starting from stage 1's output
     python train_sft.py recipes/smollm2_gsm8k.yaml --model_name_or_path FILE.gguf --dataset_name gsm8k_train.jsonl
     python train_sft.py --help                            every flag; flags override the recipe
+    accelerate launch --config_file recipes/accelerate_ddp.yaml train_sft.py RECIPE     on several GPUs; or _fsdp2.yaml
 
 A run that was killed resumes from its last checkpoint when the same command is given again.
 """
@@ -477,11 +478,11 @@ def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments, recipe: dic
         if model_args.merge_adapter:
             trainer.model = model.merge_and_unload()
         model = trainer.model if model_args.merge_adapter else model.get_base_model()
-    if trainer.is_fsdp_enabled:
-        trainer.model = model = trainer.gather_model()
-        trainer._save()
-    else:
+    if not trainer.is_fsdp_enabled:
         trainer.save_model()
+    elif model := trainer.gather_model():
+        trainer.model = model
+        trainer._save()
     trainer.save_state()
     if not trainer.is_world_process_zero():
         return

@@ -34,6 +34,8 @@ from train_sft import prepare
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"ddp": "train_sft.py", "fsdp2": "tests/fsdp2_on_cpu.py"}
+# where torch sees a GPU, FSDP uses it; and transformers 5.17 cannot resume on the "cpu:0" that accelerate would name
+ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_TORCH_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
 FLAGS = {"ddp": [], "fsdp2": ["--accelerator_config", '{"use_configured_state": true}']}
 RECORDS, VALIDATION, BATCH = 16, 5, 4  # of all processes; what does not fill it, accelerate repeats
 STEPS, FSDP_STEPS, SAVE = 24, 12, 4
@@ -150,7 +152,12 @@ class Launch:
         command += ["--num_processes", str(processes), str(ROOT / SCRIPTS[config]), str(recipe), *FLAGS[config]]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command, cwd=recipe.parent, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                cwd=recipe.parent,
+                env=os.environ | ON_CPU,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     @property
@@ -223,7 +230,7 @@ def work(rank: int, processes: int, port: int, config: str, recipe: Path, log: P
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     values = (rank, rank, processes, processes, "127.0.0.1", port)
     os.environ |= {name: str(value) for name, value in zip(names, values, strict=True)}
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= ON_CPU
     settings = yaml.safe_load((ROOT / "recipes" / f"accelerate_{config}.yaml").read_text())
     if "fsdp_config" in settings:  # which the launcher gives to the script in the same way
         os.environ["ACCELERATE_USE_FSDP"] = "true"
