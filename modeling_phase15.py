@@ -183,12 +183,13 @@ class HyperNetwork(nn.Module):
             `torch.Tensor` of shape `(batch_size, num_soft_tokens, hidden_size)`: Δ, zero in slots that are not used.
         """
         position = self.position_embeddings.weight
+        scale = self.embedding_scale.to(position.dtype)  # FSDP computes in bfloat16, but leaves buffers in float32
         num_slots, num_tokens = carried.embeds.shape[1], tokens.shape[1]
-        slots = self.slot_proj(carried.embeds / self.embedding_scale) + position[:num_slots]  # (B, N, h)
+        slots = self.slot_proj(carried.embeds / scale) + position[:num_slots]  # (B, N, h)
         memory = torch.cat(
             [
-                self.slot_proj(old.embeds / self.embedding_scale) + position[:num_slots],
-                self.token_proj(tokens / self.embedding_scale) + position[:num_tokens],
+                self.slot_proj(old.embeds / scale) + position[:num_slots],
+                self.token_proj(tokens / scale) + position[:num_tokens],
             ],
             dim=1,
         )  # (B, N + T, h)
@@ -198,7 +199,7 @@ class HyperNetwork(nn.Module):
         for layer in self.layers:
             slots = layer(slots, slot_mask, memory, memory_mask)
         y = self.norm(slots)
-        written = self.output_proj(y) * self.embedding_scale
+        written = self.output_proj(y) * scale
         delta = torch.tanh(self.alpha) * torch.sigmoid(self.gate_proj(y)) * (written - carried.embeds)
         return delta.to(carried.embeds.dtype) * slot_mask[..., None]
 
@@ -407,12 +408,12 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
 
     # the parts of a step, shared by training, generation and evaluation
 
-    def empty_soft_prompt(self, batch_size: int) -> SoftPrompt:
-        """The state before the first token: no slot is used."""
-        embeddings = self.get_input_embeddings().weight
+    def empty_soft_prompt(self, batch_size: int, like: torch.Tensor | None = None) -> SoftPrompt:
+        """The state before the first token: no slot is used. `like` is embeddings, if the weight is a shard."""
+        like = self.get_input_embeddings().weight if like is None else like
         return SoftPrompt(
-            embeddings.new_zeros(batch_size, self.config.num_soft_tokens, embeddings.shape[1]),
-            torch.zeros(batch_size, dtype=torch.long, device=embeddings.device),
+            like.new_zeros(batch_size, self.config.num_soft_tokens, like.shape[-1]),
+            torch.zeros(batch_size, dtype=torch.long, device=like.device),
         )
 
     def step(self, soft_prompt: SoftPrompt, tokens: torch.Tensor, token_length: torch.LongTensor) -> SoftPrompt:
@@ -429,11 +430,12 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         reads = (token_length > 0)[:, None, None]
         return carried._replace(embeds=torch.where(reads, carried.embeds + delta, soft_prompt.embeds))
 
-    def read(self, soft_prompt: SoftPrompt, input_ids: torch.LongTensor, length: torch.LongTensor) -> SoftPrompt:
-        """Steps over a message of any length, `max_query_length` tokens at a time."""
-        for segment in input_ids.split(self.config.max_query_length, dim=1):
+    def read(self, soft_prompt: SoftPrompt, tokens: torch.Tensor, length: torch.LongTensor) -> SoftPrompt:
+        """Steps over a message of any length, given by ids or by embeddings, `max_query_length` tokens at a time."""
+        for segment in tokens.split(self.config.max_query_length, dim=1):
             segment_length = length.clamp(max=segment.shape[1])
-            soft_prompt = self.step(soft_prompt, self.get_input_embeddings()(segment), segment_length)
+            embeds = segment if segment.is_floating_point() else self.get_input_embeddings()(segment)
+            soft_prompt = self.step(soft_prompt, embeds, segment_length)
             length = length - segment_length
         return soft_prompt
 
@@ -633,8 +635,9 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         chunks = self.get_input_embeddings()(answer).unflatten(1, (num_chunks, chunk_length))  # (B, C, K, d)
         num_full = (rows.length - rows.query_length) // chunk_length
 
-        query = rows.input_ids[:, : int(rows.query_length.max())]
-        soft_prompts = [self.read(self.empty_soft_prompt(num_rows), query, rows.query_length)]
+        # one call for all segments: FSDP gathers the embeddings at each, and all processes must do so equally often
+        query = self.get_input_embeddings()(rows.input_ids[:, : int(rows.query_length.max())])
+        soft_prompts = [self.read(self.empty_soft_prompt(num_rows, like=query), query, rows.query_length)]
         for index in range(num_chunks - 1):
             soft_prompt = soft_prompts[-1]
             if bptt_chunks and (index + 1) % bptt_chunks == 0:

@@ -7,6 +7,7 @@ Supervised fine-tuning of a Phase15 model, chunk by chunk with teacher forcing.
     python train_sft.py recipes/tinyllama_stage2.yaml     then both, starting from stage 1's output
     python train_sft.py recipes/smollm2_gsm8k.yaml --model_name_or_path FILE.gguf --dataset_name gsm8k_train.jsonl
     python train_sft.py --help                            every flag; flags override the recipe
+    accelerate launch --config_file recipes/accelerate_ddp.yaml train_sft.py RECIPE     on several GPUs; or _fsdp2.yaml
 
 A run that was killed resumes from its last checkpoint when the same command is given again.
 """
@@ -19,13 +20,17 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import yaml
+from accelerate import DistributedType
+from datasets import disable_progress_bars
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import (
     AutoTokenizer,
@@ -149,6 +154,7 @@ class Phase15TrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Start anew where output_dir holds a finished run."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator decides what it needs."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every step uses all of them."})
 
 
 class Phase15ProgressCallback(ProgressCallback):
@@ -177,7 +183,9 @@ class Phase15Meters:
         """What a call of the HyperNetwork gave and was given; rows without a token do not step."""
         reads = (token_length > 0)[:, None, None]
         soft_prompt = carried.embeds.detach() + delta
-        self.norms += torch.stack([(delta * reads).float().norm(), (soft_prompt * reads).float().norm()])
+        # of each row, so that the sums do not depend on which rows a process has in a batch
+        norms = [(value * reads).float().flatten(1).norm(dim=1).sum() for value in (delta, soft_prompt)]
+        self.norms += torch.stack(norms)
 
     def read(self, accelerator) -> dict[str, float]:
         """The metrics, over all processes."""
@@ -207,9 +215,39 @@ class Phase15Trainer(Trainer):
         if self.pop_callback(ProgressCallback):
             self.add_callback(Phase15ProgressCallback)
         self.meters = self._new_meters()
+        if self.is_fsdp_enabled:
+            self._prepare_fsdp()
         for module in self.model.modules():
             if isinstance(module, HyperNetwork):
                 module.register_forward_hook(lambda _, inputs, delta: self.meters.add_delta(delta.detach(), *inputs))
+
+    def _prepare_fsdp(self):
+        """
+        Units are the LLM's layers alone. A unit gathers its parameters at every call, on all processes together, but
+        how often the HyperNetwork is called depends on the process's own batch: with the rest of the model, it is
+        gathered once for all steps.
+        """
+        plugin = self.accelerator.state.fsdp_plugin
+        model = next(module for module in self.model.modules() if isinstance(module, Phase15ForCausalLM))
+        plugin.transformer_cls_names_to_wrap = list(model.llm._no_split_modules)
+        if policy := plugin.mixed_precision_policy:
+            # accelerate's rounds gradients that are summed, the loss, and the number of tokens that divides it
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=policy.param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+
+    def gather_model(self) -> Phase15ForCausalLM | None:
+        """
+        The whole model, on the main process alone; all processes must call this. What FSDP has sharded cannot be saved
+        as it is: its class is one that torch made, and the code beside the weights would be torch's.
+        """
+        weights = self.accelerator.get_state_dict(self.model)
+        if not self.is_world_process_zero():
+            return None
+        config, dtype = self.model.config, self.model.dtype
+        model = Phase15ForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+        model.generation_config = self.model.generation_config
+        return model.to(self.args.device)
 
     def _new_meters(self) -> Phase15Meters:
         config = self.model.config
@@ -242,6 +280,19 @@ class Phase15Trainer(Trainer):
         metrics = self.meters.read(self.accelerator)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         self.meters = training_meters
+        return output
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """As Trainer's, without the records that accelerate repeats so that every process has a last batch."""
+        state, meters, num_rows = self.accelerator.gradient_state, self.meters, len(inputs["input_ids"])
+        if state.end_of_dataloader and state.remainder > 0:
+            first = self.args.process_index * self.args.eval_batch_size
+            num_rows = min(max(state.remainder - first, 0), num_rows)
+        if not num_rows:  # the others count theirs, and FSDP needs this process too
+            self.meters, num_rows = self._new_meters(), 1
+        inputs = {name: values[:num_rows] for name, values in inputs.items()}
+        output = super().prediction_step(model, inputs, *args, **kwargs)
+        self.meters = meters
         return output
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -403,6 +454,20 @@ def check_streaming(
         )
 
 
+def check_processes(model_args: Phase15ModelArguments, training_args: Phase15TrainingArguments):
+    """Refuses launches of several processes that would not train together."""
+    if training_args.world_size != int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError(
+            f"{os.environ['WORLD_SIZE']} processes were launched, but there is no GPU, and each would train alone; "
+            "add --use_cpu to train together on CPUs."
+        )
+    if training_args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        if training_args.distributed_state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+            raise ValueError("accelerate has no FSDP without GPUs; use recipes/accelerate_ddp.yaml.")
+        if model_args.stage == "lora":
+            raise ValueError("`stage` is lora, which is not supported under FSDP; use recipes/accelerate_ddp.yaml.")
+
+
 def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dict]:
     """Everything that can fail because of the input, before the first step."""
     model_args, data_args, training_args, recipe = parse_args(argv)
@@ -420,6 +485,10 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dic
         if training_args.accelerator_config.dispatch_batches is None:
             # or the main process would join the batches of all, which fails where they are padded to other lengths
             training_args.accelerator_config.dispatch_batches = False
+    check_processes(model_args, training_args)
+    if not training_args.should_log:  # one process on each machine is enough
+        logging.get_logger("phase15").setLevel(logging.ERROR)
+        disable_progress_bars()
     set_seed(training_args.seed)
     name, num_validation = data_args.dataset_name, data_args.max_validation_records
     with training_args.main_process_first(desc="data"):
@@ -498,7 +567,11 @@ def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments, recipe: dic
         if model_args.merge_adapter:
             trainer.model = model.merge_and_unload()
         model = trainer.model if model_args.merge_adapter else model.get_base_model()
-    trainer.save_model()
+    if not trainer.is_fsdp_enabled:
+        trainer.save_model()
+    elif model := trainer.gather_model():
+        trainer.model = model
+        trainer._save()
     trainer.save_state()
     if not trainer.is_world_process_zero():
         return
@@ -532,11 +605,30 @@ def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments, recipe: dic
         print("A:", trainer.processing_class.decode(answer, skip_special_tokens=True))
 
 
+def stop_together(problem: str | None):
+    """Ends all processes if one of them has a problem. Of those that have the same one, the first tells it."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if problem:
+            raise SystemExit(problem)
+        return
+    if not torch.distributed.is_initialized():  # the problem is in the arguments themselves
+        torch.distributed.init_process_group("gloo", timeout=timedelta(minutes=1))
+    problems = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(problems, problem)
+    if problem and problem not in problems[: torch.distributed.get_rank()]:
+        print(problem, file=sys.stderr, flush=True)
+    if any(problems):
+        torch.distributed.barrier()  # the launcher ends the others at once when the first leaves
+        raise SystemExit(1)
+
+
 if __name__ == "__main__":
+    run, problem = None, None
     try:
         run = prepare(sys.argv[1:])
     except (ValueError, OSError, StrictDataclassError) as error:  # about the input: nothing was written
-        raise SystemExit(f"train_sft.py: {' '.join(str(error).split())}") from error
+        problem = f"train_sft.py: {' '.join(str(error).split())}"
+    stop_together(problem)
     try:
         main(*run)
     except (FloatingPointError, Phase15RecordError) as error:
