@@ -1,0 +1,90 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""benchmark.py at the tiny shape: what it prints, and that its variants are what they are called."""
+
+import json
+
+import pytest
+import torch
+from conftest import CHUNK, QUERY, random_ids
+
+import benchmark
+
+
+def report_of(*argv: str, capsys) -> tuple[dict, str]:
+    benchmark.main(benchmark.parse_args([*argv, "--shape", "tiny", "--no-compile"]))
+    *text, last = capsys.readouterr().out.splitlines()
+    report = json.loads(last)
+    assert report["settings"]["shape"] == "tiny" and report["benchmark"] == argv[0]
+    assert report["commit"] and report["versions"].keys() == {"torch", "transformers"}
+    return report, "\n".join(text)
+
+
+def test_decode(capsys):
+    argv = ("decode", "--rounds", "1", "--new_tokens", "20", "--prompt_length", "40", "--batch_sizes", "1", "3")
+    report, text = report_of(*argv, capsys=capsys)
+    assert list(report["results"]) == ["batch 1", "batch 3"]
+    for name, rows in report["results"].items():
+        assert list(rows) == [benchmark.BASE, benchmark.PLAIN] and name in text
+        for row in rows.values():
+            rate = report["ceilings"]["bytes_per_second"] * row["share_of_copy"]
+            assert rate == pytest.approx(1e9 * row["gb_per_second"])
+            assert row["tokens_per_second"] == pytest.approx(1e3 * int(name[-1]) / row["ms_per_token"])
+    assert "not measured" in text or torch.cuda.is_available()  # memory on a CPU
+
+
+def test_json_alone(capsys):
+    _, text = report_of("decode", "--json", "--rounds", "1", "--new_tokens", "4", capsys=capsys)
+    assert not text
+
+
+def test_long(capsys, tmp_path):
+    picture = tmp_path / "folder" / "long.png"
+    report, text = report_of("long", "--new_tokens", "600", "--picture", str(picture), capsys=capsys)
+    assert report["lengths"] == [256, 512] and picture.read_bytes().startswith(b"\x89PNG")
+    base, ours = (report["results"][name] for name in (benchmark.BASE, benchmark.PLAIN))
+    assert ours["growth"]["state_mb"] == 1
+    head_bytes = 4 * 2 * 2 * 2 * 16  # float32, keys and values, layers, heads of keys, their width
+    # after 256 answers the last token is in no cache
+    assert base["256"]["state_mb"] == (256 + 256 - 1) * head_bytes / 2**20
+    assert base["growth"]["state_mb"] == pytest.approx((256 + 512 - 1) / (256 + 256 - 1))
+    assert benchmark.BASE in text
+
+
+def test_train(capsys):
+    argv = ("train", "--rounds", "1", "--batch_sizes", "2", "--prompt_length", "20", "--new_tokens", "40")
+    report, _ = report_of(*argv, capsys=capsys)
+    rows = report["results"]["batch 2"]
+    assert list(rows) == ["phase15", "phase15, chunk by chunk", "base, full context"]
+    assert rows["phase15"]["loss"] == pytest.approx(rows["phase15, chunk by chunk"]["loss"], rel=1e-5)
+    assert rows["phase15"]["loss"] != pytest.approx(rows["base, full context"]["loss"], rel=1e-6)
+    ours = rows["phase15"]
+    assert ours["answer_tokens_per_second"] == pytest.approx(2 * 40 / (ours["ms_per_step"] / 1e3))
+
+
+def test_train_a_frozen_llm(capsys):
+    argv = ("train", "--stage", "hypernet", "--rounds", "1", "--batch_sizes", "1", "--new_tokens", "20")
+    report, _ = report_of(*argv, "--gradient_checkpointing", capsys=capsys)
+    assert list(report["results"]["batch 1"]) == ["phase15", "phase15, chunk by chunk"]
+
+
+def test_load(capsys):
+    report, text = report_of("load", "--rounds", "2", capsys=capsys)
+    assert report["results"]["base"]["ratio_to_base"] == 1 and "phase15" in text
+
+
+def test_the_naive_loss_is_the_models_own(tiny):
+    """Also with gradients, and with a last chunk that is not full."""
+    ids = random_ids(2, QUERY + 2 + 3 * CHUNK + 1)
+    labels = ids.clone()
+    labels[:, : QUERY + 2] = -100
+    gradients = []
+    for loss in (benchmark.chunk_by_chunk(tiny, ids, QUERY + 2), tiny(ids, labels=labels, skip_logits=True).loss):
+        tiny.zero_grad()
+        loss.backward()
+        gradients.append([loss, *(parameter.grad.clone() for parameter in tiny.parameters())])
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
+
+
+def test_too_short_for_long(capsys):
+    with pytest.raises(SystemExit, match="--new_tokens of at least 256"):
+        report_of("long", "--new_tokens", "255", capsys=capsys)
