@@ -14,7 +14,7 @@ the reference that the tests hold it to.
 
 import threading
 from collections.abc import Callable
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -113,8 +113,8 @@ class Phase15Decoder:
     """
     The buffers of one batch size and way of picking tokens, and the steps on them.
 
-    On CUDA the steps are recorded when they first run, and replayed ever after; they read the weights where they are,
-    so a decoder is good for as long as the weights do not move (see `decoder_of`).
+    On CUDA the steps are recorded once and replayed ever after; they read the weights where they are, so a decoder is
+    good for as long as the weights do not move (see `decoder_of`).
 
     Args:
         model (`Phase15ForCausalLM`): not kept, so that decoders do not keep it alive.
@@ -171,19 +171,21 @@ class Phase15Decoder:
 
     def run(self, name: str, model):
         """`step`, `open` or `hear`; on CUDA replayed."""
-        if self.chunk.device.type != "cuda":
-            return getattr(self, name)(model)
-        if not self.graphs:
-            self._record(model)
-        self.graphs[name].replay()
+        if self.graphs:
+            self.graphs[name].replay()
+        else:
+            getattr(self, name)(model)
 
-    def _record(self, model):
-        """Records the steps as CUDA graphs, without an effect on the state of the answer that `start` began."""
+    def prepare(self, model):
+        """On CUDA records the steps as graphs, without an effect on the state of the answer that `start` began."""
+        if self.graphs or self.chunk.device.type != "cuda":
+            return
         device = self.chunk.device
         began = [state.clone() for state in (*self.soft_prompt, self.finished)]
         random_state = torch.cuda.get_rng_state(device)
         stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         names = ("step", "open", "hear") if self.chunk.shape[1] > 1 else ("step", "open")
+        graphs = {}
         with torch.cuda.device(device):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # what is allocated and tuned at first calls must not be recorded
@@ -192,13 +194,13 @@ class Phase15Decoder:
                         getattr(self, name)(model)
             torch.cuda.current_stream().wait_stream(stream)
             for name in names:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, stream=stream):
+                graphs[name] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graphs[name], pool=pool, stream=stream, capture_error_mode="thread_local"):
                     getattr(self, name)(model)
-                self.graphs[name] = graph
         torch.cuda.set_rng_state(random_state, device)
         for state, value in zip((*self.soft_prompt, self.finished), began, strict=True):
             state.copy_(value)
+        self.graphs = graphs
 
 
 def compiled(function: Callable) -> Callable:
@@ -209,13 +211,14 @@ def compiled(function: Callable) -> Callable:
 
 
 _COMPILED: dict[Callable, Callable] = {}
+_FAILED: WeakSet[nn.Module] = WeakSet()  # models whose steps could not be compiled
 _DECODERS: WeakKeyDictionary[nn.Module, dict[tuple, Phase15Decoder]] = WeakKeyDictionary()
 
 
 def is_compiled(compile: bool | None, model, *call) -> bool:
     """Whether a call of `generate` (see `obstacle`) takes the fast path; `compile` insists on it or refuses it."""
     if compile is None:
-        return model.device.type in AUTOMATIC_ON and obstacle(model, *call) is None
+        return model.device.type in AUTOMATIC_ON and model not in _FAILED and obstacle(model, *call) is None
     if compile and (reason := obstacle(model, *call)):
         raise ValueError(f"`compile=True` cannot be honoured with {reason}.")
     return compile
@@ -297,9 +300,11 @@ def decode(
     criteria: list,
     generation_config,
     streamer=None,
-) -> GenerateDecoderOnlyOutput | torch.LongTensor:
+    insist: bool = True,
+) -> GenerateDecoderOnlyOutput | torch.LongTensor | None:
     """
     Answers after a message that `soft_prompt` has read; arguments and result are those of `GenerationMixin._sample`.
+    Where the steps cannot be compiled (no compiler, no memory) and nobody insists, warns and returns None.
 
     Args:
         soft_prompt (`SoftPrompt`): of the whole prompt.
@@ -312,6 +317,15 @@ def decode(
     answer = []
     with decoder.lock:
         decoder.start(soft_prompt)
+        try:
+            decoder.prepare(model)
+        except RuntimeError as error:
+            if insist:
+                raise
+            _FAILED.add(model)
+            _DECODERS.pop(model, None)
+            logger.warning(f"Decoding goes on without compilation, which failed: {' '.join(str(error).split())[:500]}")
+            return None
         while True:
             num_tokens = decoder.chunk.shape[1] if remaining is None else min(decoder.chunk.shape[1], remaining)
             for place in range(num_tokens):

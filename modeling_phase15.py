@@ -780,14 +780,18 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         parts = (logits_processor, stopping_criteria, generation_config)
         cache = model_kwargs.get("past_key_values")
         num_new = None if cache is None or not cache.seen_tokens else input_ids.shape[1] - cache.seen_tokens
-        if not is_compiled(compile, self, *parts, synced_gpus, num_new, model_kwargs):
-            return super()._sample(input_ids, *parts, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
-        model_inputs = self.prepare_inputs_for_generation(
-            input_ids, next_sequence_length=num_new, is_first_iteration=True, **model_kwargs
-        )
-        message = (model_inputs["input_ids"], model_inputs.get("attention_mask"), None, model_inputs["query_lengths"])
-        soft_prompt = self._read_message(compact(*message, cache.seen_tokens), cache)
-        return decode(self, soft_prompt, cache, input_ids, *parts, streamer)
+        output = None
+        if is_compiled(compile, self, *parts, synced_gpus, num_new, model_kwargs):
+            model_inputs = self.prepare_inputs_for_generation(
+                input_ids, next_sequence_length=num_new, is_first_iteration=True, **model_kwargs
+            )
+            mask, query_lengths = model_inputs.get("attention_mask"), model_inputs["query_lengths"]
+            rows = compact(model_inputs["input_ids"], mask, None, query_lengths, cache.seen_tokens)
+            soft_prompt = self._read_message(rows, cache)
+            output = decode(self, soft_prompt, cache, input_ids, *parts, streamer, insist=bool(compile))
+        if output is None:
+            output = super()._sample(input_ids, *parts, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
+        return output
 
     def prepare_inputs_for_generation(
         self,

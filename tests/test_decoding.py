@@ -286,6 +286,25 @@ def test_on_cuda_unless_something_forbids_it(tiny, decoders, monkeypatch):
         assert len(decoders) == expected
 
 
+def test_what_cannot_be_compiled_goes_on_without(tiny, monkeypatch):
+    tried, warnings = [], []
+
+    def fail(decoder, model):
+        tried.append(decoder)
+        raise RuntimeError("no C compiler\nwas found")
+
+    monkeypatch.setattr(decoding_phase15, "AUTOMATIC_ON", ("cpu",))
+    monkeypatch.setattr(decoding_phase15.logger, "warning", warnings.append)
+    monkeypatch.setattr(Phase15Decoder, "prepare", fail)
+    for _ in range(2):
+        got = generate(tiny, LONG_PROMPTS, max_new_tokens=22)
+        assert torch.equal(got, generate(tiny, LONG_PROMPTS, max_new_tokens=22, compile=False))
+    assert len(tried) == len(warnings) == 1 and "no C compiler was found" in warnings[0]
+    assert tiny not in decoding_phase15._DECODERS
+    with pytest.raises(RuntimeError, match="no C compiler"):
+        generate(tiny, LONG_PROMPTS, max_new_tokens=22, compile=True)
+
+
 class Never(StoppingCriteria):
     def __call__(self, input_ids, scores, **kwargs):
         return torch.zeros(len(input_ids), dtype=torch.bool)
