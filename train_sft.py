@@ -601,7 +601,7 @@ def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments, recipe: dic
         first = trainer.data_collator([next(iter(trainer.train_dataset))])
         query = first["input_ids"][first["labels"] == -100].tolist()
         answer = eval_sft.answer_in_new_process(output_dir, query, max_new_tokens=64)
-        print("Q:", trainer.processing_class.decode(query, skip_special_tokens=True))
+        print("Q:", trainer.processing_class.decode(query, skip_special_tokens=True).strip())
         print("A:", trainer.processing_class.decode(answer, skip_special_tokens=True))
 
 
