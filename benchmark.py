@@ -25,6 +25,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, Llam
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
+import decoding_phase15
 from configuration_phase15 import TINYLLAMA, Phase15Config
 from modeling_phase15 import Phase15Cache, Phase15ForCausalLM
 from train_sft import compile_layers
@@ -175,6 +177,15 @@ def state_bytes(cache) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
+def decoder_bytes(model: Phase15ForCausalLM) -> int:
+    """Of all buffers of the compiled path."""
+    decoders = decoding_phase15._DECODERS[model].values()
+    tensors = (
+        (*d.soft_prompt, d.chunk, d.finished, d.column, *d.slot_cache.keys, *d.slot_cache.values) for d in decoders
+    )
+    return sum(tensor.nbytes for buffers in tensors for tensor in buffers)
+
+
 @contextmanager
 def quiet():
     """Without the library's advice, which is about single calls, and its progress bars."""
@@ -255,16 +266,15 @@ def decode_batch(args: argparse.Namespace, model, base, limits: dict[str, float]
 class Clock(BaseStreamer):
     """Notes when each token came, and how large the state was at some of them."""
 
-    def __init__(self, cache, lengths: list[int]):
-        self.cache, self.lengths = cache, lengths
+    def __init__(self, state: Callable[[], int] | None, lengths: list[int]):
+        self.state, self.lengths = state, lengths
         self.times, self.states, self.allocated = [], {}, {}
 
     def put(self, value):
         synchronize()
         self.times.append(time.perf_counter())  # the first is the prompt's
         if (length := len(self.times) - 1) in self.lengths:
-            if self.cache is not None:
-                self.states[length] = state_bytes(self.cache)
+            self.states[length] = self.state()
             if torch.cuda.is_available():
                 self.allocated[length] = torch.cuda.memory_allocated()
 
@@ -294,18 +304,18 @@ def long(args: argparse.Namespace) -> dict:
         for name in sorted(variants, reverse=bool(index % 2)):
             candidate, cache_class, kwargs = variants[name]
             cache = cache_class(config=candidate.config)
-            clock = Clock(None if name == COMPILED else cache, lengths)  # whose buffers have one size
+            state = partial(decoder_bytes, model) if name == COMPILED else partial(state_bytes, cache)
+            clock = Clock(state, lengths)
             started = time.perf_counter()
             candidate.generate(
                 prompt, max_new_tokens=lengths[-1], streamer=clock, past_key_values=cache, **options, **kwargs
             )
-            if name == COMPILED:
-                clock.states = dict.fromkeys(lengths, state_bytes(cache))
             clock.times[0] = started
             clocks[name].append(clock)
     for name, runs in clocks.items():
-        times = [statistics.median(column) for column in zip(*(diffs(run.times) for run in runs), strict=True)]
-        ends[name] = [statistics.median(run.times[n] - run.times[0] for run in runs) for n in range(1, len(times) + 1)]
+        ends[name] = [
+            statistics.median(run.times[n] - run.times[0] for run in runs) for n in range(1, lengths[-1] + 1)
+        ]
         curves[name] = [
             statistics.median((run.times[n] - run.times[n - window]) / window for run in runs)
             for n in range(window, lengths[-1] + 1, window)
@@ -332,10 +342,6 @@ def long(args: argparse.Namespace) -> dict:
     return {"lengths": lengths, "window": window, "results": rows, "picture": str(picture)}
 
 
-def diffs(times: list[float]) -> list[float]:
-    return [after - before for before, after in zip(times, times[1:], strict=False)]
-
-
 def draw(curves: dict[str, list[float]], window: int, args: argparse.Namespace) -> Path:
     from matplotlib.figure import Figure
 
@@ -356,11 +362,13 @@ def chunk_by_chunk(model: Phase15ForCausalLM, ids: torch.LongTensor, query_lengt
     embed, chunk_length = model.get_input_embeddings(), model.config.chunk_length
     length = torch.full_like(ids[:, 0], query_length)
     soft_prompt, loss = model.read(model.empty_soft_prompt(len(ids)), ids[:, :query_length], length), 0
-    for chunk in ids[:, query_length:].split(chunk_length, dim=1):
+    for index, chunk in enumerate(ids[:, query_length:].split(chunk_length, dim=1)):
+        if index:
+            soft_prompt = model.step(soft_prompt, embed(last), torch.full_like(length, chunk_length))
+        last = chunk
         hidden_states, _ = model.predict(soft_prompt, embed(chunk[:, :-1]))
         logits = model.get_output_embeddings()(hidden_states)
         loss = loss + F.cross_entropy(logits.flatten(0, 1).float(), chunk.flatten(), reduction="sum")
-        soft_prompt = model.step(soft_prompt, embed(chunk), torch.full_like(length, chunk.shape[1]))
     return loss / ids[:, query_length:].numel()
 
 

@@ -12,6 +12,7 @@ not need this file to be understood: under greedy search it gives the tokens of 
 the reference that the tests hold it to.
 """
 
+import sys
 import threading
 from collections.abc import Callable
 from weakref import WeakKeyDictionary, WeakSet
@@ -253,7 +254,7 @@ def obstacle(
         f"RoPE of type {(kind := rope.get('rope_type', 'default'))!r}": kind in ("dynamic", "longrope"),
     }
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
-        reasons[f"`{name}`"] = getattr(generation_config, name, None)
+        reasons[f"`{name}`"] = getattr(generation_config, name)
     for part in (*processors, *criteria):
         reasons[type(part).__name__] = type(part) not in PROCESSORS + CRITERIA
     return next((reason for reason, applies in reasons.items() if applies), None)
@@ -311,8 +312,8 @@ def decode(
         cache (`Phase15Cache`): left in the state in which the library's loop would leave it.
         input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): the prompt.
     """
-    limit = next((c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)), None)
-    remaining = None if limit is None else max(limit - input_ids.shape[1], 1)
+    limit = next((c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)), sys.maxsize)
+    remaining = max(limit - input_ids.shape[1], 1)
     decoder = decoder_of(model, len(input_ids), processors, criteria, generation_config)
     answer = []
     with decoder.lock:
@@ -327,7 +328,7 @@ def decode(
             logger.warning(f"Decoding goes on without compilation, which failed: {' '.join(str(error).split())[:500]}")
             return None
         while True:
-            num_tokens = decoder.chunk.shape[1] if remaining is None else min(decoder.chunk.shape[1], remaining)
+            num_tokens = min(decoder.chunk.shape[1], remaining)
             for place in range(num_tokens):
                 decoder.run("hear" if place else "open", model)
                 if streamer is not None:
@@ -336,7 +337,7 @@ def decode(
                         num_tokens = place + 1
                         break
             answer.append(decoder.chunk[:, :num_tokens].clone())
-            remaining = None if remaining is None else remaining - num_tokens
+            remaining -= num_tokens
             if remaining == 0 or (decoder.eos_token_id is not None and decoder.finished.all()):
                 break
             decoder.run("step", model)
