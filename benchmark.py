@@ -362,10 +362,10 @@ def chunk_by_chunk(model: Phase15ForCausalLM, ids: torch.LongTensor, query_lengt
     embed, chunk_length = model.get_input_embeddings(), model.config.chunk_length
     length = torch.full_like(ids[:, 0], query_length)
     soft_prompt, loss = model.read(model.empty_soft_prompt(len(ids)), ids[:, :query_length], length), 0
-    for index, chunk in enumerate(ids[:, query_length:].split(chunk_length, dim=1)):
-        if index:
-            soft_prompt = model.step(soft_prompt, embed(last), torch.full_like(length, chunk_length))
-        last = chunk
+    chunks = ids[:, query_length:].split(chunk_length, dim=1)
+    for before, chunk in zip([None, *chunks], chunks, strict=False):
+        if before is not None:
+            soft_prompt = model.step(soft_prompt, embed(before), torch.full_like(length, chunk_length))
         hidden_states, _ = model.predict(soft_prompt, embed(chunk[:, :-1]))
         logits = model.get_output_embeddings()(hidden_states)
         loss = loss + F.cross_entropy(logits.flatten(0, 1).float(), chunk.flatten(), reduction="sum")
