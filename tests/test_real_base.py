@@ -204,6 +204,12 @@ def test_loading_takes_at_most_1_15_times_the_bases_time(real, tmp_path):
     model.save_pretrained(tmp_path / "phase15")
     base.save_pretrained(tmp_path / "base")
     folders = (str(tmp_path / "phase15"), str(tmp_path / "base"))
-    results = benchmark.load(benchmark.parse_args(["load", "--rounds", "12", "--folders", *folders]))["results"]
-    # the fastest of each: what other processes do not disturb
-    assert results["phase15"]["fastest_ms"] < 1.15 * results["base"]["fastest_ms"]
+    arguments = benchmark.parse_args(["load", "--rounds", "12", "--folders", *folders])
+    fastest = {"phase15": [], "base": []}  # what other processes do not disturb: a busy machine gets more rounds
+    for _ in range(5):
+        for name, result in benchmark.load(arguments)["results"].items():
+            fastest[name].append(result["fastest_ms"])
+        ratio = min(fastest["phase15"]) / min(fastest["base"])
+        if ratio < 1.15:
+            break
+    assert ratio < 1.15, fastest
