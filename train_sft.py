@@ -423,9 +423,7 @@ def check_rival(args):
         raise ValueError(f"`rival` is {args.rival!r}, but it must be {', '.join(RIVALS)}.")
     stage, _ = RIVALS[args.rival]
     if args.stage != stage:
-        raise ValueError(
-            f"`rival` is {args.rival}, which goes with stage {stage}, but `stage` is {args.stage}; give --stage {stage}."
-        )
+        raise ValueError(f"`rival` is {args.rival}, which goes with stage {stage}, but `stage` is {args.stage}.")
     if args.merge_adapter:
         raise ValueError("`merge_adapter` is for stage lora; a rival's adapter is saved as it is.")
 
