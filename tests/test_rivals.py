@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from modeling_phase15 import Phase15ForCausalLM
+from push_to_hub import PushArguments, model_card, read_run
 from train_sft import RIVALS, main, prepare
 
 
@@ -199,6 +200,10 @@ def test_what_a_rival_leaves(rival, llm, recipe, tmp_path, capfd):
     assert bool(re.search(r"^A: ", output, re.M)) == (rival == "window")
     if rival == "window":
         assert not load_file(f"{folder}/model.safetensors")["hypernet.alpha"].any()
+        arguments, run = PushArguments(model_dir=folder, repo_id="me/window"), read_run(Path(folder))
+        card = model_card(arguments, run, model, trainer.processing_class, []).text
+        assert f"| {name} | {row['loss']:.4f} |" in card and "as a rival of" in card
+        assert "HyperNetwork and LLM:" not in card and "All rows" not in card
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
