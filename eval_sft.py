@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from modeling_phase15 import HyperNetwork, Phase15ForCausalLM
 
@@ -47,7 +48,7 @@ def compare(model: Phase15ForCausalLM, batches: Iterable[dict[str, torch.Tensor]
         with no_delta(model):
             variants["Δ = 0"] = chunk_losses(model, batch)
         variants["soft prompt at sp_0"] = first_soft_prompt_losses(model, batch)
-        variants["full context"] = full_context_losses(model, batch)
+        variants["full context"] = full_context_losses(model.llm, batch, model.config.chunk_length)
         for variant, losses in variants.items():
             for chunk, nats, tokens in losses:
                 sums[variant][chunk] += nats
@@ -104,16 +105,56 @@ def first_soft_prompt_losses(
     return losses
 
 
-def full_context_losses(model: Phase15ForCausalLM, batch: dict[str, torch.Tensor]) -> list[tuple[int, float, int]]:
-    """As `chunk_losses`, of the model's LLM with query and answer in its context."""
-    logits = model.llm(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
-    targets = batch["labels"][:, 1:]
+def full_context_losses(
+    llm: PreTrainedModel, batch: dict[str, torch.Tensor], chunk_length: int
+) -> list[tuple[int, float, int]]:
+    """As `chunk_losses`, of an ordinary causal LM, or of an adapter on one, with query and answer in its context."""
+    logits = llm(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    nats, tokens = (sums.tolist() for sums in sums_by_chunk(logits, batch["labels"], chunk_length))
+    return list(zip(range(len(nats)), nats, tokens, strict=True))
+
+
+def sums_by_chunk(
+    logits: torch.Tensor, labels: torch.LongTensor, chunk_length: int
+) -> tuple[torch.Tensor, torch.LongTensor]:
+    """
+    Cross-entropy of an ordinary causal LM, by the index of the chunk that each answer token would be in.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, num_virtual_tokens + sequence_length, vocab_size)`):
+            Of `labels` behind the virtual tokens of prompt tuning, or behind none.
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): -100 for no target.
+        chunk_length (`int`): answer tokens of a chunk.
+
+    Returns:
+        sums in nats and numbers of answer tokens, each of shape `(num_chunks,)`.
+    """
+    logits, targets = logits[:, -labels.shape[1] : -1], labels[:, 1:]
     is_target = targets != -100
     losses = F.cross_entropy(logits[is_target].float(), targets[is_target], reduction="none")
-    chunk = ((is_target.cumsum(dim=1) - 1) // model.config.chunk_length)[is_target]
-    nats = losses.new_zeros(int(chunk.max()) + 1).index_add_(0, chunk, losses)
-    sums = zip(nats.tolist(), torch.bincount(chunk).tolist(), strict=True)
-    return [(chunk, nats, tokens) for chunk, (nats, tokens) in enumerate(sums)]
+    chunk = ((is_target.cumsum(dim=1) - 1) // chunk_length)[is_target]
+    return losses.new_zeros(int(chunk.max()) + 1).index_add_(0, chunk, losses), torch.bincount(chunk)
+
+
+@torch.no_grad()
+def measure_rival(
+    model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]], chunk_length: int
+) -> dict[str, float | list]:
+    """A row as of `compare`: of a Phase15 model its own loss, of another causal LM that with full context."""
+    model.eval()
+    sums, counts = defaultdict(float), defaultdict(int)  # by chunk index
+    for batch in tqdm(batches, desc="Measuring"):
+        batch = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels")}
+        is_phase15 = isinstance(model, Phase15ForCausalLM)
+        losses = chunk_losses(model, batch) if is_phase15 else full_context_losses(model, batch, chunk_length)
+        for chunk, nats, tokens in losses:
+            sums[chunk] += nats
+            counts[chunk] += tokens
+    return {
+        "loss": sum(sums.values()) / sum(counts.values()),
+        "loss_by_chunk": [sums[chunk] / tokens for chunk, tokens in sorted(counts.items())],
+        "tokens_by_chunk": [tokens for _, tokens in sorted(counts.items())],
+    }
 
 
 def table(results: dict[str, dict]) -> str:

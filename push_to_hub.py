@@ -112,7 +112,11 @@ def check_arguments(args: PushArguments):
         raise ValueError(f"{source}: no such folder.")
     if not (source / "config.json").is_file():
         adapter = (source / "adapter_config.json").is_file()
-        hint = "an adapter alone: train it with `--merge_adapter true`" if adapter else "it has no config.json"
+        hint = (
+            "an adapter alone; stage lora saves the merged model with `--merge_adapter true`"
+            if adapter
+            else "it has no config.json"
+        )
         raise ValueError(f"{source} is not the folder of a Phase15 model: {hint}.")
     model_type = Phase15Config.get_config_dict(source)[0].get("model_type")
     if model_type != Phase15Config.model_type:

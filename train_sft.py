@@ -6,6 +6,7 @@ Supervised fine-tuning of a Phase15 model, chunk by chunk with teacher forcing.
     python train_sft.py recipes/tinyllama_stage1.yaml     HyperNetwork alone, the LLM frozen
     python train_sft.py recipes/tinyllama_stage2.yaml     then both, starting from stage 1's output
     python train_sft.py recipes/smollm2_gsm8k.yaml --model_name_or_path FILE.gguf --dataset_name gsm8k_train.jsonl
+    python train_sft.py recipes/tinyllama_stage2.yaml --rival window      what the model has to beat, on the same data
     python train_sft.py --help                            every flag; flags override the recipe
     accelerate launch --config_file recipes/accelerate_ddp.yaml train_sft.py RECIPE     on several GPUs; or _fsdp2.yaml
 
@@ -29,13 +30,14 @@ import yaml
 from accelerate import DistributedType
 from datasets import disable_progress_bars
 from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import (
     AutoTokenizer,
     HfArgumentParser,
     LlamaConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
     Trainer,
@@ -64,6 +66,12 @@ from modeling_phase15 import HyperNetwork, HyperNetworkLayer, Phase15ForCausalLM
 
 logger = logging.get_logger("phase15.train")
 QUICKSTART = Path(__file__).parent / "recipes" / "quickstart.yaml"
+RIVALS = {  # the stage whose model each is the fair rival of, and the name of its row in the results
+    "window": ("full", "rival: window"),
+    "full_context": ("full", "rival: full context"),
+    "prompt_tuning": ("hypernet", "rival: prompt tuning"),
+    "lora": ("hypernet", "rival: LoRA"),
+}
 
 
 @dataclass
@@ -84,6 +92,15 @@ class Phase15ModelArguments:
         metadata={
             "help": "What is trained: hypernet (LLM frozen), full (both), lora (HyperNetwork and LoRA on the LLM).",
             "choices": ["hypernet", "full", "lora"],
+        },
+    )
+    rival: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train a rival of the stage's model instead. Of full: window (the LLM behind the sliding window, "
+            "Δ = 0) or full_context (the LLM as an ordinary causal LM). Of hypernet: prompt_tuning (num_soft_tokens "
+            "virtual tokens, at learning_rate) or lora, both by PEFT with the full context.",
+            "choices": list(RIVALS),
         },
     )
     lora_r: int = field(default=16, metadata={"help": "Rank of LoRA."})
@@ -138,7 +155,7 @@ class Phase15DataArguments:
 
 @dataclass
 class Phase15TrainingArguments(TrainingArguments):
-    learning_rate: float = field(default=1e-4, metadata={"help": "Of the HyperNetwork."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Of the HyperNetwork, or of prompt tuning."})
     llm_learning_rate: float = field(default=3e-5, metadata={"help": "Of the LLM, or of its LoRA."})
     alpha_learning_rate: float = field(
         default=1e-2, metadata={"help": "Of α, which scales Δ and starts at zero: at the others' it would stay there."}
@@ -206,12 +223,16 @@ class Phase15Trainer(Trainer):
     learning rates, and every log has the loss by chunk index (nats per answer token), the share of Δ in the soft
     prompt's norm, and target tokens per second.
 
+    Args:
+        config (`Phase15Config`, *optional*): says how long chunks and answers are; the model's own by default.
+
     Raises:
         FloatingPointError: when the loss is not finite, naming the step and the records of the batch.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, config: Phase15Config | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.config = self.model.config if config is None else config
         if self.pop_callback(ProgressCallback):
             self.add_callback(Phase15ProgressCallback)
         self.meters = self._new_meters()
@@ -250,21 +271,27 @@ class Phase15Trainer(Trainer):
         return model.to(self.args.device)
 
     def _new_meters(self) -> Phase15Meters:
-        config = self.model.config
-        return Phase15Meters(math.ceil(config.max_answer_length / config.chunk_length), self.args.device)
+        num_chunks = math.ceil(self.config.max_answer_length / self.config.chunk_length)
+        return Phase15Meters(num_chunks, self.args.device)
+
+    def model_kwargs(self, model) -> dict:
+        """What the model is given besides the batch."""
+        return {"skip_logits": True, "bptt_chunks": self.args.bptt_chunks if model.training else None}
+
+    def chunk_sums(self, labels: torch.LongTensor, outputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed loss and number of target tokens, each of shape `(num_chunks,)`, by chunk index."""
+        return outputs.chunk_losses, outputs.chunk_tokens
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = {**inputs, "skip_logits": True}
-        records = inputs.pop("records", None)
-        if model.training:
-            inputs["bptt_chunks"] = self.args.bptt_chunks
+        inputs = {**inputs, **self.model_kwargs(model)}
+        records, labels = inputs.pop("records", None), inputs["labels"]
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if not torch.isfinite(loss):
             numbers = "unknown" if records is None else ", ".join(map(str, records.tolist()))
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, in a batch of the records {numbers}"
             )
-        self.meters.add_loss(outputs.chunk_losses, outputs.chunk_tokens)
+        self.meters.add_loss(*self.chunk_sums(labels, outputs))
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
@@ -296,7 +323,10 @@ class Phase15Trainer(Trainer):
         return output
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """HyperNetwork, its α and the LLM have learning rates of their own; weight decay spares norms and α."""
+        """
+        HyperNetwork (or the prompt of prompt tuning), α and the LLM have learning rates of their own; weight decay
+        spares norms and α.
+        """
         if self.optimizer is None:
             model = self.model if model is None else model
             decays = set(self.get_decay_parameter_names(model))
@@ -304,8 +334,9 @@ class Phase15Trainer(Trainer):
             for name, parameter in model.named_parameters():
                 if not parameter.requires_grad:
                     continue
-                is_hypernet, is_alpha = "hypernet" in name.split("."), name.endswith(".alpha")
-                rate = self.args.learning_rate if is_hypernet else self.args.llm_learning_rate
+                is_prompt = not {"hypernet", "prompt_encoder"}.isdisjoint(name.split("."))
+                is_alpha = name.endswith(".alpha")
+                rate = self.args.learning_rate if is_prompt else self.args.llm_learning_rate
                 rate = self.args.alpha_learning_rate if is_alpha else rate
                 decay = self.args.weight_decay if name in decays and not is_alpha else 0.0
                 groups.setdefault((rate, decay), []).append(parameter)
@@ -317,6 +348,19 @@ class Phase15Trainer(Trainer):
                 **kwargs,
             )
         return self.optimizer
+
+
+class FullContextTrainer(Phase15Trainer):
+    """
+    Trains a rival without chunks, an ordinary causal LM or an adapter on one, with the library's own loss. It is a
+    [`Phase15Trainer`] so that logs, evaluation and learning rates are the same; needs that one's `config`.
+    """
+
+    def model_kwargs(self, model) -> dict:
+        return {}
+
+    def chunk_sums(self, labels: torch.LongTensor, outputs) -> tuple[torch.Tensor, torch.Tensor]:
+        return eval_sft.sums_by_chunk(outputs.logits.detach(), labels, self.config.chunk_length)
 
 
 def parse_args(
@@ -360,6 +404,7 @@ def parse_args(
     arguments = parser.parse_args(argv)
     if arguments.stage not in ("hypernet", "full", "lora"):  # argparse does not check defaults, and so recipes
         raise ValueError(f"`stage` is {arguments.stage!r}, but it must be hypernet, full or lora.")
+    check_rival(arguments)
     if not 0 <= arguments.validation_split < 1:
         raise ValueError(f"`validation_split` is {arguments.validation_split}, but it must be from 0 to below 1.")
     outputs = []
@@ -368,6 +413,19 @@ def parse_args(
     not_in_recipe = ("recipe", "config", "hub_token")  # a token is nobody else's business
     recipe = {name: value for name, value in vars(arguments).items() if value != defaults[name]}
     return *outputs, {name: value for name, value in recipe.items() if name not in not_in_recipe}
+
+
+def check_rival(args):
+    """Refuses a rival that is none of the stage's."""
+    if args.rival is None:
+        return
+    if args.rival not in RIVALS:
+        raise ValueError(f"`rival` is {args.rival!r}, but it must be {', '.join(RIVALS)}.")
+    stage, _ = RIVALS[args.rival]
+    if args.stage != stage:
+        raise ValueError(f"`rival` is {args.rival}, which goes with stage {stage}, but `stage` is {args.stage}.")
+    if args.merge_adapter:
+        raise ValueError("`merge_adapter` is for stage lora; a rival's adapter is saved as it is.")
 
 
 def load_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM, PreTrainedTokenizerBase]:
@@ -403,16 +461,34 @@ def load_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM
     if args.stage == "hypernet":
         model.llm.requires_grad_(False)
     elif args.stage == "lora":
-        lora = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=args.lora_r,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            target_modules=r"llm\..*_proj",
-            modules_to_save=["hypernet"],
-        )
-        model = get_peft_model(model, lora)
+        model = get_peft_model(model, lora_config(args, target_modules=r"llm\..*_proj", modules_to_save=["hypernet"]))
     return model, tokenizer
+
+
+def lora_config(args: Phase15ModelArguments, **kwargs) -> LoraConfig:
+    return LoraConfig(
+        task_type="CAUSAL_LM", r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, **kwargs
+    )
+
+
+def make_rival(model: Phase15ForCausalLM, args: Phase15ModelArguments) -> PreTrainedModel | PeftModel:
+    """The rival that `args` ask for, made of `model`'s own weights."""
+    if args.rival == "window":
+        model.hypernet.requires_grad_(False)
+        model.hypernet.alpha.data.zero_()
+        # the Δ that α = 0 gives, without the work
+        model.hypernet.forward = lambda carried, *_: torch.zeros_like(carried.embeds)
+        return model
+    if args.rival == "full_context":
+        return model.llm
+    if args.rival == "lora":
+        return get_peft_model(model.llm, lora_config(args, target_modules=r".*_proj"))
+    prompt = PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=model.config.num_soft_tokens,
+        prompt_tuning_init="SAMPLE_VOCAB",  # by default it starts far larger than embeddings are
+    )
+    return get_peft_model(model.llm, prompt)
 
 
 def compile_layers(model: torch.nn.Module):
@@ -466,6 +542,8 @@ def check_processes(model_args: Phase15ModelArguments, training_args: Phase15Tra
             raise ValueError("accelerate has no FSDP without GPUs; use recipes/accelerate_ddp.yaml.")
         if model_args.stage == "lora":
             raise ValueError("`stage` is lora, which is not supported under FSDP; use recipes/accelerate_ddp.yaml.")
+        if model_args.rival:
+            raise ValueError("`rival` is not supported under FSDP; use recipes/accelerate_ddp.yaml.")
 
 
 def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dict]:
@@ -495,16 +573,19 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dic
         load = stream_records if data_args.streaming else load_records
         records = load(name, data_args.dataset_config, data_args.dataset_train_split)
         model, tokenizer = load_model(model_args, records)
+        config = model.config
         if not data_args.streaming:
-            dataset = tokenize(records, tokenizer, model.config.max_answer_length, name)
+            dataset = tokenize(records, tokenizer, config.max_answer_length, name)
             if data_args.shuffle_records:  # after they were numbered
                 dataset = dataset.shuffle(seed=training_args.seed)
+    if model_args.rival:
+        model = make_rival(model, model_args)
     if training_args.compile_layers:
         compile_layers(model)
     pad_token_id = next(x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if x is not None)
     if data_args.streaming:
         collator = Phase15DataCollator(
-            pad_token_id, encode=stream_encoder(records, tokenizer, model.config.max_answer_length, name)
+            pad_token_id, encode=stream_encoder(records, tokenizer, config.max_answer_length, name)
         )
         num_validation = num_validation if data_args.validation_split else 0
         seed = training_args.seed if data_args.shuffle_records else None
@@ -521,13 +602,15 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dic
         train_dataset = dataset.select(range(num_training))
         rest = range(num_training, num_training + num_validation)
         eval_dataset = dataset.select(rest) if num_validation else None
-    trainer = Phase15Trainer(
+    trainer_class = Phase15Trainer if model_args.rival in (None, "window") else FullContextTrainer
+    trainer = trainer_class(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         data_collator=collator,
         processing_class=tokenizer,
+        config=config,
     )
     return trainer, model_args, recipe
 
@@ -592,11 +675,15 @@ def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments, recipe: dic
     if trainer.eval_dataset is not None:
         loader = DataLoader(trainer.eval_dataset, args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
         with trainer.accelerator.autocast():
-            results["validation"] = eval_sft.compare(model, loader)
+            if model_args.rival:
+                _, row = RIVALS[model_args.rival]
+                results["validation"] = {row: eval_sft.measure_rival(model, loader, trainer.config.chunk_length)}
+            else:
+                results["validation"] = eval_sft.compare(model, loader)
         eval_sft.plot(results["validation"], output_dir / "loss_by_chunk.png")
         print(f"\n{eval_sft.table(results['validation'])}\n")
     (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    if model_args.stage != "lora" or model_args.merge_adapter:
+    if model_args.rival in (None, "window") and (model_args.stage != "lora" or model_args.merge_adapter):
         print(f"Saved to {output_dir}. Loaded in a new process:")
         first = trainer.data_collator([next(iter(trainer.train_dataset))])
         query = first["input_ids"][first["labels"] == -100].tolist()
