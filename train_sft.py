@@ -592,9 +592,10 @@ def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments, recipe: dic
     if trainer.eval_dataset is not None:
         loader = DataLoader(trainer.eval_dataset, args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
         with trainer.accelerator.autocast():
-            results["validation"] = eval_sft.compare(model, loader)
+            results |= eval_sft.compare(model, loader)
         eval_sft.plot(results["validation"], output_dir / "loss_by_chunk.png")
-        print(f"\n{eval_sft.table(results['validation'])}\n")
+        print(f"\n{eval_sft.table(results)}\n")
+    (output_dir / "evaluation.json").unlink(missing_ok=True)  # eval_sft.py's, of an earlier run's model
     (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if model_args.stage != "lora" or model_args.merge_adapter:
         print(f"Saved to {output_dir}. Loaded in a new process:")
