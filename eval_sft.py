@@ -63,6 +63,7 @@ SAME_LLM, OWN_WORDS = "same LLM", "same LLM, behind the model's own words"
 OWN_RIVALS = "rivals fine-tuned on their own"
 RIVAL_WINDOW, RIVAL_FULL_CONTEXT = "rival: window", "rival: full_context"
 BOOTSTRAP_SAMPLES = 10_000
+LEAST_GAP = 1e-4  # nats per token: below it, what full context gives over the window may be rounding alone
 
 
 class Record(NamedTuple):
@@ -293,15 +294,15 @@ def context_recovery(
     The share of what full context gives over the window that the model gives too.
 
     Returns:
-        `dict`: `recovery` and its `interval`, None where full context is not surely better than the window; and the
-        `gap` between these in nats per token, with its `gap_interval`.
+        `dict`: `recovery` and its `interval`, None where full context is not surely better than the window (by
+        `LEAST_GAP`); and the `gap` between these in nats per token, with its `gap_interval`.
     """
     rows = (window, model, full_context)
     (window, model, full_context) = (summary(row)["loss"] for row in rows)
     windows, models, full_contexts = (resampled_loss(row, samples, seed) for row in rows)
     gap, gap_interval = window - full_context, interval(windows - full_contexts)
     result = {"recovery": None, "interval": None, "gap": gap, "gap_interval": gap_interval}
-    if min(gap, *gap_interval) > 0:
+    if min(gap, *gap_interval) > LEAST_GAP:
         with np.errstate(divide="ignore", invalid="ignore"):  # a few samples may have no gap
             ratios = (windows - models) / (windows - full_contexts)
         result |= {"recovery": (window - model) / gap, "interval": interval(ratios)}
