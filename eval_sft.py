@@ -688,7 +688,7 @@ def validation_records(
         rows = rows.shuffle(seed=seed) if is_shuffled else rows
         start = len(rows) - math.ceil(len(rows) * share)
         rows = rows.select(range(start, len(rows) if most is None else min(start + max(most, 0), len(rows))))
-        which = f"from the last {share:.4g} of all" + (f", shuffled with seed {seed}" if is_shuffled else "")
+        which = f"from the last {100 * share:g} %" + (f", shuffled with seed {seed}" if is_shuffled else "")
     if not len(rows):
         raise ValueError(f"{name}: there is no record to evaluate; `max_records` is {most}.")
     if not recipe:

@@ -164,7 +164,7 @@ def shells(folder):
 @pytest.fixture(scope="module")
 def models(shells, folder, chat_tokenizer) -> dict[str, Path]:
     """Folders to push: a training run, two that differ in their weights, and folders that cannot be pushed."""
-    data = [{"query": f"Why is {i}?", "answer": f"Blue light scatters most.\n#### {i}"} for i in range(6)]
+    data = [{"query": f"Why is {i}?", "answer": "Blue light scatters most. " * 2} for i in range(6)]
     (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in data))
     llm = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     recipe = SIZES | {
@@ -184,8 +184,11 @@ def models(shells, folder, chat_tokenizer) -> dict[str, Path]:
     main(*prepare([str(folder / "recipe.yaml")]))
     shutil.copytree(folder / "first", folder / "rivals" / "a|<b>")
     (folder / "rivals" / "a|<b>" / "recipe.yaml").unlink()
-    flags = {"rivals": [str(folder / "rivals" / "a|<b>")], "max_new_tokens": 4, "bootstrap_samples": 50}
-    evaluate(EvaluationArguments(str(folder / "first"), str(folder / "data.jsonl"), device="cpu", **flags))
+    numbers = [{"query": f"What is {i}?", "answer": f"Blue light.\n#### {i}"} for i in range(3)]
+    (folder / "numbers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in numbers))
+    flags = {"validation_split": 1.0, "max_new_tokens": 4, "bootstrap_samples": 50, "device": "cpu"}
+    flags["rivals"] = [str(folder / "rivals" / "a|<b>")]
+    evaluate(EvaluationArguments(str(folder / "first"), str(folder / "numbers.jsonl"), **flags))
 
     def variant(name: str, **tensors: float) -> Path:
         shutil.copytree(folder / "first", folder / name)
@@ -465,8 +468,9 @@ def test_nothing_is_run_without_trust_remote_code(elsewhere, auto_class):
 def test_the_card_is_valid_and_its_results_are_the_runs(elsewhere, models):
     data, eval_results, text = elsewhere["card"]
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
-    validation = json.loads((models["first"] / "results.json").read_text())["validation"]
+    validation = json.loads((models["first"] / "evaluation.json").read_text())["validation"]
     assert eval_results and any(abs(r.metric_value - validation["the model"]["loss"]) < 1e-3 for r in eval_results)
+    assert {r.dataset_name for r in eval_results} == {"numbers.jsonl"}  # not what it was trained on
     assert "trust_remote_code=True" in text and REPO in text
 
 
@@ -474,13 +478,13 @@ def test_the_card_shows_what_eval_sft_measured(story, models):
     files, evaluation = uploaded(story["first"].log[0]), json.loads((models["first"] / "evaluation.json").read_text())
     assert json.loads(files["evaluation.json"]) == evaluation
     assert set(evaluation["exact_match"]) < set(evaluation["validation"]) and len(evaluation["validation"]) == 6
-    card = files["README.md"].decode()
+    card = files["README.md"].decode().split("\n---\n", 1)[1]  # behind the metadata, which YAML escapes
     assert f"on {evaluation['evaluated']} (" in card and "held out of this run" not in card
     for name, row in evaluation["validation"].items():
         name = name.replace("a|<b>", r"a\|&lt;b&gt;")
         low, high = row["interval"]
         assert f"\n| {name} | {row['loss']:.4f} | [{low:.4f}, {high:.4f}] | " in card
-    assert "| the model | " in card and "/2 (" in card and "a|<b>" not in card
+    assert "| the model | " in card and "/3 (" in card and "a|<b>" not in card
     for name, result in evaluation["context_recovery"].items():
         number = result["gap" if result["recovery"] is None else "recovery"]
         number = f"{number:.4f} nats" if result["recovery"] is None else f"{number:.1%}"
