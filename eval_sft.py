@@ -352,7 +352,12 @@ def plot(results: dict[str, dict], path: str | Path):
     """Draws the loss by chunk index into a picture file."""
     with picture(path) as axes:
         for variant, result in results.items():
-            axes.plot(result["loss_by_chunk"], marker="o", markersize=3, label=f"{variant} ({result['loss']:.3f})")
+            axes.plot(
+                result["loss_by_chunk"],
+                marker="o",
+                markersize=3,
+                label=f"{variant} ({result['loss']:.3f})".replace("$", r"\$"),
+            )
         axes.set(xlabel="chunk index", ylabel="nats per answer token", title="Validation loss by chunk")
         axes.legend()
 
@@ -402,6 +407,8 @@ def generate(
 ) -> list[list[int]]:
     """Greedy answers to queries, up to their end token; before `min_new_tokens` there is none."""
     ends, answers = tokenizer.eos_token_id, []
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        batch_size = 1  # PEFT puts virtual tokens in front of the padding, which then counts as positions
     for start in tqdm(range(0, len(queries), batch_size), desc=f"{name}, answering"):
         batch = queries[start : start + batch_size]
         ids, length = pad([query[::-1] for query in batch], model.device)
@@ -681,7 +688,7 @@ def validation_records(
     if recipe.get("streaming") and is_held_out:
         stream = stream_records(*source)
         encode = stream_encoder(stream, tokenizer, max_answer_length, name)
-        rows = [encode(row) for row in stream.take(min(most, recipe["max_validation_records"]))]
+        rows = [encode(row) for row in stream.take(min(max(most, 0), recipe["max_validation_records"]))]
         which = "the first"
     else:
         rows = tokenize(load_records(*source), tokenizer, max_answer_length, name)

@@ -252,6 +252,24 @@ def test_an_answer_ends_before_its_end_token(tiny):
     assert answer == whole[: whole.index(end)]
 
 
+@pytest.mark.parametrize("kind", ["LLM", "prompt tuning"])
+@torch.no_grad()
+def test_answers_do_not_depend_on_the_batch(kind, bases):
+    """Though queries of other lengths are padded, and an adapter may put virtual tokens in front of that."""
+    base, queries = AutoModelForCausalLM.from_pretrained(bases["llama"]), [record.query for record in records()]
+    model, virtual = base, torch.zeros(0, base.config.hidden_size)
+    if kind == "prompt tuning":
+        model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+        model.prompt_encoder["default"].embedding.weight.normal_(generator=torch.Generator().manual_seed(0))
+        virtual = model.get_prompt(1)[0]
+    for query, answer in zip(queries, eval_sft.generate("", model, Tokenizer(59), queries, 3, 6), strict=True):
+        ids = list(query)
+        while len(ids) < len(query) + 6 and ids[-1] != 59:
+            embeds = torch.cat([virtual, base.get_input_embeddings()(torch.tensor(ids))])
+            ids.append(int(base(inputs_embeds=embeds[None]).logits[0, -1].argmax()))
+        assert answer == [token for token in ids[len(query) :] if token != 59]
+
+
 # exact match
 
 
