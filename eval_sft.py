@@ -7,11 +7,14 @@ per answer token and by chunk index, of
     Δ = 0                          its LLM behind the sliding window alone
     soft prompt at sp_0            every chunk predicted from the query's soft prompt: no recursion
     another record's soft prompt   chunk c predicted from sp_c of the next record: a negative control
+    another record's Δ             its own window, but at every step the Δ of the next record
     full context                   its LLM on the whole query and answer, as an ordinary causal LM
 
 and of them **context recovery**, with 95 % intervals from a bootstrap over the records:
 
     R = (loss of the window − loss of the model) / (loss of the window − loss of full context)
+
+The same with another record's Δ is what Δ does for any text, as a static prompt could; only the rest was carried.
 
 train_sft.py ends with these. The command adds the untrained base, rivals that were fine-tuned on their own, R behind
 the model's own words, and exact match where answers end in `#### 72`, and writes evaluation.json and the picture:
@@ -59,7 +62,9 @@ from modeling_phase15 import HyperNetwork, Phase15ForCausalLM, SoftPrompt
 
 
 MODEL, WINDOW, FULL_CONTEXT = "the model", "Δ = 0", "full context"
+OTHER_SOFT_PROMPT, OTHER_DELTA = "another record's soft prompt", "another record's Δ"
 SAME_LLM, OWN_WORDS = "same LLM", "same LLM, behind the model's own words"
+NOT_CARRIED = "same LLM, with another record's Δ"
 OWN_RIVALS = "rivals fine-tuned on their own"
 RIVAL_WINDOW, RIVAL_FULL_CONTEXT = "rival: window", "rival: full_context"
 BOOTSTRAP_SAMPLES = 10_000
@@ -91,7 +96,7 @@ class Losses(NamedTuple):
 @torch.no_grad()
 def compare(model: Phase15ForCausalLM, batches: Iterable[dict[str, torch.Tensor]]) -> dict[str, dict]:
     """
-    Measures the five variants, with the model in evaluation mode.
+    Measures the six variants, with the model in evaluation mode.
 
     Args:
         model (`Phase15ForCausalLM`): the trained model.
@@ -105,7 +110,11 @@ def compare(model: Phase15ForCausalLM, batches: Iterable[dict[str, torch.Tensor]
     losses = variants(model, [record for batch in batches for record in batch], max(map(len, batches)))
     return {
         "validation": {variant: summary(rows) for variant, rows in losses.items()},
-        "context_recovery": {SAME_LLM: context_recovery(*(losses[name] for name in (WINDOW, MODEL, FULL_CONTEXT)))},
+        "context_recovery": {
+            name: context_recovery(*(losses[row] for row in (WINDOW, candidate, FULL_CONTEXT)))
+            for name, candidate in ((SAME_LLM, MODEL), (NOT_CARRIED, OTHER_DELTA))
+            if candidate in losses
+        },
     }
 
 
@@ -128,7 +137,7 @@ def unbatch(batch: dict[str, torch.Tensor]) -> list[Record]:
 
 
 def variants(model: Phase15ForCausalLM, records: list[Record], batch_size: int) -> dict[str, Losses]:
-    """The rows that share the model's LLM. Without a second record there is no other soft prompt, and no such row."""
+    """The rows that share the model's LLM. Without a second record there are no rows of another."""
     model.eval()
 
     def behind(name: str, histories: list[Record]) -> Losses:
@@ -140,8 +149,11 @@ def variants(model: Phase15ForCausalLM, records: list[Record], batch_size: int) 
     unanswered = [record._replace(answer=[]) for record in records]
     losses["soft prompt at sp_0"] = behind("soft prompt at sp_0", unanswered)
     if len(records) > 1:
-        name = "another record's soft prompt"
-        losses[name] = behind(name, records[1:] + records[:1])
+        others = records[1:] + records[:1]
+        losses[OTHER_SOFT_PROMPT] = behind(OTHER_SOFT_PROMPT, others)
+        losses[OTHER_DELTA] = measure(
+            OTHER_DELTA, batch_size, lambda *batch: other_delta_losses(model, *batch), records, others
+        )
     losses[FULL_CONTEXT] = measure(
         FULL_CONTEXT, batch_size, lambda batch: llm_losses(model.llm, batch, model.config.chunk_length), records
     )
@@ -223,6 +235,23 @@ def phase15_losses(
         if goes_on.any():
             soft_prompt = model.step(soft_prompt, embed(history[:, start : start + length]), goes_on * length)
     return by_chunk(losses, answer_length, chunk_length or length)
+
+
+def other_delta_losses(model: Phase15ForCausalLM, records: list[Record], others: list[Record]) -> Losses:
+    """
+    As `phase15_losses`, but at every step of a record's soft prompt Δ is the one of another record's recursion, which
+    runs beside it. Where that has ended, it is what Δ makes of its last soft prompt and no token.
+    """
+
+    def use_the_others(module, inputs, delta: torch.Tensor) -> torch.Tensor:
+        return delta[len(records) :].repeat(2, 1, 1)
+
+    hook = model.hypernet.register_forward_hook(use_the_others)
+    try:
+        losses = phase15_losses(model, records + others, records + others)
+    finally:
+        hook.remove()
+    return Losses(*(values[: len(records)] for values in losses))
 
 
 def llm_losses(llm: PreTrainedModel | PeftModel, records: list[Record], chunk_length: int) -> Losses:
@@ -780,6 +809,8 @@ def report(losses: dict[str, Losses], own_losses: dict[str, Losses], samples: in
         return context_recovery(*(rows[name] for name in names), samples, seed)
 
     recoveries = {SAME_LLM: recovery(losses, WINDOW, MODEL, FULL_CONTEXT)}
+    if OTHER_DELTA in losses:
+        recoveries[NOT_CARRIED] = recovery(losses, WINDOW, OTHER_DELTA, FULL_CONTEXT)
     if own_losses:
         recoveries[OWN_WORDS] = recovery(own_losses, WINDOW, MODEL, FULL_CONTEXT)
     if {RIVAL_WINDOW, RIVAL_FULL_CONTEXT} <= set(losses):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from decimal import Decimal
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,12 @@ import yaml
 from conftest import (
     CHUNK,
     LLM_SIZES,
+    QUERY,
     SIZES,
+    as_soft_prompt,
     random_ids,
     randomise_alpha,
+    reference_carry,
     reference_logits,
     reference_predict,
     reference_read,
@@ -39,7 +43,14 @@ from train_sft import prepare
 
 
 ROOT = Path(__file__).parent.parent
-ROWS = ["the model", "Δ = 0", "soft prompt at sp_0", "another record's soft prompt", "full context"]
+ROWS = [
+    "the model",
+    "Δ = 0",
+    "soft prompt at sp_0",
+    "another record's soft prompt",
+    "another record's Δ",
+    "full context",
+]
 # lengths: 9 is more than one segment, 4 is one whole chunk, and the longest answers do not fit in the slots
 QUERIES, ANSWERS = (3, 9, 5, 1, 4), (1, 30, 4, 10, 22)
 close = partial(assert_close, atol=1e-4, rtol=1e-4)
@@ -82,6 +93,34 @@ def naive_behind(model, record: Record, soft_prompts: list[list[torch.Tensor]]) 
     return torch.cat(losses)
 
 
+def naive_soft_prompts_with_the_delta_of(model, record: Record, other: Record) -> list[list[torch.Tensor]]:
+    """Slots before each chunk of a record, stepped side by side with another's."""
+
+    def steps(record):
+        return [*torch.tensor(record.query).split(QUERY)], [torch.tensor(x) for x in chunks_of(record.answer)[:-1]]
+
+    def step(slots, other_slots, ids, other_ids):
+        tokens, none = model.get_input_embeddings()(other_ids), torch.zeros(1, model.config.text_config.hidden_size)
+        carried = reference_carry(other_slots, list(tokens))
+        arguments = (as_soft_prompt(state, tokens.shape[1]) for state in (carried, other_slots))
+        delta = model.hypernet(*arguments, torch.cat([tokens, none])[None], torch.tensor([len(tokens)]))[0]
+        other_slots = [slot + delta[i] for i, slot in enumerate(carried)] if len(tokens) else other_slots
+        if ids is not None:
+            slots = reference_carry(slots, list(model.get_input_embeddings()(ids)))
+            slots = [slot + delta[i] for i, slot in enumerate(slots)]
+        return slots, other_slots
+
+    slots, other_slots, nothing = [], [], torch.tensor([], dtype=torch.long)
+    (query, chunks), (other_query, other_chunks) = steps(record), steps(other)
+    for ids, other_ids in zip_longest(query, other_query):
+        slots, other_slots = step(slots, other_slots, ids, nothing if other_ids is None else other_ids)
+    soft_prompts = [slots]
+    for ids, other_ids in zip_longest(chunks, other_chunks[: len(chunks)], fillvalue=nothing):
+        slots, other_slots = step(slots, other_slots, ids, other_ids)
+        soft_prompts.append(slots)
+    return soft_prompts
+
+
 @torch.no_grad()
 def naive_variants(model, record: Record, other: Record) -> dict[str, torch.Tensor]:
     """Cross-entropy of each answer token of one record."""
@@ -91,6 +130,7 @@ def naive_variants(model, record: Record, other: Record) -> dict[str, torch.Tens
         "Δ = 0": naive(window_logits(model.llm, ids, query)[query - 1 : -1], record.answer),
         "soft prompt at sp_0": naive_behind(model, record, naive_soft_prompts(model, record)[:1]),
         "another record's soft prompt": naive_behind(model, record, naive_soft_prompts(model, other)),
+        "another record's Δ": naive_behind(model, record, naive_soft_prompts_with_the_delta_of(model, record, other)),
         "full context": naive(model.llm(ids[None]).logits[0, query - 1 : -1], record.answer),
     }
 
@@ -121,7 +161,7 @@ def test_compare_equals_naive_references(kind, bases):
         close(result["loss_by_chunk"], [chunk.mean().item() for chunk in chunks])
         assert result["tokens_by_chunk"] == [len(chunk) for chunk in chunks]
         assert set(result) == {"loss", "loss_by_chunk", "tokens_by_chunk"}
-    assert len({round(result["loss"], 3) for result in results.values()}) == 5  # none could stand for another
+    assert len({round(result["loss"], 3) for result in results.values()}) == 6  # none could stand for another
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
@@ -152,6 +192,7 @@ def test_losses_do_not_depend_on_the_batch_size(batch_size, tiny):
 def test_the_soft_prompt_of_an_equal_record_is_as_good(tiny):
     losses = eval_sft.variants(tiny, records()[3:4] * 3, 2)
     close(losses["another record's soft prompt"], losses["the model"])
+    close(losses["another record's Δ"], losses["the model"])
 
 
 def test_one_record_has_no_other(tiny):
@@ -481,6 +522,7 @@ def test_the_command_writes_and_prints_every_row(evaluation, home):
         assert f"| {name} | {row['loss']:.4f} | [{low:.4f}, {high:.4f}] |" in done.stdout
     assert list(results["context_recovery"]) == [
         "same LLM",
+        "same LLM, with another record's Δ",
         "same LLM, behind the model's own words",
         "rivals fine-tuned on their own",
     ]
@@ -490,6 +532,7 @@ def test_the_command_writes_and_prints_every_row(evaluation, home):
     assert {name for name, match in results["exact_match"].items() if match["records"] == 3} == {*rows} - {
         "soft prompt at sp_0",
         "another record's soft prompt",
+        "another record's Δ",
     }
     assert results["records"] == {"validation": 10, "generated": 3} and results["dataset"] == "data.jsonl"
     assert "10 records of data.jsonl, from the last 25 %" in done.stdout
@@ -525,9 +568,7 @@ def test_context_recovery_takes_its_rows(evaluation):
 def test_nothing_is_generated_where_nothing_is_asked_for(home, tmp_path, capsys):
     eval_sft.main(arguments(home, tmp_path, generated_records=0, max_records=4))
     results = json.loads((tmp_path / "evaluation.json").read_text())
-    assert (
-        "exact_match" not in results and not results["own_words"] and list(results["context_recovery"]) == ["same LLM"]
-    )
+    assert "exact_match" not in results and not results["own_words"] and len(results["context_recovery"]) == 2
     assert list(results["validation"]) == ROWS and results["records"] == {"validation": 4, "generated": 0}
     assert "exact match" not in capsys.readouterr().out
 

@@ -669,9 +669,10 @@ def test_what_a_run_leaves_and_says(killed_run):
     path, folder, _, done = killed_run
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((folder / "results.json").read_text())
-    rows = ["the model", "Δ = 0", "soft prompt at sp_0", "another record's soft prompt", "full context"]
-    assert list(results["validation"]) == rows
-    assert list(results["context_recovery"]) == ["same LLM"] and "- context recovery, same LLM: " in done.stdout
+    rows = ["the model", "Δ = 0", "soft prompt at sp_0", "another record's soft prompt", "another record's Δ"]
+    assert list(results["validation"]) == [*rows, "full context"]
+    assert list(results["context_recovery"]) == ["same LLM", "same LLM, with another record's Δ"]
+    assert all(f"- context recovery, {name}: " in done.stdout for name in results["context_recovery"])
     for variant, result in results["validation"].items():
         assert f"| {variant} | {result['loss']:.4f} |" in done.stdout
     assert results["records"] == {"training": 13, "validation": 2} and results["steps"] == 60
