@@ -143,7 +143,7 @@ def test_recall_over_512_tokens(base, tmp_path):
     stream = RecallStream(32, [32, 64, 128, 256, 512])
     args = train_sft.Phase15TrainingArguments(
         tmp_path,
-        max_steps=3000,
+        max_steps=1500,
         per_device_train_batch_size=32,
         learning_rate=1e-3,
         alpha_learning_rate=3e-2,
