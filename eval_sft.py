@@ -62,6 +62,7 @@ from modeling_phase15 import HyperNetwork, Phase15ForCausalLM, SoftPrompt
 
 
 MODEL, WINDOW, FULL_CONTEXT = "the model", "Δ = 0", "full context"
+FIRST_SOFT_PROMPT = "soft prompt at sp_0"
 OTHER_SOFT_PROMPT, OTHER_DELTA = "another record's soft prompt", "another record's Δ"
 SAME_LLM, OWN_WORDS = "same LLM", "same LLM, behind the model's own words"
 NOT_CARRIED = "same LLM, with another record's Δ"
@@ -147,7 +148,7 @@ def variants(model: Phase15ForCausalLM, records: list[Record], batch_size: int) 
     with no_delta(model):
         losses[WINDOW] = behind(WINDOW, records)
     unanswered = [record._replace(answer=[]) for record in records]
-    losses["soft prompt at sp_0"] = behind("soft prompt at sp_0", unanswered)
+    losses[FIRST_SOFT_PROMPT] = behind(FIRST_SOFT_PROMPT, unanswered)
     if len(records) > 1:
         others = records[1:] + records[:1]
         losses[OTHER_SOFT_PROMPT] = behind(OTHER_SOFT_PROMPT, others)
@@ -410,9 +411,11 @@ def recovery_lines(results: dict[str, dict]) -> list[str]:
 
 
 def plot(results: dict[str, dict], path: str | Path):
-    """Draws the loss by chunk index into a picture file."""
+    """Draws the loss by chunk index into a picture file, without the two controls that are far above the rest."""
     with picture(path) as axes:
         for variant, result in results.items():
+            if variant in (FIRST_SOFT_PROMPT, OTHER_SOFT_PROMPT):
+                continue
             axes.plot(
                 result["loss_by_chunk"],
                 marker="o",
@@ -420,7 +423,7 @@ def plot(results: dict[str, dict], path: str | Path):
                 label=f"{variant} ({result['loss']:.3f})".replace("$", r"\$"),
             )
         axes.set(xlabel="chunk index", ylabel="nats per answer token", title="Validation loss by chunk")
-        axes.legend()
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def plot_training(log_history: list[dict], path: str | Path):

@@ -156,6 +156,9 @@ def test_recall_over_512_tokens(base, tmp_path):
     trainer.train()
 
     assert all(torch.equal(value, frozen[name]) for name, value in model.llm.state_dict().items())
-    assert accuracy(model, LONGEST, num_rows=512) > 0.9
+    share = accuracy(model, LONGEST, num_rows=512)
     with eval_sft.no_delta(model):
-        assert accuracy(model, LONGEST, num_rows=512) < 0.12, "without Δ it must be a guess"
+        guessed = accuracy(model, LONGEST, num_rows=512)
+    print(f"after {trainer.state.global_step} steps: {share:.1%}; without Δ {guessed:.1%}")
+    assert share > 0.9
+    assert guessed < 0.12, "without Δ it must be a guess"
