@@ -179,7 +179,8 @@ class Copy(train_sft.Phase15Trainer):
         super().__init__(*args, **kwargs)
         net, h = self.model.hypernet, self.model.config.hypernet_hidden_size
         torch.manual_seed(0)
-        net.copy_q, net.copy_k = nn.Linear(h, h, bias=False), nn.Linear(h, h, bias=False)
+        rank = int(os.environ.get("RANK", h))
+        net.copy_q, net.copy_k = nn.Linear(h, rank, bias=False), nn.Linear(h, rank, bias=False)
         net.forward = copying_forward.__get__(net)
 
 
