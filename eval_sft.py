@@ -1,66 +1,180 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """
-What the soft prompt carries: loss on the same validation records, in nats per answer token and by chunk index, of
+What the soft prompt carries, and whether the recursion earns its keep: loss on the same validation records, in nats
+per answer token and by chunk index, of
 
-    the model              what was trained
-    Δ = 0                  its LLM behind the sliding window alone
-    soft prompt at sp_0    every chunk predicted from the query's soft prompt: no recursion
-    full context           its LLM on the whole query and answer, as an ordinary causal LM
+    the model                      what was trained
+    Δ = 0                          its LLM behind the sliding window alone
+    soft prompt at sp_0            every chunk predicted from the query's soft prompt: no recursion
+    another record's soft prompt   chunk c predicted from sp_c of the next record: a negative control
+    full context                   its LLM on the whole query and answer, as an ordinary causal LM
+
+and of them **context recovery**, with 95 % intervals from a bootstrap over the records:
+
+    R = (loss of the window − loss of the model) / (loss of the window − loss of full context)
+
+train_sft.py ends with these. The command adds the untrained base, rivals that were fine-tuned on their own, R behind
+the model's own words, and exact match where answers end in `#### 72`, and writes evaluation.json and the picture:
+
+    python eval_sft.py --model_dir DIR --dataset gsm8k_train.jsonl
+    python eval_sft.py --model_dir DIR --dataset gsm8k_train.jsonl --base BASE --rivals WINDOW FULL_CONTEXT LORA
+    python eval_sft.py --help                             every flag
+
+**Behind the model's own words**: the model answers each query greedily, without an end token, and chunk c of the
+*reference* is then scored behind the query and the first c chunks of that answer instead of the reference's own. The
+targets and what is before them are the same for the model, for Δ = 0 and for full context.
 """
 
+import html
 import json
+import math
 import os
+import re
+import shlex
 import subprocess
 import sys
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_phase15 import HyperNetwork, Phase15ForCausalLM
+from configuration_phase15 import Phase15Config
+from data_sft import load_records, stream_encoder, stream_records, tokenize
+from modeling_phase15 import HyperNetwork, Phase15ForCausalLM, SoftPrompt
+
+
+MODEL, WINDOW, FULL_CONTEXT = "the model", "Δ = 0", "full context"
+SAME_LLM, OWN_WORDS = "same LLM", "same LLM, behind the model's own words"
+OWN_RIVALS = "rivals fine-tuned on their own"
+RIVAL_WINDOW, RIVAL_FULL_CONTEXT = "rival: window", "rival: full_context"
+BOOTSTRAP_SAMPLES = 10_000
+LEAST_GAP = 1e-4  # nats per token: below it, what full context gives over the window may be rounding alone
+
+
+class Record(NamedTuple):
+    """The token ids of a query and of what follows it."""
+
+    query: list[int]
+    answer: list[int]
+
+
+class Losses(NamedTuple):
+    """
+    What each record's chunks cost; all intervals come from here.
+
+    nats (`torch.DoubleTensor` of shape `(num_records, num_chunks)`): cross-entropy, summed over the chunk's tokens.
+    tokens (`torch.LongTensor` of shape `(num_records, num_chunks)`): how many these are, 0 behind the answer's end.
+    """
+
+    nats: torch.Tensor
+    tokens: torch.Tensor
+
+
+# ------------------------------------------------------------------------------------------------------- the losses
 
 
 @torch.no_grad()
 def compare(model: Phase15ForCausalLM, batches: Iterable[dict[str, torch.Tensor]]) -> dict[str, dict]:
     """
-    Measures the four variants, with the model in evaluation mode.
+    Measures the five variants, with the model in evaluation mode.
 
     Args:
         model (`Phase15ForCausalLM`): the trained model.
         batches (iterable of `dict`): of a [`Phase15DataCollator`].
 
     Returns:
-        `dict`: for each variant `loss` (nats per answer token), `loss_by_chunk` (the same by chunk index) and
-        `tokens_by_chunk`.
+        `dict`: `validation`, for each variant what `summary` says, and `context_recovery`, by the name of what is
+        compared.
     """
-    model.eval()
-    sums = defaultdict(lambda: defaultdict(float))  # variant -> chunk index -> nats
-    counts = defaultdict(lambda: defaultdict(int))
-    for batch in tqdm(batches, desc="Comparing"):
-        batch = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels")}
-        variants = {"the model": chunk_losses(model, batch)}
-        with no_delta(model):
-            variants["Δ = 0"] = chunk_losses(model, batch)
-        variants["soft prompt at sp_0"] = first_soft_prompt_losses(model, batch)
-        variants["full context"] = full_context_losses(model.llm, batch, model.config.chunk_length)
-        for variant, losses in variants.items():
-            for chunk, nats, tokens in losses:
-                sums[variant][chunk] += nats
-                counts[variant][chunk] += tokens
+    batches = [unbatch(batch) for batch in batches]
+    losses = variants(model, [record for batch in batches for record in batch], max(map(len, batches)))
     return {
-        variant: {
-            "loss": sum(sums[variant].values()) / sum(counts[variant].values()),
-            "loss_by_chunk": [sums[variant][chunk] / tokens for chunk, tokens in sorted(counts[variant].items())],
-            "tokens_by_chunk": [tokens for _, tokens in sorted(counts[variant].items())],
-        }
-        for variant in sums
+        "validation": {variant: summary(rows) for variant, rows in losses.items()},
+        "context_recovery": {SAME_LLM: context_recovery(*(losses[name] for name in (WINDOW, MODEL, FULL_CONTEXT)))},
     }
+
+
+def compare_rival(
+    model: PreTrainedModel | PeftModel, name: str, batches: Iterable[dict[str, torch.Tensor]], chunk_length: int
+) -> dict[str, dict]:
+    """As `compare`, of a rival alone: there is nothing that it recovers."""
+    batches = [unbatch(batch) for batch in batches]
+    records = [record for batch in batches for record in batch]
+    losses = rival_losses(name, model.eval(), records, max(map(len, batches)), chunk_length)
+    return {"validation": {name: summary(losses)}}
+
+
+def unbatch(batch: dict[str, torch.Tensor]) -> list[Record]:
+    rows = zip(*(batch[name] for name in ("input_ids", "attention_mask", "labels")), strict=True)
+    return [
+        Record(ids[mask.bool() & (labels == -100)].tolist(), ids[labels != -100].tolist())
+        for ids, mask, labels in rows
+    ]
+
+
+def variants(model: Phase15ForCausalLM, records: list[Record], batch_size: int) -> dict[str, Losses]:
+    """The rows that share the model's LLM. Without a second record there is no other soft prompt, and no such row."""
+    model.eval()
+
+    def behind(name: str, histories: list[Record]) -> Losses:
+        return measure(name, batch_size, lambda *batch: phase15_losses(model, *batch), records, histories)
+
+    losses = {MODEL: behind(MODEL, records)}
+    with no_delta(model):
+        losses[WINDOW] = behind(WINDOW, records)
+    unanswered = [record._replace(answer=[]) for record in records]
+    losses["soft prompt at sp_0"] = behind("soft prompt at sp_0", unanswered)
+    if len(records) > 1:
+        name = "another record's soft prompt"
+        losses[name] = behind(name, records[1:] + records[:1])
+    losses[FULL_CONTEXT] = measure(
+        FULL_CONTEXT, batch_size, lambda batch: llm_losses(model.llm, batch, model.config.chunk_length), records
+    )
+    return losses
+
+
+def own_words(
+    model: Phase15ForCausalLM, records: list[Record], answers: list[list[int]], batch_size: int
+) -> dict[str, Losses]:
+    """As `variants`, each chunk of a record behind the model's own answer, which is at least as long."""
+    histories = [Record(record.query, answer) for record, answer in zip(records, answers, strict=True)]
+
+    def behind_phase15(*batch) -> Losses:
+        return phase15_losses(model, *batch)
+
+    def behind_llm(batch: list[Record], histories: list[Record]) -> Losses:
+        return llm_losses_behind(model.llm, batch, histories, model.config.chunk_length)
+
+    losses = {MODEL: measure(f"{MODEL}, own words", batch_size, behind_phase15, records, histories)}
+    with no_delta(model):
+        losses[WINDOW] = measure(f"{WINDOW}, own words", batch_size, behind_phase15, records, histories)
+    losses[FULL_CONTEXT] = measure(f"{FULL_CONTEXT}, own words", batch_size, behind_llm, records, histories)
+    return losses
+
+
+@torch.no_grad()
+def measure(name: str, batch_size: int, losses_of: Callable[..., Losses], *lists: list[Record]) -> Losses:
+    """`losses_of` over the batches of lists that run side by side, with a progress bar."""
+    starts = tqdm(range(0, len(lists[0]), batch_size), desc=name)
+    parts = [losses_of(*(rows[start : start + batch_size] for rows in lists)) for start in starts]
+    num_chunks = max(part.nats.shape[1] for part in parts)
+    parts = [[F.pad(values, (0, num_chunks - values.shape[1])) for values in part] for part in parts]
+    return Losses(*map(torch.cat, zip(*parts, strict=True)))
 
 
 @contextmanager
@@ -77,41 +191,55 @@ def no_delta(model: Phase15ForCausalLM) -> Iterator[None]:
             alpha.data.copy_(value)
 
 
-def chunk_losses(model: Phase15ForCausalLM, batch: dict[str, torch.Tensor]) -> list[tuple[int, float, int]]:
-    """The model's own loss: (chunk index, sum in nats, answer tokens) of each chunk index."""
-    outputs = model(**batch, skip_logits=True)
-    sums = zip(outputs.chunk_losses.tolist(), outputs.chunk_tokens.tolist(), strict=True)
-    return [(chunk, nats, tokens) for chunk, (nats, tokens) in enumerate(sums)]
+def pad(rows: list[list[int]], device: torch.device) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Token ids `(batch_size, longest)`, padded on the right, and the lengths `(batch_size,)`."""
+    ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
+    return ids.to(device), torch.tensor([len(row) for row in rows], device=device)
 
 
-def first_soft_prompt_losses(
-    model: Phase15ForCausalLM, batch: dict[str, torch.Tensor]
-) -> list[tuple[int, float, int]]:
-    """As `chunk_losses`, with every chunk put right behind the query, so that it is predicted from sp_0."""
-    is_target = batch["labels"] != -100
-    answer_index = is_target.cumsum(dim=1) - 1
-    chunk = torch.where(is_target, answer_index // model.config.chunk_length, -1)
-    losses = []
-    for index in range(int(chunk.max()) + 1):
-        has_chunk = (chunk == index).any(dim=1)
-        mask = batch["attention_mask"].bool() & (~is_target | (chunk == index))  # query and this chunk
-        outputs = model(
-            batch["input_ids"][has_chunk],
-            attention_mask=mask[has_chunk],
-            labels=batch["labels"][has_chunk],
-            skip_logits=True,
-        )
-        losses.append((index, outputs.chunk_losses.sum().item(), outputs.chunk_tokens.sum().item()))
-    return losses
+def phase15_losses(
+    model: Phase15ForCausalLM, records: list[Record], histories: list[Record], chunk_length: int | None = None
+) -> Losses:
+    """
+    Chunk c of each record, predicted from sp_c of a history: the record itself, or what is to be put in its place. Of
+    a history with fewer chunks it is the last soft prompt that predicts one of them. `chunk_length` divides the
+    result, and is the model's own by default.
+    """
+    length, embed = model.config.chunk_length, model.get_input_embeddings()
+    (query, query_length), (history, history_length), (answer, answer_length) = (
+        pad(rows, model.device)
+        for rows in ([h.query for h in histories], [h.answer for h in histories], [r.answer for r in records])
+    )
+    soft_prompt = model.read(model.empty_soft_prompt(len(records)), query, query_length)
+    losses = torch.zeros(answer.shape, dtype=torch.float64, device=model.device)
+    for start in range(0, answer.shape[1], length):
+        chunk, has_chunk = answer[:, start : start + length], answer_length > start
+        seen = SoftPrompt(*(state[has_chunk] for state in soft_prompt))
+        hidden_states, _ = model.predict(seen, embed(chunk[has_chunk, :-1]))
+        is_target = torch.arange(start, start + chunk.shape[1], device=model.device) < answer_length[:, None]  # (B, K)
+        logits = model.get_output_embeddings()(hidden_states[is_target[has_chunk]])
+        losses[:, start : start + length][is_target] = cross_entropy(logits, chunk[is_target])
+        goes_on = history_length > start + length
+        if goes_on.any():
+            soft_prompt = model.step(soft_prompt, embed(history[:, start : start + length]), goes_on * length)
+    return by_chunk(losses, answer_length, chunk_length or length)
 
 
-def full_context_losses(
-    llm: PreTrainedModel, batch: dict[str, torch.Tensor], chunk_length: int
-) -> list[tuple[int, float, int]]:
-    """As `chunk_losses`, of an ordinary causal LM, or of an adapter on one, with query and answer in its context."""
-    logits = llm(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    nats, tokens = (sums.tolist() for sums in sums_by_chunk(logits, batch["labels"], chunk_length))
-    return list(zip(range(len(nats)), nats, tokens, strict=True))
+def llm_losses(llm: PreTrainedModel | PeftModel, records: list[Record], chunk_length: int) -> Losses:
+    """Each answer, predicted by a causal LM with the query and the answer so far in its context."""
+    ids, length = pad([record.query + record.answer for record in records], llm.device)
+    query_length = torch.tensor([len(record.query) for record in records], device=llm.device)
+    place = torch.arange(ids.shape[1], device=llm.device)
+    first = int(query_length.min())  # place of the first target
+    kept = ids.shape[1] - first + 1  # counted from the end, for adapters put virtual tokens in front
+    mask = (place < length[:, None]).long()
+    logits = llm(input_ids=ids, attention_mask=mask, logits_to_keep=kept, use_cache=False).logits[:, :-1]
+    is_target = (place >= query_length[:, None]) & (place < length[:, None])
+    losses = torch.zeros(ids.shape, dtype=torch.float64, device=llm.device)
+    losses[is_target] = cross_entropy(logits[is_target[:, first:]], ids[is_target])
+    answer_length = length - query_length
+    answer = query_length[:, None] + torch.arange(int(answer_length.max()), device=llm.device)
+    return by_chunk(losses.gather(1, answer.clamp(max=ids.shape[1] - 1)), answer_length, chunk_length)
 
 
 def sums_by_chunk(
@@ -136,39 +264,132 @@ def sums_by_chunk(
     return losses.new_zeros(int(chunk.max()) + 1).index_add_(0, chunk, losses), torch.bincount(chunk)
 
 
-@torch.no_grad()
-def measure_rival(
-    model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]], chunk_length: int
-) -> dict[str, float | list]:
-    """A row as of `compare`: of a Phase15 model its own loss, of another causal LM that with full context."""
-    model.eval()
-    sums, counts = defaultdict(float), defaultdict(int)  # by chunk index
-    for batch in tqdm(batches, desc="Measuring"):
-        batch = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels")}
-        is_phase15 = isinstance(model, Phase15ForCausalLM)
-        losses = chunk_losses(model, batch) if is_phase15 else full_context_losses(model, batch, chunk_length)
-        for chunk, nats, tokens in losses:
-            sums[chunk] += nats
-            counts[chunk] += tokens
+def llm_losses_behind(
+    llm: PreTrainedModel, records: list[Record], histories: list[Record], chunk_length: int
+) -> Losses:
+    """Chunk c of each record, predicted by a causal LM behind a history's query and first c chunks."""
+    parts = []
+    for start in range(0, max(len(record.answer) for record in records), chunk_length):
+        chunk = [
+            Record(history.query + history.answer[:start], record.answer[start : start + chunk_length])
+            for record, history in zip(records, histories, strict=True)
+        ]
+        parts.append(llm_losses(llm, chunk, chunk_length))
+    return Losses(*(torch.cat(kind, dim=1) for kind in zip(*parts, strict=True)))
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
+    """In nats, of each target `(num_targets,)`."""
+    return F.cross_entropy(logits.float(), targets, reduction="none").double()
+
+
+def by_chunk(losses: torch.Tensor, answer_length: torch.LongTensor, chunk_length: int) -> Losses:
+    """Sums over chunks of losses `(batch_size, longest)` that are left-aligned; none behind an answer's end."""
+    is_target = torch.arange(losses.shape[1], device=losses.device) < answer_length[:, None]
+    kinds = (losses * is_target, is_target.long())
+    padding = (0, -losses.shape[1] % chunk_length)
+    return Losses(*(F.pad(values, padding).unflatten(1, (-1, chunk_length)).sum(2).cpu() for values in kinds))
+
+
+# -------------------------------------------------------------------------------------------------- what they say
+
+
+def summary(losses: Losses) -> dict:
+    """`loss` (nats per answer token), `loss_by_chunk` (the same by chunk index) and `tokens_by_chunk`."""
+    nats, tokens = losses.nats.sum(dim=0), losses.tokens.sum(dim=0)
     return {
-        "loss": sum(sums.values()) / sum(counts.values()),
-        "loss_by_chunk": [sums[chunk] / tokens for chunk, tokens in sorted(counts.items())],
-        "tokens_by_chunk": [tokens for _, tokens in sorted(counts.items())],
+        "loss": (nats.sum() / tokens.sum()).item(),
+        "loss_by_chunk": (nats / tokens).tolist(),
+        "tokens_by_chunk": tokens.tolist(),
     }
 
 
+def resampled_loss(losses: Losses, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0) -> np.ndarray:
+    """
+    The loss of `samples` data sets of as many records, drawn from these with replacement, of shape `(samples,)`. The
+    same seed draws the same records, so that differences of rows are paired.
+    """
+    nats, tokens = (values.sum(dim=1).numpy() for values in losses)
+    draws = np.random.default_rng(seed).integers(len(nats), size=(samples, len(nats)))
+    return nats[draws].sum(axis=1) / tokens[draws].sum(axis=1)
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """The middle 95 %."""
+    return np.quantile(values, [0.025, 0.975]).tolist()
+
+
+def context_recovery(
+    window: Losses, model: Losses, full_context: Losses, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0
+) -> dict:
+    """
+    The share of what full context gives over the window that the model gives too.
+
+    Returns:
+        `dict`: `recovery` and its `interval`, None where full context is not surely better than the window (by
+        `LEAST_GAP`); and the `gap` between these in nats per token, with its `gap_interval`.
+    """
+    rows = (window, model, full_context)
+    (window, model, full_context) = (summary(row)["loss"] for row in rows)
+    windows, models, full_contexts = (resampled_loss(row, samples, seed) for row in rows)
+    gap, gap_interval = window - full_context, interval(windows - full_contexts)
+    result = {"recovery": None, "interval": None, "gap": gap, "gap_interval": gap_interval}
+    if min(gap, *gap_interval) > LEAST_GAP:
+        with np.errstate(divide="ignore", invalid="ignore"):  # a few samples may have no gap
+            ratios = (windows - models) / (windows - full_contexts)
+        result |= {"recovery": (window - model) / gap, "interval": interval(ratios)}
+    return result
+
+
 def table(results: dict[str, dict]) -> str:
-    """The results in Markdown."""
-    tokens = sum(next(iter(results.values()))["tokens_by_chunk"])
-    rows = [f"| {variant} | {result['loss']:.4f} |" for variant, result in results.items()]
-    return "\n".join([f"| validation, {tokens:,} answer tokens | nats per token |", "|---|---|", *rows])
+    """Losses, intervals and exact match where there are any, in Markdown, and below them the context recovery."""
+    rows, exact = results["validation"], results.get("exact_match")
+    has_interval = any("interval" in row for row in rows.values())
+    tokens = sum(next(iter(rows.values()))["tokens_by_chunk"])
+    header = [f"validation, {tokens:,} answer tokens", "nats per token"]
+    header += ["95 % interval"] * has_interval + ["exact match"] * bool(exact)
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for name, row in rows.items():
+        cells = [cell(name), f"{row['loss']:.4f}"]
+        if has_interval:
+            cells.append("[{:.4f}, {:.4f}]".format(*row["interval"]))
+        if exact:
+            match = exact.get(name)
+            cells.append(f"{match['correct']}/{match['records']} ({match['share']:.1%})" if match else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *recovery_lines(results)])
+
+
+def cell(text: str) -> str:
+    """Text that may be anybody's, the name of a rival's folder say, as words in Markdown."""
+    return html.escape(" ".join(str(text).split()), quote=False).replace("|", "\\|")
+
+
+def recovery_lines(results: dict[str, dict]) -> list[str]:
+    """What each context recovery says, as items of a list in Markdown."""
+    lines = []
+    for name, result in results.get("context_recovery", {}).items():
+        if result["recovery"] is None:
+            low, high = result["gap_interval"]
+            value = "undefined: full context is not better than the window"
+            value += f" ({result['gap']:.4f} nats, 95 % interval [{low:.4f}, {high:.4f}])"
+        else:
+            low, high = result["interval"]
+            value = f"{result['recovery']:.1%}, 95 % interval [{low:.1%}, {high:.1%}]"
+        lines.append(f"- context recovery, {cell(name)}: {value}")
+    return lines
 
 
 def plot(results: dict[str, dict], path: str | Path):
     """Draws the loss by chunk index into a picture file."""
     with picture(path) as axes:
         for variant, result in results.items():
-            axes.plot(result["loss_by_chunk"], marker="o", markersize=3, label=f"{variant} ({result['loss']:.3f})")
+            axes.plot(
+                result["loss_by_chunk"],
+                marker="o",
+                markersize=3,
+                label=f"{variant} ({result['loss']:.3f})".replace("$", r"\$"),
+            )
         axes.set(xlabel="chunk index", ylabel="nats per answer token", title="Validation loss by chunk")
         axes.legend()
 
@@ -202,6 +423,66 @@ def picture(path: str | Path):
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
+
+# ------------------------------------------------------------------------------------------------------- generation
+
+
+@torch.no_grad()
+def generate(
+    name: str,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    queries: list[list[int]],
+    batch_size: int,
+    max_new_tokens: int,
+    min_new_tokens: int = 0,
+) -> list[list[int]]:
+    """Greedy answers to queries, up to their end token; before `min_new_tokens` there is none."""
+    ends, answers = tokenizer.eos_token_id, []
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        batch_size = 1  # PEFT puts virtual tokens in front of the padding, which then counts as positions
+    for start in tqdm(range(0, len(queries), batch_size), desc=f"{name}, answering"):
+        batch = queries[start : start + batch_size]
+        ids, length = pad([query[::-1] for query in batch], model.device)
+        place = torch.arange(ids.shape[1], device=model.device)
+        output = model.generate(
+            input_ids=ids.flip(1),  # padded on the left
+            attention_mask=(place < length[:, None]).long().flip(1),
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=ends,
+            pad_token_id=ends,
+        )
+        rows = output[:, ids.shape[1] :].tolist()
+        answers += [row[: row.index(ends)] if ends in row else row for row in rows]
+    return answers
+
+
+def final_number(text: str) -> Decimal | None:
+    """The last number behind `####`, where GSM8K's answers have it."""
+    found = re.findall(r"####\s*([-$0-9.,]+)", text)
+    try:
+        return Decimal(re.sub(r"[$,]", "", found[-1]).rstrip(".")) if found else None
+    except InvalidOperation:  # "$." say
+        return None
+
+
+def exact_match(
+    answers: dict[str, list[list[int]]], records: list[Record], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, dict]:
+    """How many of each row's answers end in the number that the record's does."""
+    expected = [final_number(tokenizer.decode(record.answer)) for record in records]
+    result = {}
+    for name, rows in answers.items():
+        numbers = [final_number(tokenizer.decode(row)) for row in rows]
+        correct = sum(number == right for number, right in zip(numbers, expected, strict=True))
+        result[name] = {"correct": correct, "records": len(records), "share": correct / len(records)}
+    return result
+
+
+# --------------------------------------------------------------------------------------------- the saved folder
 
 LOAD_AND_ANSWER = """
 import json, sys, torch
@@ -249,3 +530,272 @@ def answer_in_new_process(folder: str | Path, query: list[int], max_new_tokens: 
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise ValueError(f"{folder} cannot be loaded and used in a new process: {reason}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+
+
+@dataclass
+class EvaluationArguments:
+    model_dir: str = field(metadata={"help": "A Phase15 model's folder, as train_sft.py leaves it."})
+    dataset: str = field(metadata={"help": "What train_sft.py takes as dataset_name."})
+    base: str | None = field(
+        default=None, metadata={"help": "The untrained base (Hub id, folder or .gguf file); adapters go on it too."}
+    )
+    rivals: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Folders of models trained on the same records: Phase15, causal LM or PEFT adapter."},
+    )
+    validation_split: float | None = field(
+        default=None,
+        metadata={"help": "Share of the records, the last, that is evaluated; the run's own by default, else 0.1."},
+    )
+    max_records: int | None = field(
+        default=None, metadata={"help": "Evaluate the first so many of them; as the run did by default."}
+    )
+    shuffle_records: bool | None = field(
+        default=None, metadata={"help": "Shuffle the records before they are split; as the run did by default."}
+    )
+    seed: int | None = field(
+        default=None, metadata={"help": "Of the shuffling and the bootstrap; the run's own by default, else 42."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Records at a time."})
+    generated_records: int = field(default=32, metadata={"help": "Generate answers to the first so many records."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Length of these answers, at most."})
+    bootstrap_samples: int = field(default=BOOTSTRAP_SAMPLES, metadata={"help": "Samples behind each interval."})
+    dtype: str = field(default="float32", metadata={"help": "Of the weights."})
+    device: str = field(
+        default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where to compute."}
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "For evaluation.json and the picture: model_dir."})
+
+
+def main(args: EvaluationArguments):
+    """Measures everything, and then writes."""
+    rivals = check_arguments(args)
+    config = Phase15Config.from_pretrained(args.model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(args.model_dir, config=config)
+    records, where, seed = validation_records(args, tokenizer, config.max_answer_length)
+    print(f"Evaluating {where}.")
+    asked = records[: args.generated_records]
+    numbered = [record for record in asked if final_number(tokenizer.decode(record.answer)) is not None]
+
+    def answer(name: str, model: PreTrainedModel | PeftModel) -> list[list[int]]:
+        queries = [record.query for record in numbered]
+        return generate(name, model, tokenizer, queries, args.batch_size, args.max_new_tokens)
+
+    losses, own_losses, answers = measure_model(args, records, asked, tokenizer, answer)
+    for name, folder in rivals.items():
+        rival = load(folder, args)
+        losses[name] = rival_losses(name, rival, records, args.batch_size, config.chunk_length)
+        answers[name] = answer(name, rival)
+        del rival  # before the next is loaded
+    results = {
+        "model": Path(args.model_dir).resolve().name,
+        "dataset": Path(args.dataset).name if os.path.isabs(args.dataset) else args.dataset,
+        "evaluated": where,
+        "records": {"validation": len(records), "generated": len(asked)},
+        **report(losses, own_losses, args.bootstrap_samples, seed),
+    }
+    if numbered:
+        results["exact_match"] = exact_match(answers, numbered, tokenizer)
+    results |= {
+        "seed": seed,
+        "command": shlex.join(Path(word).name if os.path.isabs(word) else word for word in sys.argv),
+        "versions": {package: version(package) for package in ("transformers", "torch", "datasets", "peft")},
+    }
+    output_dir = Path(args.output_dir or args.model_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    plot(results["validation"], output_dir / "loss_by_chunk.png")
+    print(f"\n{table(results)}\n")
+
+
+def check_arguments(args: EvaluationArguments) -> dict[str, str]:
+    """Refuses what cannot be evaluated; returns where the base and the rivals are, by the names of their rows."""
+    for name, least in {"batch_size": 1, "generated_records": 0, "max_new_tokens": 1, "bootstrap_samples": 1}.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"`{name}` is {getattr(args, name)}, but it must be {least} or more.")
+    for folder in (args.model_dir, *args.rivals):
+        if not Path(folder).is_dir():
+            raise ValueError(f"{folder}: no such folder.")
+    if (kind := kind_of(args.model_dir)) != PHASE15:
+        raise ValueError(f"{args.model_dir} is not the folder of {PHASE15}, but of {kind}.")
+    if args.base and (kind := kind_of(args.base)) != CAUSAL_LM:
+        raise ValueError(f"`base` is {args.base}, but that is {kind}, where {CAUSAL_LM} was expected.")
+    if args.output_dir and Path(args.output_dir).is_file():
+        raise ValueError(f"`output_dir` is {args.output_dir}, but that is a file.")
+    rows = {"the untrained base, full context": args.base} if args.base else {}
+    for folder in args.rivals:
+        name = f"rival: {read_recipe(folder).get('rival') or Path(folder).resolve().name}"
+        if name in rows:
+            raise ValueError(f"{rows[name]} and {folder} would both be called {name!r}.")
+        rows[name] = folder
+    expected = vocab_size(args.model_dir, args.base)
+    for name in rows.values():
+        if (found := vocab_size(name, args.base)) != expected:
+            raise ValueError(f"{name} has a vocabulary of {found} tokens, but {args.model_dir} has one of {expected}.")
+    return rows
+
+
+PHASE15, ADAPTER, CAUSAL_LM = "a Phase15 model", "a PEFT adapter", "a causal LM"
+
+
+def kind_of(name: str) -> str:
+    """What a folder, a .gguf file or a Hub id holds."""
+    if name.endswith(".gguf"):
+        if not Path(name).is_file():
+            raise ValueError(f"{name}: no such file.")
+        return CAUSAL_LM
+    if Path(name, "adapter_config.json").is_file():
+        return ADAPTER
+    if Path(name).is_dir() and not Path(name, "config.json").is_file():
+        raise ValueError(f"{name} holds no model that is known here: neither config.json nor adapter_config.json.")
+    model_type = Phase15Config.get_config_dict(name)[0].get("model_type")
+    return PHASE15 if model_type == Phase15Config.model_type else CAUSAL_LM
+
+
+def base_of(adapter: str, base: str | None) -> str:
+    """What an adapter is loaded on: `base`, or what it was trained on."""
+    base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if not base:
+        raise ValueError(f"{adapter} does not say which model it adapts; give --base.")
+    if (kind := kind_of(base)) != CAUSAL_LM:
+        raise ValueError(f"{adapter} adapts {base}, but that is {kind}, where {CAUSAL_LM} was expected.")
+    return base
+
+
+def vocab_size(name: str, base: str | None) -> int:
+    kind = kind_of(name)
+    if kind == ADAPTER:
+        return vocab_size(base_of(name, base), base)
+    if kind == PHASE15:
+        return Phase15Config.from_pretrained(name).text_config.vocab_size
+    folder, gguf_file = os.path.split(os.path.abspath(name)) if name.endswith(".gguf") else (name, None)
+    return AutoConfig.from_pretrained(folder, gguf_file=gguf_file).vocab_size
+
+
+def load(name: str, args: EvaluationArguments) -> PreTrainedModel | PeftModel:
+    kind = kind_of(name)
+    if kind == PHASE15:
+        model = Phase15ForCausalLM.from_pretrained(name, dtype=args.dtype)
+    elif kind == ADAPTER:
+        model = PeftModel.from_pretrained(load(base_of(name, args.base), args), name)
+    else:
+        model = Phase15ForCausalLM.from_base(name, dtype=args.dtype).llm
+    return model.to(args.device).eval()
+
+
+def read_recipe(folder: str) -> dict:
+    """The recipe.yaml that train_sft.py left in a model's folder; empty where it did not run."""
+    path = Path(folder, "recipe.yaml")
+    try:
+        recipe = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} was not written by train_sft.py: it is no mapping.")
+    return recipe
+
+
+def validation_records(
+    args: EvaluationArguments, tokenizer: PreTrainedTokenizerBase, max_answer_length: int
+) -> tuple[list[Record], str, int]:
+    """
+    The records to evaluate, which they are in words, and the seed. Where the run that made the model read the same
+    data they are, unless flags say otherwise, those that it held out.
+    """
+    name, recipe = args.dataset, read_recipe(args.model_dir)
+    if Path(str(recipe.get("dataset_name"))).name != Path(name).name:
+        recipe = {}
+    run = {"validation_split": 0.1, "shuffle_records": False, "seed": 42, **recipe}  # train_sft.py's defaults
+    flags = {key: getattr(args, key) for key in ("validation_split", "shuffle_records", "seed")}
+    share, is_shuffled, seed = (run[key] if flag is None else flag for key, flag in flags.items())
+    most = recipe.get("max_validation_records") if args.max_records is None else args.max_records
+    if not 0 < share <= 1:
+        raise ValueError(f"`validation_split` is {share}, but it must be above 0, and 1 at most.")
+    is_held_out = share == run["validation_split"] and is_shuffled == run["shuffle_records"]
+    is_held_out &= seed == run["seed"] or not is_shuffled
+    source = (name, recipe.get("dataset_config"), recipe.get("dataset_train_split", "train"))
+    if recipe.get("streaming") and is_held_out:
+        stream = stream_records(*source)
+        encode = stream_encoder(stream, tokenizer, max_answer_length, name)
+        rows = [encode(row) for row in stream.take(min(max(most, 0), recipe["max_validation_records"]))]
+        which = "the first"
+    else:
+        rows = tokenize(load_records(*source), tokenizer, max_answer_length, name)
+        rows = rows.shuffle(seed=seed) if is_shuffled else rows
+        start = len(rows) - math.ceil(len(rows) * share)
+        rows = rows.select(range(start, len(rows) if most is None else min(start + max(most, 0), len(rows))))
+        which = f"from the last {100 * share:g} %" + (f", shuffled with seed {seed}" if is_shuffled else "")
+    if not len(rows):
+        raise ValueError(f"{name}: there is no record to evaluate; `max_records` is {most}.")
+    if not recipe:
+        held_out = "no recipe.yaml says whether the model was trained on them"
+    elif is_held_out:
+        held_out = "the run that made the model held them out"
+    else:
+        held_out = "NOT the split of the run that made the model, which may have trained on them"
+    records = [
+        Record(row["input_ids"][: row["query_length"]], row["input_ids"][row["query_length"] :]) for row in rows
+    ]
+    return records, f"{len(rows)} records of {Path(name).name}, {which}; {held_out}", seed
+
+
+def measure_model(
+    args: EvaluationArguments,
+    records: list[Record],
+    asked: list[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    answer: Callable[[str, PreTrainedModel], list[list[int]]],
+) -> tuple[dict[str, Losses], dict[str, Losses], dict[str, list[list[int]]]]:
+    """The rows of the model's own LLM: their losses, those behind its own words, and their answers."""
+    model = load(args.model_dir, args)
+    losses, own_losses = variants(model, records, args.batch_size), {}
+    if asked:
+        length = model.config.chunk_length
+        longest = math.ceil(max(len(record.answer) for record in asked) / length) * length
+        queries = [record.query for record in asked]
+        words = generate("own words", model, tokenizer, queries, args.batch_size, longest, min_new_tokens=longest)
+        own_losses = own_words(model, asked, words, args.batch_size)
+    answers = {MODEL: answer(MODEL, model), FULL_CONTEXT: answer(FULL_CONTEXT, model.llm)}
+    with no_delta(model):
+        answers[WINDOW] = answer(WINDOW, model)
+    return losses, own_losses, answers
+
+
+def rival_losses(
+    name: str, rival: PreTrainedModel | PeftModel, records: list[Record], batch_size: int, chunk_length: int
+) -> Losses:
+    """A Phase15 rival is measured as such, any other with full context; chunks are those of the evaluated model."""
+    if isinstance(rival, Phase15ForCausalLM):
+        return measure(name, batch_size, lambda batch: phase15_losses(rival, batch, batch, chunk_length), records)
+    return measure(name, batch_size, lambda batch: llm_losses(rival, batch, chunk_length), records)
+
+
+def report(losses: dict[str, Losses], own_losses: dict[str, Losses], samples: int, seed: int) -> dict[str, dict]:
+    """The losses in numbers that JSON holds, and what follows from them."""
+
+    def recovery(rows: dict[str, Losses], *names: str) -> dict:
+        return context_recovery(*(rows[name] for name in names), samples, seed)
+
+    recoveries = {SAME_LLM: recovery(losses, WINDOW, MODEL, FULL_CONTEXT)}
+    if own_losses:
+        recoveries[OWN_WORDS] = recovery(own_losses, WINDOW, MODEL, FULL_CONTEXT)
+    if {RIVAL_WINDOW, RIVAL_FULL_CONTEXT} <= set(losses):
+        recoveries[OWN_RIVALS] = recovery(losses, RIVAL_WINDOW, MODEL, RIVAL_FULL_CONTEXT)
+    blocks = {
+        block: {
+            name: {**summary(row), "interval": interval(resampled_loss(row, samples, seed))}
+            for name, row in rows.items()
+        }
+        for block, rows in (("validation", losses), ("own_words", own_losses))
+    }
+    return {**blocks, "context_recovery": recoveries}
+
+
+if __name__ == "__main__":
+    try:
+        main(*HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses())
+    except (ValueError, OSError, StrictDataclassError, SafetensorError) as error:
+        raise SystemExit(f"eval_sft.py: {' '.join(str(error).split())}") from error

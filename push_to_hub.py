@@ -54,6 +54,7 @@ OURS = (  # what a push may leave on the Hub, and a later one may have no more; 
     "*.safetensors",
     "*.safetensors.index.json",
     *PICTURES,
+    "evaluation.json",
     "recipe.yaml",
     "recipes_before.yaml",
     "chat_template.jinja",
@@ -112,7 +113,11 @@ def check_arguments(args: PushArguments):
         raise ValueError(f"{source}: no such folder.")
     if not (source / "config.json").is_file():
         adapter = (source / "adapter_config.json").is_file()
-        hint = "an adapter alone: train it with `--merge_adapter true`" if adapter else "it has no config.json"
+        hint = (
+            "an adapter alone; stage lora saves the merged model with `--merge_adapter true`"
+            if adapter
+            else "it has no config.json"
+        )
         raise ValueError(f"{source} is not the folder of a Phase15 model: {hint}.")
     model_type = Phase15Config.get_config_dict(source)[0].get("model_type")
     if model_type != Phase15Config.model_type:
@@ -120,10 +125,11 @@ def check_arguments(args: PushArguments):
 
 
 class Run(NamedTuple):
-    """What train_sft.py left in a model's folder; empty where it did not run."""
+    """What train_sft.py and eval_sft.py left in a model's folder; empty where they did not run."""
 
     recipes: list[dict]  # of this run and of those before it, this one first
     results: dict
+    evaluation: dict
 
 
 def read_run(folder: Path) -> Run:
@@ -137,10 +143,12 @@ def read_run(folder: Path) -> Run:
     results = read_documents(folder / "results.json", {"train", "steps", "records", "validation"})
     if results and not recipes:
         raise ValueError(f"{folder} holds results.json, but not the recipe.yaml that says of what.")
-    return Run(recipes, results[0] if results else {})
+    keys = {"dataset", "evaluated", "records", "validation", "context_recovery"}
+    evaluation = read_documents(folder / "evaluation.json", keys, "eval_sft.py")
+    return Run(recipes, results[0] if results else {}, evaluation[0] if evaluation else {})
 
 
-def read_documents(path: Path, keys: set[str]) -> list[dict]:
+def read_documents(path: Path, keys: set[str], script: str = "train_sft.py") -> list[dict]:
     """The documents of a YAML file (JSON is YAML), none if it is not there; each must have the keys."""
     try:
         documents = list(yaml.safe_load_all(path.read_text("utf-8"))) if path.is_file() else []
@@ -148,7 +156,7 @@ def read_documents(path: Path, keys: set[str]) -> list[dict]:
         raise ValueError(f"{path} cannot be read: {error}") from error
     for document in documents:
         if not isinstance(document, dict) or not keys <= set(document):
-            raise ValueError(f"{path} was not written by train_sft.py, which writes {', '.join(sorted(keys))}.")
+            raise ValueError(f"{path} was not written by {script}, which writes {', '.join(sorted(keys))}.")
     return documents
 
 
@@ -168,7 +176,7 @@ def stage(args: PushArguments, folder: Path):
         if recipes:
             text = yaml.safe_dump_all(recipes, sort_keys=False, allow_unicode=True)
             (folder / name).write_text(text, encoding="utf-8")
-    for name in PICTURES:
+    for name in (*PICTURES, "evaluation.json"):
         if (source / name).is_file():
             shutil.copy(source / name, folder / name)
     pictures = [name for name in PICTURES if (folder / name).is_file()]
@@ -214,11 +222,15 @@ def model_card(
     args: PushArguments, run: Run, model: Phase15ForCausalLM, tokenizer: PreTrainedTokenizerBase, pictures: list[str]
 ) -> ModelCard:
     """The model card; what it says of training and results is read from the run."""
-    recipe, validation = run.recipes[0] if run.recipes else {}, run.results.get("validation", {})
+    recipe, measured = run.recipes[0] if run.recipes else {}, run.evaluation or run.results
+    validation = measured.get("validation", {})
     ids = [recipe["dataset_name"] for recipe in run.recipes if is_hub_dataset(recipe["dataset_name"])]
     datasets = args.datasets or list(dict.fromkeys(ids)) or None
     base_model = args.base_model or model.config.text_config.name_or_path or None
     data = args.datasets[0] if args.datasets else recipe.get("dataset_name")
+    measured_data = data
+    if run.evaluation and Path(run.evaluation["dataset"]).name != Path(recipe.get("dataset_name", "")).name:
+        measured_data = run.evaluation["dataset"]  # not what the model was trained on
     name = args.repo_id.split("/")[1]
     metadata = ModelCardData(
         license=args.license,
@@ -232,8 +244,8 @@ def model_card(
         eval_results=[
             EvalResult(
                 task_type="text-generation",
-                dataset_type=data,
-                dataset_name=data,
+                dataset_type=measured_data,
+                dataset_name=measured_data,
                 dataset_split="validation",
                 metric_type="loss",
                 metric_name=f"nats per answer token, {variant}",
@@ -261,8 +273,8 @@ def model_card(
         has_recipes_before=len(run.recipes) > 1,
         data=data,
         results=run.results,
-        validation=validation,
-        num_tokens=sum(next(iter(validation.values()))["tokens_by_chunk"]) if validation else 0,
+        evaluated=eval_sft.cell(run.evaluation.get("evaluated", "")),
+        table=eval_sft.table(measured) if validation else "",
         pictures=pictures,
     )
 

@@ -66,12 +66,7 @@ from modeling_phase15 import HyperNetwork, HyperNetworkLayer, Phase15ForCausalLM
 
 logger = logging.get_logger("phase15.train")
 QUICKSTART = Path(__file__).parent / "recipes" / "quickstart.yaml"
-RIVALS = {  # the stage whose model each is the fair rival of, and the name of its row in the results
-    "window": ("full", "rival: window"),
-    "full_context": ("full", "rival: full context"),
-    "prompt_tuning": ("hypernet", "rival: prompt tuning"),
-    "lora": ("hypernet", "rival: LoRA"),
-}
+RIVALS = {"window": "full", "full_context": "full", "prompt_tuning": "hypernet", "lora": "hypernet"}  # of which stage
 
 
 @dataclass
@@ -421,9 +416,10 @@ def check_rival(args):
         return
     if args.rival not in RIVALS:
         raise ValueError(f"`rival` is {args.rival!r}, but it must be {', '.join(RIVALS)}.")
-    stage, _ = RIVALS[args.rival]
-    if args.stage != stage:
-        raise ValueError(f"`rival` is {args.rival}, which goes with stage {stage}, but `stage` is {args.stage}.")
+    if args.stage != RIVALS[args.rival]:
+        raise ValueError(
+            f"`rival` is {args.rival}, which goes with stage {RIVALS[args.rival]}, but `stage` is {args.stage}."
+        )
     if args.merge_adapter:
         raise ValueError("`merge_adapter` is for stage lora; a rival's adapter is saved as it is.")
 
@@ -675,13 +671,13 @@ def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments, recipe: dic
     if trainer.eval_dataset is not None:
         loader = DataLoader(trainer.eval_dataset, args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
         with trainer.accelerator.autocast():
-            if model_args.rival:
-                _, row = RIVALS[model_args.rival]
-                results["validation"] = {row: eval_sft.measure_rival(model, loader, trainer.config.chunk_length)}
+            if name := model_args.rival:
+                results |= eval_sft.compare_rival(model, f"rival: {name}", loader, trainer.config.chunk_length)
             else:
-                results["validation"] = eval_sft.compare(model, loader)
+                results |= eval_sft.compare(model, loader)
         eval_sft.plot(results["validation"], output_dir / "loss_by_chunk.png")
-        print(f"\n{eval_sft.table(results['validation'])}\n")
+        print(f"\n{eval_sft.table(results)}\n")
+    (output_dir / "evaluation.json").unlink(missing_ok=True)  # eval_sft.py's, of an earlier run's model
     (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if model_args.rival in (None, "window") and (model_args.stage != "lora" or model_args.merge_adapter):
         print(f"Saved to {output_dir}. Loaded in a new process:")

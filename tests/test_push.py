@@ -18,6 +18,8 @@ from hub_server import Commit, HubServer, Request
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from eval_sft import EvaluationArguments
+from eval_sft import main as evaluate
 from modeling_phase15 import Phase15ForCausalLM
 from train_sft import main, prepare
 
@@ -31,6 +33,7 @@ FILES = {
     "chat_template.jinja",
     "config.json",
     "configuration_phase15.py",
+    "evaluation.json",
     "generation_config.json",
     "loss_by_chunk.png",
     "decoding_phase15.py",
@@ -41,7 +44,7 @@ FILES = {
     "training_curve.png",
 }
 
-RUN = ("loss_by_chunk.png", "recipe.yaml", "results.json", "training_curve.png")
+RUN = ("evaluation.json", "loss_by_chunk.png", "recipe.yaml", "results.json", "training_curve.png")
 
 # Runs the script once per line of its input, in a copy of itself: importing torch for each would take minutes.
 RUNNER = """
@@ -179,6 +182,13 @@ def models(shells, folder, chat_tokenizer) -> dict[str, Path]:
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
     main(*prepare([str(folder / "recipe.yaml")]))
+    shutil.copytree(folder / "first", folder / "rivals" / "a|<b>")
+    (folder / "rivals" / "a|<b>" / "recipe.yaml").unlink()
+    numbers = [{"query": f"What is {i}?", "answer": f"Blue light.\n#### {i}"} for i in range(3)]
+    (folder / "numbers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in numbers))
+    flags = {"validation_split": 1.0, "max_new_tokens": 4, "bootstrap_samples": 50, "device": "cpu"}
+    flags["rivals"] = [str(folder / "rivals" / "a|<b>")]
+    evaluate(EvaluationArguments(str(folder / "first"), str(folder / "numbers.jsonl"), **flags))
 
     def variant(name: str, **tensors: float) -> Path:
         shutil.copytree(folder / "first", folder / name)
@@ -191,10 +201,11 @@ def models(shells, folder, chat_tokenizer) -> dict[str, Path]:
     second = variant("second", alpha=0.5)
     for name in RUN:  # as save_pretrained leaves a model
         (second / name).unlink()
-    variant("third", alpha=0.7)
+    (variant("third", alpha=0.7) / "evaluation.json").unlink()
     variant("nan", alpha=float("nan"))
     cut = variant("truncated weights") / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-1000])
+    (variant("broken evaluation") / "evaluation.json").write_text('{"validation": {}}')
     (variant("broken template") / "chat_template.jinja").write_text("{% for message in messages %}")
     (variant("broken tokenizer") / "tokenizer.json").write_text("{}")
     (variant("broken config") / "config.json").write_text('{"model_type": "phase15", ')
@@ -227,6 +238,7 @@ REFUSALS = {  # folder, flags, keywords of push(), what the line says
     "broken config": ("broken config", (), {}, r"config\.json"),
     "truncated weights": ("truncated weights", (), {}, r"safetensors|weights"),
     "broken tokenizer": ("broken tokenizer", (), {}, r"(?i)tokenizer"),
+    "broken evaluation": ("broken evaluation", (), {}, r"evaluation\.json was not written by eval_sft\.py"),
     "broken template": ("broken template", (), {}, r"(?i)template"),
     "nan": ("nan", (), {}, r"/nan,.*finite"),
 }
@@ -456,9 +468,37 @@ def test_nothing_is_run_without_trust_remote_code(elsewhere, auto_class):
 def test_the_card_is_valid_and_its_results_are_the_runs(elsewhere, models):
     data, eval_results, text = elsewhere["card"]
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
-    validation = json.loads((models["first"] / "results.json").read_text())["validation"]
+    validation = json.loads((models["first"] / "evaluation.json").read_text())["validation"]
     assert eval_results and any(abs(r.metric_value - validation["the model"]["loss"]) < 1e-3 for r in eval_results)
+    assert {r.dataset_name for r in eval_results} == {"numbers.jsonl"}  # not what it was trained on
     assert "trust_remote_code=True" in text and REPO in text
+
+
+def test_the_card_shows_what_eval_sft_measured(story, models):
+    files, evaluation = uploaded(story["first"].log[0]), json.loads((models["first"] / "evaluation.json").read_text())
+    assert json.loads(files["evaluation.json"]) == evaluation
+    assert set(evaluation["exact_match"]) < set(evaluation["validation"]) and len(evaluation["validation"]) == 6
+    card = files["README.md"].decode().split("\n---\n", 1)[1]  # behind the metadata, which YAML escapes
+    assert f"on {evaluation['evaluated']} (" in card and "held out of this run" not in card
+    for name, row in evaluation["validation"].items():
+        name = name.replace("a|<b>", r"a\|&lt;b&gt;")
+        low, high = row["interval"]
+        assert f"\n| {name} | {row['loss']:.4f} | [{low:.4f}, {high:.4f}] | " in card
+    assert "| the model | " in card and "/3 (" in card and "a|<b>" not in card
+    for name, result in evaluation["context_recovery"].items():
+        number = result["gap" if result["recovery"] is None else "recovery"]
+        number = f"{number:.4f} nats" if result["recovery"] is None else f"{number:.1%}"
+        assert re.search(rf"\n- context recovery, {re.escape(name)}: .*{re.escape(number)}", card)
+    assert "](loss_by_chunk.png)" in card
+
+
+def test_without_it_the_card_shows_the_runs_own_table(story, shells, models):
+    files = uploaded(shells["story"].hub.repos[REPO].log("dev/x")[-1])
+    card, results = files["README.md"].decode(), json.loads((models["third"] / "results.json").read_text())
+    assert "evaluation.json" not in files and "2 validation records of data.jsonl, held out of this run" in card
+    for name, row in results["validation"].items():
+        assert f"\n| {name} | {row['loss']:.4f} |\n" in card
+    assert "\n- context recovery, same LLM: " in card
 
 
 # what goes wrong

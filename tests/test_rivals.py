@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from modeling_phase15 import Phase15ForCausalLM
+from push_to_hub import PushArguments, model_card, read_run
 from train_sft import RIVALS, main, prepare
 
 
@@ -60,7 +61,7 @@ def recipe(start, tmp_path) -> dict:
 
 
 def rival_run(rival: str, recipe: dict, folder: Path, **values):
-    stage, _ = RIVALS[rival]
+    stage = RIVALS[rival]
     return prepare([write(recipe, folder, rival=rival, stage=stage, **values)])
 
 
@@ -182,8 +183,8 @@ def test_what_a_rival_leaves(rival, llm, recipe, tmp_path, capfd):
         loss = model(input_ids=ids[None], labels=labels[None]).loss
         losses.append(loss.expand(len(ids) - query))
     results = json.loads((Path(folder) / "results.json").read_text())["validation"]
-    (row,), (_, name) = results.values(), RIVALS[rival]
-    assert list(results) == [name] and set(row) == {"loss", "loss_by_chunk", "tokens_by_chunk"}
+    ((name, row),) = results.items()
+    assert name == f"rival: {rival}" and set(row) == {"loss", "loss_by_chunk", "tokens_by_chunk"}
     assert_close(row["loss"], torch.cat(losses).mean().item(), atol=1e-4, rtol=1e-4)
     nats = sum(x * n for x, n in zip(row["loss_by_chunk"], row["tokens_by_chunk"], strict=True))
     assert_close(nats / len(torch.cat(losses)), row["loss"], atol=1e-5, rtol=1e-5)
@@ -199,6 +200,10 @@ def test_what_a_rival_leaves(rival, llm, recipe, tmp_path, capfd):
     assert bool(re.search(r"^A: ", output, re.M)) == (rival == "window")
     if rival == "window":
         assert not load_file(f"{folder}/model.safetensors")["hypernet.alpha"].any()
+        arguments, run = PushArguments(model_dir=folder, repo_id="me/window"), read_run(Path(folder))
+        card = model_card(arguments, run, model, trainer.processing_class, []).text
+        assert f"| {name} | {row['loss']:.4f} |" in card and "as a rival of" in card
+        assert "HyperNetwork and LLM:" not in card and "share this model" not in card
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -1,5 +1,5 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""Steps of Phase15Trainer against naive ones, the stages, runs of the script, and its comparison of variants."""
+"""Steps of Phase15Trainer against naive ones, the stages, and runs of the script."""
 
 import copy
 import functools
@@ -26,13 +26,9 @@ from conftest import (
     SIZES,
     VOCAB,
     random_ids,
-    randomise_alpha,
     reference_carry,
     reference_logits,
-    reference_predict,
-    reference_read,
     reference_step,
-    window_logits,
 )
 from datasets import Dataset
 from peft import PeftModel
@@ -41,7 +37,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainerCallback
 
-import eval_sft
 from data_sft import Phase15DataCollator
 from modeling_phase15 import Phase15ForCausalLM
 from train_sft import Phase15Trainer, Phase15TrainingArguments, main, parse_args, prepare, save_recipe
@@ -536,8 +531,11 @@ def test_a_bad_record_that_shall_validate_a_stream(recipe, tmp_path):
 def test_what_a_run_on_a_stream_leaves(recipe, tmp_path, capfd):
     recipe |= STREAM | {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     trainer, *rest = prepare([write(recipe, tmp_path)])
-    main(trainer, *rest)
     folder = Path(recipe["output_dir"])
+    folder.mkdir(exist_ok=True)
+    (folder / "evaluation.json").write_text("{}")  # of another model
+    main(trainer, *rest)
+    assert not (folder / "evaluation.json").exists()
     results = json.loads((folder / "results.json").read_text())
     assert results["records"] == {"training": 24, "validation": 3}  # three steps of two batches of four
     assert [row["number"] for row in trainer.eval_dataset] == [1, 2, 3]
@@ -671,7 +669,9 @@ def test_what_a_run_leaves_and_says(killed_run):
     path, folder, _, done = killed_run
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((folder / "results.json").read_text())
-    assert list(results["validation"]) == ["the model", "Δ = 0", "soft prompt at sp_0", "full context"]
+    rows = ["the model", "Δ = 0", "soft prompt at sp_0", "another record's soft prompt", "full context"]
+    assert list(results["validation"]) == rows
+    assert list(results["context_recovery"]) == ["same LLM"] and "- context recovery, same LLM: " in done.stdout
     for variant, result in results["validation"].items():
         assert f"| {variant} | {result['loss']:.4f} |" in done.stdout
     assert results["records"] == {"training": 13, "validation": 2} and results["steps"] == 60
@@ -866,47 +866,3 @@ def test_the_padding_of_a_tokenizer_whose_padding_is_its_end(base, recipe, tmp_p
     for batch in trainer.get_train_dataloader():
         assert ((batch["labels"] == tokenizer.eos_token_id).sum(1) == 1).all()
         assert batch["attention_mask"].min() == 0 or len(batch["labels"]) < 4
-
-
-# eval_sft
-
-
-@torch.no_grad()
-def naive_variants(model, record) -> dict[str, torch.Tensor]:
-    ids, query = torch.tensor(record["input_ids"]), record["query_length"]
-    answer, slots = ids[query:], reference_read(model, [], ids[:query])
-    logits = {
-        "the model": reference_logits(model, ids, query)[0][query - 1 : -1],
-        "Δ = 0": window_logits(model.llm, ids, query)[query - 1 : -1],
-        "soft prompt at sp_0": torch.cat([reference_predict(model, slots, c[:-1]) for c in answer.split(CHUNK)]),
-        "full context": model.llm(ids[None]).logits[0, query - 1 : -1],
-    }
-    return {name: F.cross_entropy(scores, answer, reduction="none") for name, scores in logits.items()}
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_compare_equals_naive_references(kind, bases):
-    model = randomise_alpha(Phase15ForCausalLM.from_base(bases[kind], **SIZES)).train()
-    answers = (1, 4, 10, 30, 22)  # the longest do not fit in the slots
-    data, before = records(answers=answers), state(model)
-    batches = [Phase15DataCollator()(list(data.select(rows))) for rows in ([0, 1, 2], [3, 4])]
-    results = eval_sft.compare(model, batches)
-    naive = [naive_variants(model, record) for record in data]
-    losses = set()
-    for variant in naive[0]:
-        rows = [row[variant] for row in naive]
-        chunks = [torch.cat([row[i : i + CHUNK] for row in rows]) for i in range(0, max(answers), CHUNK)]
-        assert_close(results[variant]["loss"], torch.cat(rows).mean().item(), atol=1e-4, rtol=1e-4)
-        assert_close(results[variant]["loss_by_chunk"], [c.mean().item() for c in chunks], atol=1e-4, rtol=1e-4)
-        assert results[variant]["tokens_by_chunk"] == [len(chunk) for chunk in chunks]
-        losses.add(round(results[variant]["loss"], 3))
-    assert len(losses) == 4 and len(results) == 4  # so that no variant could stand for another
-    assert not changed(before, state(model))
-
-
-def test_no_delta_restores_alpha_after_an_error(tiny):
-    alpha = tiny.hypernet.alpha.detach().clone()
-    with pytest.raises(KeyError), eval_sft.no_delta(tiny):
-        assert not tiny.hypernet.alpha.any()
-        raise KeyError
-    assert torch.equal(tiny.hypernet.alpha, alpha)

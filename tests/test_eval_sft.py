@@ -1,0 +1,604 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""eval_sft.py: every row against a naive one, context recovery and its intervals, and the command from end to end."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from conftest import (
+    CHUNK,
+    LLM_SIZES,
+    SIZES,
+    random_ids,
+    randomise_alpha,
+    reference_logits,
+    reference_predict,
+    reference_read,
+    reference_step,
+    window_logits,
+)
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import eval_sft
+from data_sft import Phase15DataCollator
+from eval_sft import EvaluationArguments, Losses, Record
+from modeling_phase15 import Phase15ForCausalLM
+from train_sft import prepare
+
+
+ROOT = Path(__file__).parent.parent
+ROWS = ["the model", "Δ = 0", "soft prompt at sp_0", "another record's soft prompt", "full context"]
+# lengths: 9 is more than one segment, 4 is one whole chunk, and the longest answers do not fit in the slots
+QUERIES, ANSWERS = (3, 9, 5, 1, 4), (1, 30, 4, 10, 22)
+close = partial(assert_close, atol=1e-4, rtol=1e-4)
+
+
+def records(queries=QUERIES, answers=ANSWERS) -> list[Record]:
+    rows = [(random_ids(q + a, seed=i).tolist(), q) for i, (q, a) in enumerate(zip(queries, answers, strict=True))]
+    return [Record(ids[:query], ids[query:]) for ids, query in rows]
+
+
+def batches_of(records: list[Record], size: int = 3) -> list[dict]:
+    rows = [
+        {"input_ids": record.query + record.answer, "query_length": len(record.query), "record": 1}
+        for record in records
+    ]
+    return [Phase15DataCollator()(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+
+def naive(scores: torch.Tensor, answer: list[int]) -> torch.Tensor:
+    return F.cross_entropy(scores, torch.tensor(answer), reduction="none")
+
+
+def chunks_of(answer: list[int]) -> list[list[int]]:
+    return [answer[start : start + CHUNK] for start in range(0, len(answer), CHUNK)]
+
+
+def naive_soft_prompts(model, history: Record) -> list[list[torch.Tensor]]:
+    """Slots before each chunk of a history."""
+    soft_prompts = [reference_read(model, [], torch.tensor(history.query))]
+    for chunk in chunks_of(history.answer)[:-1]:
+        soft_prompts.append(reference_step(model, soft_prompts[-1], torch.tensor(chunk)))
+    return soft_prompts
+
+
+def naive_behind(model, record: Record, soft_prompts: list[list[torch.Tensor]]) -> torch.Tensor:
+    losses = []
+    for index, chunk in enumerate(chunks_of(record.answer)):
+        slots = soft_prompts[min(index, len(soft_prompts) - 1)]
+        losses.append(naive(reference_predict(model, slots, torch.tensor(chunk)[:-1]), chunk))
+    return torch.cat(losses)
+
+
+@torch.no_grad()
+def naive_variants(model, record: Record, other: Record) -> dict[str, torch.Tensor]:
+    """Cross-entropy of each answer token of one record."""
+    ids, query = torch.tensor(record.query + record.answer), len(record.query)
+    return {
+        "the model": naive(reference_logits(model, ids, query)[0][query - 1 : -1], record.answer),
+        "Δ = 0": naive(window_logits(model.llm, ids, query)[query - 1 : -1], record.answer),
+        "soft prompt at sp_0": naive_behind(model, record, naive_soft_prompts(model, record)[:1]),
+        "another record's soft prompt": naive_behind(model, record, naive_soft_prompts(model, other)),
+        "full context": naive(model.llm(ids[None]).logits[0, query - 1 : -1], record.answer),
+    }
+
+
+def assert_rows(losses: Losses, rows: list[torch.Tensor]):
+    """Each record's sums over chunks, and no token lost."""
+    for nats, tokens, row in zip(*losses, rows, strict=True):
+        chunks = row.split(CHUNK)
+        close(nats[: len(chunks)].tolist(), [chunk.sum().item() for chunk in chunks])
+        assert tokens.tolist()[: len(chunks)] == [len(chunk) for chunk in chunks]
+        assert not tokens[len(chunks) :].any() and not nats[len(chunks) :].any()
+
+
+# the losses
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_compare_equals_naive_references(kind, bases):
+    model, data = randomise_alpha(Phase15ForCausalLM.from_base(bases[kind], **SIZES)).train(), records()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    results = eval_sft.compare(model, batches_of(data))["validation"]
+    expected = [naive_variants(model, *pair) for pair in zip(data, data[1:] + data[:1], strict=True)]
+    assert list(results) == ROWS
+    for variant, result in results.items():
+        rows = [row[variant] for row in expected]
+        chunks = [torch.cat([row[i : i + CHUNK] for row in rows]) for i in range(0, max(ANSWERS), CHUNK)]
+        close(result["loss"], torch.cat(rows).mean().item())
+        close(result["loss_by_chunk"], [chunk.mean().item() for chunk in chunks])
+        assert result["tokens_by_chunk"] == [len(chunk) for chunk in chunks]
+        assert set(result) == {"loss", "loss_by_chunk", "tokens_by_chunk"}
+    assert len({round(result["loss"], 3) for result in results.values()}) == 5  # none could stand for another
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_every_record_has_its_own_losses(tiny):
+    data = records()
+    for variant, losses in eval_sft.variants(tiny, data, 2).items():
+        expected = [naive_variants(tiny, *pair)[variant] for pair in zip(data, data[1:] + data[:1], strict=True)]
+        assert_rows(losses, expected)
+
+
+def test_the_models_losses_are_those_of_its_training_form(tiny):
+    batch = batches_of(records(), 5)[0]
+    batch.pop("records")
+    with torch.no_grad():
+        outputs = tiny(**batch, skip_logits=True)
+    nats, tokens = (values.sum(0) for values in eval_sft.variants(tiny, records(), 5)["the model"])
+    close(nats.float(), outputs.chunk_losses)
+    assert torch.equal(tokens, outputs.chunk_tokens)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])  # of five records
+def test_losses_do_not_depend_on_the_batch_size(batch_size, tiny):
+    expected, actual = (eval_sft.variants(tiny, records(), size) for size in (5, batch_size))
+    for variant in ROWS:
+        close(actual[variant], expected[variant])
+
+
+def test_the_soft_prompt_of_an_equal_record_is_as_good(tiny):
+    losses = eval_sft.variants(tiny, records()[3:4] * 3, 2)
+    close(losses["another record's soft prompt"], losses["the model"])
+
+
+def test_one_record_has_no_other(tiny):
+    assert list(eval_sft.variants(tiny, records()[2:3], 2)) == [name for name in ROWS if "another" not in name]
+
+
+def test_no_delta_restores_alpha_after_an_error(tiny):
+    alpha = tiny.hypernet.alpha.detach().clone()
+    with pytest.raises(KeyError), eval_sft.no_delta(tiny):
+        assert not tiny.hypernet.alpha.any()
+        raise KeyError
+    assert torch.equal(tiny.hypernet.alpha, alpha)
+
+
+@torch.no_grad()
+def test_virtual_tokens_of_an_adapter_shift_no_target(bases):
+    """Prompt tuning puts them in front of the text."""
+    base, data = AutoModelForCausalLM.from_pretrained(bases["llama"]), records()
+    tuned = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    virtual = tuned.get_prompt(1)[0]
+    expected = []
+    for record in data:
+        embeds = base.get_input_embeddings()(torch.tensor(record.query + record.answer))
+        logits = base(inputs_embeds=torch.cat([virtual, embeds])[None]).logits[0]
+        expected.append(naive(logits[3 + len(record.query) - 1 : -1], record.answer))
+    losses = eval_sft.measure("adapter", 2, lambda batch: eval_sft.llm_losses(tuned, batch, CHUNK), data)
+    assert_rows(losses, expected)
+
+
+def test_a_rivals_chunks_are_those_of_the_evaluated_model(tiny):
+    """Whatever its own are."""
+    losses = eval_sft.rival_losses("rival", tiny, records(), 2, 6)
+    expected = [naive_variants(tiny, record, record)["the model"] for record in records()]
+    for nats, tokens, row in zip(*losses, expected, strict=True):
+        close(nats.tolist()[: math.ceil(len(row) / 6)], [chunk.sum().item() for chunk in row.split(6)])
+        assert tokens.sum() == len(row)
+
+
+# behind the model's own words
+
+
+@torch.no_grad()
+def naive_greedy(model, query: list[int], length: int, end: int) -> list[int]:
+    """Token by token, the whole text anew; without the end token."""
+    ids = list(query)
+    while len(ids) < len(query) + length:
+        scores = reference_logits(model, torch.tensor(ids), len(query))[0][-1]
+        scores[end] = -torch.inf
+        ids.append(int(scores.argmax()))
+    return ids[len(query) :]
+
+
+class Tokenizer:
+    """One letter a token."""
+
+    def __init__(self, end: int):
+        self.eos_token_id = end
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(ord("0") + index) for index in ids)
+
+
+@torch.no_grad()
+def test_losses_behind_the_models_own_words(tiny):
+    data, longest = records(), 32
+    end = naive_greedy(tiny, data[2].query, 1, -1)[0]  # which it would say at once
+    answers = eval_sft.generate("", tiny, Tokenizer(end), [r.query for r in data], 2, longest, min_new_tokens=longest)
+    assert answers == [naive_greedy(tiny, record.query, longest, end) for record in data]
+    losses = eval_sft.own_words(tiny, data, answers, 2)
+    expected = {name: [] for name in ("the model", "Δ = 0", "full context")}
+    for record, answer in zip(data, answers, strict=True):
+        histories = [torch.tensor(record.query + answer[:i]) for i in range(0, len(record.answer), CHUNK)]
+        rows = {name: [] for name in expected}
+        for history, chunk in zip(histories, chunks_of(record.answer), strict=True):
+            ids = torch.cat([history, torch.tensor(chunk)])
+            for name, logits in {
+                "the model": reference_logits(tiny, ids, len(record.query))[0],
+                "Δ = 0": window_logits(tiny.llm, ids, len(record.query)),
+                "full context": tiny.llm(ids[None]).logits[0],
+            }.items():
+                rows[name].append(naive(logits[len(history) - 1 : -1], chunk))
+        for name, chunks in rows.items():
+            expected[name].append(torch.cat(chunks))
+    assert list(losses) == ["the model", "Δ = 0", "full context"]
+    for name, rows in expected.items():
+        assert_rows(losses[name], rows)
+    references = eval_sft.variants(tiny, data, 5)
+    for name in losses:
+        assert not torch.equal(losses[name].nats, references[name].nats)
+        close(losses[name].nats[:, 0], references[name].nats[:, 0])  # the first chunk has only the query before it
+
+
+def test_an_answer_ends_before_its_end_token(tiny):
+    query = records()[2].query
+    whole = naive_greedy(tiny, query, 8, -1)
+    end = whole[3]
+    (answer,) = eval_sft.generate("", tiny, Tokenizer(end), [query], 2, 8)
+    assert answer == whole[: whole.index(end)]
+
+
+@pytest.mark.parametrize("kind", ["LLM", "prompt tuning"])
+@torch.no_grad()
+def test_answers_do_not_depend_on_the_batch(kind, bases):
+    """Though queries of other lengths are padded, and an adapter may put virtual tokens in front of that."""
+    base, queries = AutoModelForCausalLM.from_pretrained(bases["llama"]), [record.query for record in records()]
+    model, virtual = base, torch.zeros(0, base.config.hidden_size)
+    if kind == "prompt tuning":
+        model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+        model.prompt_encoder["default"].embedding.weight.normal_(generator=torch.Generator().manual_seed(0))
+        virtual = model.get_prompt(1)[0]
+    for query, answer in zip(queries, eval_sft.generate("", model, Tokenizer(59), queries, 3, 6), strict=True):
+        ids = list(query)
+        while len(ids) < len(query) + 6 and ids[-1] != 59:
+            embeds = torch.cat([virtual, base.get_input_embeddings()(torch.tensor(ids))])
+            ids.append(int(base(inputs_embeds=embeds[None]).logits[0, -1].argmax()))
+        assert answer == [token for token in ids[len(query) :] if token != 59]
+
+
+# exact match
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    {
+        "so it is 72\n#### 72": "72",
+        "####72": "72",
+        "#### 1,234.": "1234",
+        "#### $1,000.50 in all": "1000.5",
+        "#### -$5": "-5",
+        "#### 1\n#### 2": "2",
+        "#### 7.0": "7",
+        "#### 0.5%": "0.5",
+        "#### 72<|end|>": "72",
+        "72": None,
+        "#### seventy-two": None,
+        "#### $.": None,
+        "#### 1.2.3": None,
+        "### 72": None,
+        "": None,
+    }.items(),
+)
+def test_the_final_number(text, number):
+    assert eval_sft.final_number(text) == (None if number is None else Decimal(number))
+
+
+def test_exact_match_counts_equal_numbers():
+    encode = lambda text: [ord(letter) - ord("0") for letter in text]  # noqa: E731
+    asked = [Record([], encode(text)) for text in ("a#### 72", "b#### 1,000", "#### 5")]
+    answers = {
+        name: [encode(text) for text in texts]
+        for name, texts in {
+            "all": ("#### 72.0", "#### $1000", "c #### 5."),
+            "one": ("72", "#### 1000", "#### 6"),
+        }.items()
+    }
+    assert eval_sft.exact_match(answers, asked, Tokenizer(-1)) == {
+        "all": {"correct": 3, "records": 3, "share": 1.0},
+        "one": {"correct": 1, "records": 3, "share": 1 / 3},
+    }
+
+
+# context recovery
+
+
+def losses_of(seed: int, mean: float, num_records: int = 20, num_chunks: int = 3) -> Losses:
+    random = np.random.default_rng(seed)
+    tokens = random.integers(1, 17, size=(num_records, num_chunks))
+    nats = tokens * (mean + 0.05 * random.standard_normal((num_records, num_chunks)))
+    return Losses(torch.from_numpy(nats), torch.from_numpy(tokens))
+
+
+def mixed(window: Losses, full_context: Losses, share: float) -> Losses:
+    return Losses(window.nats + share * (full_context.nats - window.nats), window.tokens)
+
+
+@pytest.fixture
+def window() -> Losses:
+    return losses_of(0, 1.5)
+
+
+@pytest.fixture
+def full_context(window) -> Losses:
+    return window._replace(nats=window.nats - window.tokens * (0.1 + 0.02 * losses_of(1, 0).nats.sign()))
+
+
+def test_the_interval_is_that_of_a_naive_loop(window, full_context):
+    """Records drawn one by one; numerator and denominator of R from the same draw."""
+    random, ratios = np.random.default_rng(7), []
+    model = mixed(window, full_context, 0.6)._replace(
+        nats=losses_of(3, 1.44).nats * window.tokens / losses_of(3, 1).tokens
+    )
+    for _ in range(200):
+        drawn = [int(random.integers(20)) for _ in range(20)]
+        nats = [sum(float(row.nats[i].sum()) for i in drawn) for row in (window, model, full_context)]
+        tokens = sum(int(window.tokens[i].sum()) for i in drawn)
+        w, m, f = (value / tokens for value in nats)
+        ratios.append((w - m) / (w - f))
+    result = eval_sft.context_recovery(window, model, full_context, samples=200, seed=7)
+    assert_close(result["interval"], [float(np.percentile(ratios, 2.5)), float(np.percentile(ratios, 97.5))])
+    low, high = result["interval"]
+    assert low < result["recovery"] < high and high - low > 0.01
+    assert eval_sft.context_recovery(window, model, full_context, samples=200, seed=8)["interval"] != [low, high]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0, 1.5, -1.0])
+def test_context_recovery_is_the_share_of_the_gap(share, window, full_context):
+    result = eval_sft.context_recovery(window, mixed(window, full_context, share), full_context)
+    assert_close(result["recovery"], share, atol=1e-9, rtol=0)
+    assert_close(result["interval"], [share, share], atol=1e-9, rtol=0)  # in every sample
+
+
+def test_tokens_weigh_the_records():
+    tokens = torch.tensor([[1], [9]])
+    rows = [Losses(torch.tensor(nats, dtype=torch.float64)[:, None], tokens) for nats in ([2.0, 27], [1, 20], [1, 18])]
+    window, model, full_context = rows
+    assert eval_sft.summary(window)["loss"] == 2.9
+    result = eval_sft.context_recovery(window, model, full_context)
+    assert_close((result["gap"], result["recovery"]), (1.0, 0.8))
+
+
+def test_equal_records_have_no_interval():
+    rows = [losses_of(0, mean, num_records=1) for mean in (2, 1.2, 1)]
+    rows = [Losses(*(values.repeat(9, 1) for values in row)) for row in rows]
+    result = eval_sft.context_recovery(*rows)
+    assert_close(result["interval"], [result["recovery"]] * 2)
+    assert_close(eval_sft.interval(eval_sft.resampled_loss(rows[0])), [eval_sft.summary(rows[0])["loss"]] * 2)
+
+
+@pytest.mark.parametrize("gap", ["none", "negative", "not sure", "rounding"])
+def test_no_recovery_where_full_context_is_not_better(gap, window, full_context):
+    full_context = {
+        "none": window,
+        "negative": mixed(window, full_context, -1.0),
+        "rounding": mixed(window, full_context, 1e-5),
+        "not sure": window._replace(nats=window.nats - 0.3 * window.tokens * (torch.arange(20) == 0)[:, None]),
+    }[gap]
+    result = eval_sft.context_recovery(window, mixed(window, full_context, 0.5), full_context)
+    assert result["recovery"] is None and result["interval"] is None
+    assert (result["gap"] > 0) == (gap in ("not sure", "rounding"))
+    (line,) = eval_sft.recovery_lines({"context_recovery": {"same LLM": result}})
+    assert "undefined: full context is not better than the window" in line and "%," not in line
+
+
+def test_the_table_keeps_what_a_folder_is_called_in_its_cell():
+    row = {"loss": 1.0, "tokens_by_chunk": [1200], "interval": [0.5, 1.5]}
+    match = {"correct": 1, "records": 8, "share": 0.125}
+    table = eval_sft.table({"validation": {"rival: a|b\n<b>": row}, "exact_match": {"rival: a|b\n<b>": match}})
+    assert table.splitlines()[:3] == [
+        "| validation, 1,200 answer tokens | nats per token | 95 % interval | exact match |",
+        "|---|---|---|---|",
+        "| rival: a\\|b &lt;b&gt; | 1.0000 | [0.5000, 1.5000] | 1/8 (12.5%) |",
+    ]
+
+
+# the command
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, chat_tokenizer) -> Path:
+    """A base, a model of it, a rival of each kind, and 40 records."""
+    home = tmp_path_factory.mktemp("home")
+    sizes = LLM_SIZES | {"vocab_size": len(chat_tokenizer), "max_position_embeddings": 128}
+    sizes |= {"eos_token_id": chat_tokenizer.eos_token_id}
+
+    def save(name: str, model, **recipe):
+        model.save_pretrained(home / name)
+        chat_tokenizer.save_pretrained(home / name)
+        if recipe:
+            (home / name / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    torch.manual_seed(0)
+    save("base", AutoModelForCausalLM.from_config(LlamaConfig(**sizes)))
+    save("small", AutoModelForCausalLM.from_config(LlamaConfig(**sizes | {"vocab_size": 64})))
+    torch.manual_seed(1)
+    model = randomise_alpha(Phase15ForCausalLM.from_base(str(home / "base"), **SIZES))
+    save("model", model, dataset_name=str(home / "data.jsonl"), validation_split=0.25)
+    model.hypernet.alpha.data.zero_()
+    save("window", model, rival="window")
+    torch.manual_seed(2)
+    save("other", AutoModelForCausalLM.from_config(LlamaConfig(**sizes)), rival="full_context")
+    adapters = {
+        "lora": LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False, target_modules=["q_proj"]),
+        "tuned": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    }
+    for name, config in adapters.items():
+        save(name, get_peft_model(AutoModelForCausalLM.from_pretrained(home / "base"), config))
+    (home / "tuned" / "recipe.yaml").write_text("rival: prompt_tuning\n")
+    (home / "unknown").mkdir()
+    lines = [
+        {"question": f"Why is {i}?", "answer": "Blue light scatters. " * (1 + i % 3) + f"#### {i}"} for i in range(40)
+    ]
+    (home / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return home
+
+
+def arguments(home: Path, folder: Path, **flags) -> EvaluationArguments:
+    defaults = {"dataset": str(home / "data.jsonl"), "output_dir": str(folder), "generated_records": 3}
+    defaults |= {"max_new_tokens": 6, "batch_size": 3, "bootstrap_samples": 50, "device": "cpu"}
+    return EvaluationArguments(**{"model_dir": str(home / "model"), **defaults, **flags})
+
+
+RIVALS = {"window": "window", "full_context": "other", "lora": "lora", "prompt_tuning": "tuned"}
+
+
+@pytest.fixture(scope="module")
+def evaluation(home, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """The command with everything."""
+    folder = tmp_path_factory.mktemp("evaluation") / "new"
+    command = [sys.executable, str(ROOT / "eval_sft.py"), "--model_dir", str(home / "model"), "--dataset"]
+    command += [str(home / "data.jsonl"), "--base", str(home / "base"), "--output_dir", str(folder)]
+    command += ["--rivals", *(str(home / name) for name in RIVALS.values()), "--generated_records", "3"]
+    command += ["--max_new_tokens", "6", "--bootstrap_samples", "500", "--device", "cpu"]
+    return folder, subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_writes_and_prints_every_row(evaluation, home):
+    folder, done = evaluation
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {path.name for path in folder.iterdir()} == {"evaluation.json", "loss_by_chunk.png"}
+    assert (folder / "loss_by_chunk.png").read_bytes()[:4] == b"\x89PNG"
+    results = json.loads((folder / "evaluation.json").read_text())
+    rows = [*ROWS, "the untrained base, full context", *(f"rival: {name}" for name in RIVALS)]
+    assert list(results["validation"]) == rows
+    for name, row in results["validation"].items():
+        low, high = row["interval"]
+        assert low < row["loss"] < high and row["tokens_by_chunk"] == results["validation"]["Δ = 0"]["tokens_by_chunk"]
+        assert f"| {name} | {row['loss']:.4f} | [{low:.4f}, {high:.4f}] |" in done.stdout
+    assert list(results["context_recovery"]) == [
+        "same LLM",
+        "same LLM, behind the model's own words",
+        "rivals fine-tuned on their own",
+    ]
+    for name in results["context_recovery"]:
+        assert f"- context recovery, {name}: " in done.stdout
+    assert list(results["own_words"]) == ["the model", "Δ = 0", "full context"]
+    assert {name for name, match in results["exact_match"].items() if match["records"] == 3} == {*rows} - {
+        "soft prompt at sp_0",
+        "another record's soft prompt",
+    }
+    assert results["records"] == {"validation": 10, "generated": 3} and results["dataset"] == "data.jsonl"
+    assert "10 records of data.jsonl, from the last 25 %" in done.stdout
+    assert str(home) not in (folder / "evaluation.json").read_text()
+
+
+@torch.no_grad()
+def test_the_rows_of_base_and_rivals_are_theirs(evaluation, home, chat_tokenizer):
+    rows = json.loads((evaluation[0] / "evaluation.json").read_text())["validation"]
+    assert_close(rows["rival: window"], rows["Δ = 0"])  # the same weights without Δ
+    close(rows["the untrained base, full context"], rows["full context"], atol=1e-5)  # α apart, it is not trained
+    args = arguments(home, home)
+    data, *_ = eval_sft.validation_records(args, chat_tokenizer, 256)
+    for name, folder in (("full_context", "other"), ("lora", "lora")):
+        llm = AutoModelForCausalLM.from_pretrained(home / folder)  # transformers loads an adapter's base too
+        losses = [
+            naive(llm(torch.tensor([r.query + r.answer])).logits[0, len(r.query) - 1 : -1], r.answer) for r in data
+        ]
+        close(rows[f"rival: {name}"]["loss"], torch.cat(losses).mean().item())
+    assert len({round(row["loss"], 4) for row in rows.values()}) == len(rows) - 2
+
+
+def test_context_recovery_takes_its_rows(evaluation):
+    results = json.loads((evaluation[0] / "evaluation.json").read_text())
+    rows = {name: row["loss"] for name, row in results["validation"].items()}
+    gaps = {name: result["gap"] for name, result in results["context_recovery"].items()}
+    own = {name: row["loss"] for name, row in results["own_words"].items()}
+    assert_close(gaps["same LLM"], rows["Δ = 0"] - rows["full context"])
+    assert_close(gaps["rivals fine-tuned on their own"], rows["rival: window"] - rows["rival: full_context"])
+    assert_close(gaps["same LLM, behind the model's own words"], own["Δ = 0"] - own["full context"])
+
+
+def test_nothing_is_generated_where_nothing_is_asked_for(home, tmp_path, capsys):
+    eval_sft.main(arguments(home, tmp_path, generated_records=0, max_records=4))
+    results = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (
+        "exact_match" not in results and not results["own_words"] and list(results["context_recovery"]) == ["same LLM"]
+    )
+    assert list(results["validation"]) == ROWS and results["records"] == {"validation": 4, "generated": 0}
+    assert "exact match" not in capsys.readouterr().out
+
+
+def test_answers_without_numbers_have_no_exact_match(home, tmp_path):
+    (tmp_path / "words.jsonl").write_text('{"prompt": "Why", "completion": " it is 4"}\n' * 3)
+    eval_sft.main(arguments(home, tmp_path, dataset=str(tmp_path / "words.jsonl"), validation_split=1.0))
+    results = json.loads((tmp_path / "evaluation.json").read_text())
+    assert "exact_match" not in results and results["own_words"]
+    assert "no recipe.yaml says" in results["evaluated"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"shuffle_records": True, "seed": 3, "validation_split": 0.3, "max_validation_records": 7},
+        {"streaming": True, "max_steps": 1, "max_validation_records": 6},
+    ],
+)
+def test_what_is_evaluated_is_what_the_run_held_out(settings, home, tmp_path):
+    recipe = {"model_name_or_path": str(home / "model"), "dataset_name": str(home / "data.jsonl"), **settings}
+    flags = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "report_to": "none"}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(recipe | flags))
+    trainer, _, recipe = prepare([str(path)])
+    trainer.processing_class.save_pretrained(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    args = arguments(home, tmp_path, model_dir=str(tmp_path))
+    rows, where, _ = eval_sft.validation_records(args, trainer.processing_class, 256)
+    expected = [record for batch in trainer.get_eval_dataloader() for record in eval_sft.unbatch(batch)]
+    assert rows == expected and where.endswith("held them out")
+    args.max_records, args.validation_split = 2, None
+    assert eval_sft.validation_records(args, trainer.processing_class, 256)[0] == expected[:2]
+    args.validation_split = 0.9
+    assert "NOT the split" in eval_sft.validation_records(args, trainer.processing_class, 256)[1]
+
+
+BAD = {
+    "missing": ({"model_dir": "{home}/missing"}, r"missing: no such folder"),
+    "not Phase15": ({"model_dir": "{home}/base"}, r"base is not the folder of a Phase15 model"),
+    "no model": ({"model_dir": "{home}/unknown"}, r"unknown holds no model"),
+    "no data": ({"dataset": "{home}/none.jsonl"}, r"none\.jsonl: no such file"),
+    "small base": ({"base": "{home}/small"}, r"small has a vocabulary of 64 tokens.*/model has one of 2\d\d"),
+    "Phase15 as base": ({"base": "{home}/window"}, r"`base` is .*window, but that is a Phase15 model"),
+    "no base": ({"base": "{home}/none.gguf"}, r"none\.gguf: no such file"),
+    "missing rival": ({"rivals": ["{home}/missing"]}, r"missing: no such folder"),
+    "unknown rival": ({"rivals": ["{home}/unknown"]}, r"unknown holds no model"),
+    "small rival": ({"rivals": ["{home}/small"]}, r"small has a vocabulary"),
+    "adapter on a small base": ({"rivals": ["{home}/lora"], "base": "{home}/small"}, r"small has a vocabulary"),
+    "one rival twice": ({"rivals": ["{home}/lora", "{home}/lora"]}, r"'rival: lora'"),
+    "no split": ({"validation_split": 0.0}, r"validation_split.* 0"),
+    "a split above 1": ({"validation_split": 1.5}, r"validation_split.* 1\.5"),
+    "no records": ({"max_records": 0}, r"no record to evaluate"),
+    "no batch": ({"batch_size": 0}, r"batch_size.* 0"),
+    "a file": ({"output_dir": "{home}/data.jsonl"}, r"output_dir.*file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named_before_anything_is_written(case, home, tmp_path):
+    flags, message = BAD[case]
+    fill = lambda value: value.format(home=home) if isinstance(value, str) else value  # noqa: E731
+    flags = {key: [*map(fill, v)] if isinstance(v, list) else fill(v) for key, v in flags.items()}
+    with pytest.raises(ValueError, match=message):
+        eval_sft.main(arguments(home, tmp_path / "new", **flags))
+    assert not (tmp_path / "new").exists()
+
+
+def test_bad_input_ends_the_command_in_one_line(home):
+    command = [sys.executable, str(ROOT / "eval_sft.py"), "--model_dir", str(home / "base"), "--dataset", "x.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.fullmatch(r"eval_sft\.py: .*Phase15 model.*", done.stderr.strip().splitlines()[-1])
