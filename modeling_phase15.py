@@ -141,17 +141,19 @@ class HyperNetworkLayer(nn.Module):
 
 class HyperNetwork(nn.Module):
     """
-    Δ, what a step writes into the slots besides what `carry` puts there: the carried slots attend to the old soft
-    prompt, so that they see what falls out, and to the new tokens, giving y, and
+    Δ, what a step writes into the slots besides what `carry` puts there: the carried slots attend to the memory, which
+    is the old soft prompt, so that they see what falls out, and the new tokens, giving y, and
 
-        Δ = tanh(α) · σ(G y) · (O y − carry)
+        Δ = tanh(α) · σ(G y) · (O y + P(y, memory) − carry)
 
-    overwrites them by a gate. α is one learned number per channel of the LLM and starts at zero (a zero-initialised
+    overwrites them by a gate. O y is new; P is a pointer, an attention whose values are the memory's own embeddings
+    (pointer networks, Vinyals et al. 2015, arXiv 1506.03134), so that what is about to fall out can be kept in words
+    that the LLM knows already. α is one learned number per channel of the LLM and starts at zero (a zero-initialised
     residual: ReZero, Bachlechner et al. 2020, arXiv 2003.04887), so Δ is exactly zero before training.
 
     `embedding_scale` is the root mean square of the base's input embeddings, measured by
-    [`Phase15ForCausalLM.from_base`]: inputs are divided by it and O y multiplied, so that the network works at unit
-    scale and writes in the embeddings' own.
+    [`Phase15ForCausalLM.from_base`]: inputs are divided by it and what is written is multiplied, so that the network
+    works at unit scale and writes in the embeddings' own.
     """
 
     def __init__(self, config: Phase15Config):
@@ -166,6 +168,9 @@ class HyperNetwork(nn.Module):
         self.norm = nn.RMSNorm(width, eps=1e-5)
         self.output_proj = nn.Linear(width, hidden_size, bias=False)  # O
         self.gate_proj = nn.Linear(width, hidden_size, bias=False)  # G
+        pointer_size = max(width // config.hypernet_num_attention_heads // 2, 1)
+        self.pointer_q_proj = nn.Linear(width, pointer_size, bias=False)
+        self.pointer_k_proj = nn.Linear(width, pointer_size, bias=False)
         self.alpha = nn.Parameter(torch.zeros(hidden_size))
         self.register_buffer("embedding_scale", torch.ones(1))
 
@@ -186,10 +191,12 @@ class HyperNetwork(nn.Module):
         scale = self.embedding_scale.to(position.dtype)  # FSDP computes in bfloat16, but leaves buffers in float32
         num_slots, num_tokens = carried.embeds.shape[1], tokens.shape[1]
         slots = self.slot_proj(carried.embeds / scale) + position[:num_slots]  # (B, N, h)
+        embeds = torch.cat([old.embeds, tokens], dim=1) / scale  # (B, N + T, d)
+        old_embeds, new_embeds = embeds.split([num_slots, num_tokens], dim=1)
         memory = torch.cat(
             [
-                self.slot_proj(old.embeds / scale) + position[:num_slots],
-                self.token_proj(tokens / scale) + position[:num_tokens],
+                self.slot_proj(old_embeds) + position[:num_slots],
+                self.token_proj(new_embeds) + position[:num_tokens],
             ],
             dim=1,
         )  # (B, N + T, h)
@@ -199,7 +206,10 @@ class HyperNetwork(nn.Module):
         for layer in self.layers:
             slots = layer(slots, slot_mask, memory, memory_mask)
         y = self.norm(slots)
-        written = self.output_proj(y) * scale
+        pointed = F.scaled_dot_product_attention(
+            self.pointer_q_proj(y), self.pointer_k_proj(memory), embeds, attn_mask=memory_mask[:, None, :]
+        )  # (B, N, d)
+        written = (self.output_proj(y) + pointed) * scale
         delta = torch.tanh(self.alpha) * torch.sigmoid(self.gate_proj(y)) * (written - carried.embeds)
         return delta.to(carried.embeds.dtype) * slot_mask[..., None]
 

@@ -106,19 +106,34 @@ def test_delta_is_exactly_zero_before_training_and_not_after(bases):
 
 
 def test_delta_is_the_gated_overwrite_of_the_design(tiny):
-    """With α → ∞ and the gate open the slots hold O y; with it closed, what was carried."""
-    state, tokens, length = tiny.empty_soft_prompt(1), torch.randn(1, QUERY, 32), torch.tensor([QUERY])
-    carried = carry(state, tokens, length, 2)
-    written = []
-    tiny.hypernet.output_proj.register_forward_hook(lambda module, arguments, output: written.append(output))
-    for gate, expected in ((1e4, lambda: written[0] * tiny.hypernet.embedding_scale), (-1e4, lambda: carried.embeds)):
-        written.clear()
-        hook = tiny.hypernet.gate_proj.register_forward_hook(lambda m, a, output, gate=gate: output * 0 + gate)
-        with torch.no_grad():
-            tiny.hypernet.alpha.fill_(50.0)
-            stepped = tiny.step(state, tokens, length)
-        assert_close(stepped.embeds[:, :QUERY], expected()[:, :QUERY])
-        hook.remove()
+    """With α → ∞ and the gate open the slots hold O y and what they point at; with it closed, what was carried."""
+    net = tiny.hypernet
+    old, tokens = as_soft_prompt(list(torch.randn(SLOTS - 5, 32)), 32), torch.randn(1, QUERY, 32)
+    length = torch.tensor([QUERY - 1])
+    carried = carry(old, tokens, length, 2)
+    stream = torch.cat([old.embeds[0, : SLOTS - 5], tokens[0, : QUERY - 1]])
+    seen, written = {}, []
+    net.memory_norm.register_forward_hook(lambda module, arguments, output: seen.update(memory=output[0]))
+    net.norm.register_forward_hook(lambda module, arguments, output: seen.update(y=output[0]))
+    net.output_proj.register_forward_hook(lambda module, arguments, output: written.append(output[0]))
+    with torch.no_grad():
+        net.alpha.fill_(50.0)
+        net.pointer_q_proj.weight.mul_(30)  # far from a mean of everything
+        for gate in (1e4, -1e4):
+            hook = net.gate_proj.register_forward_hook(lambda m, a, output, gate=gate: output * 0 + gate)
+            stepped = tiny.step(old, tokens, length)
+            hook.remove()
+            if gate < 0:
+                assert_close(stepped.embeds, carried.embeds)
+                continue
+            real = [*range(SLOTS - 5), *range(SLOTS, SLOTS + QUERY - 1)]  # not the slots and tokens that are none
+            keys = net.pointer_k_proj(seen["memory"][real])
+            for slot in range(SLOTS):
+                query = net.pointer_q_proj(seen["y"][slot])
+                weights = torch.softmax(keys @ query / len(query) ** 0.5, dim=0)
+                expected = written[0][slot] * net.embedding_scale + (weights[:, None] * stream).sum(dim=0)
+                assert_close(stepped.embeds[0, slot], expected, atol=1e-4, rtol=1e-4)
+            assert weights.max() > 2 / len(weights)
 
 
 def test_hypernet_sees_old_slots_and_new_tokens_and_no_padding(tiny):
