@@ -150,47 +150,12 @@ class Evict(train_sft.Phase15Trainer):
         )
 
 
-def copying_forward(self, carried, old, tokens, token_length):
-    """HyperNetwork.forward, with what is written = O y + attention-weighted raw embeddings of old slots and tokens."""
-    position, scale = self.position_embeddings.weight, self.embedding_scale
-    num_slots, num_tokens = carried.embeds.shape[1], tokens.shape[1]
-    slots = self.slot_proj(carried.embeds / scale) + position[:num_slots]
-    old_slots, new_tokens = self.slot_proj(old.embeds / scale), self.token_proj(tokens / scale)
-    memory = torch.cat([old_slots + position[:num_slots], new_tokens + position[:num_tokens]], dim=1)
-    token_mask = torch.arange(num_tokens) < token_length[:, None]
-    memory_mask = torch.cat([old.mask, token_mask], dim=1)
-    memory, slot_mask = self.memory_norm(memory), carried.mask
-    for layer in self.layers:
-        slots = layer(slots, slot_mask, memory, memory_mask)
-    y = self.norm(slots)
-    raw = torch.cat([old.embeds, tokens], dim=1)
-    copied = F.scaled_dot_product_attention(
-        self.copy_q(y), self.copy_k(memory), raw, attn_mask=memory_mask[:, None, :]
-    )
-    written = STRENGTH * self.output_proj(y) * scale + copied
-    delta = torch.tanh(self.alpha) * torch.sigmoid(self.gate_proj(y)) * (written - carried.embeds)
-    return delta * slot_mask[..., None]
-
-
-class Copy(train_sft.Phase15Trainer):
-    """A pointer beside O y: slots can be overwritten with (mixtures of) the very embeddings that fall out."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        net, h = self.model.hypernet, self.model.config.hypernet_hidden_size
-        torch.manual_seed(0)
-        rank = int(os.environ.get("RANK", h))
-        net.copy_q, net.copy_k = nn.Linear(h, rank, bias=False), nn.Linear(h, rank, bias=False)
-        net.forward = copying_forward.__get__(net)
-
-
 IDEAS = {
     "none": train_sft.Phase15Trainer,
     "distill": Distill,
     "reconstruct": Reconstruct,
     "keep": Keep,
     "evict": Evict,
-    "copy": Copy,
 }
 
 
