@@ -191,8 +191,7 @@ class HyperNetwork(nn.Module):
         scale = self.embedding_scale.to(position.dtype)  # FSDP computes in bfloat16, but leaves buffers in float32
         num_slots, num_tokens = carried.embeds.shape[1], tokens.shape[1]
         slots = self.slot_proj(carried.embeds / scale) + position[:num_slots]  # (B, N, h)
-        embeds = torch.cat([old.embeds, tokens], dim=1) / scale  # (B, N + T, d)
-        old_embeds, new_embeds = embeds.split([num_slots, num_tokens], dim=1)
+        old_embeds, new_embeds = old.embeds / scale, tokens / scale
         memory = torch.cat(
             [
                 self.slot_proj(old_embeds) + position[:num_slots],
@@ -206,6 +205,7 @@ class HyperNetwork(nn.Module):
         for layer in self.layers:
             slots = layer(slots, slot_mask, memory, memory_mask)
         y = self.norm(slots)
+        embeds = torch.cat([old_embeds, new_embeds], dim=1)  # (B, N + T, d)
         pointed = F.scaled_dot_product_attention(
             self.pointer_q_proj(y), self.pointer_k_proj(memory), embeds, attn_mask=memory_mask[:, None, :]
         )  # (B, N, d)

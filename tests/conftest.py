@@ -98,6 +98,17 @@ def randomise_alpha(model: Phase15ForCausalLM) -> Phase15ForCausalLM:
     return model
 
 
+def aligned(model: torch.nn.Module) -> torch.nn.Module:
+    """
+    Lays the weights anew in memory. Loaded ones are where their file has them, and the last bits of a matrix product
+    depend on that alignment: what is compared bit for bit must be laid alike.
+    """
+    for weight in model.parameters():
+        if type(weight.data) is torch.Tensor and weight.is_floating_point():  # not the quantised
+            weight.data = weight.data.clone()
+    return model
+
+
 def random_ids(*shape: int, seed: int = 0) -> torch.LongTensor:
     return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 

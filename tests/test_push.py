@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SIZES
+from conftest import SIZES, aligned
 from hub_server import Commit, HubServer, Request
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -409,7 +409,7 @@ for revision in revisions:
     for name in ("AutoModelForCausalLM", "AutoModel"):
         model, info = getattr(transformers, name).from_pretrained(repo_id, output_loading_info=True, **remote)
         assert not any(info.values()), info
-        for weight in model.parameters():  # where in a file it stands decides its alignment, and that the rounding
+        for weight in model.parameters():  # as conftest.aligned
             weight.data = weight.data.clone()
         with torch.no_grad():
             results[revision, name] = inputs["input_ids"], model(**inputs).logits, model.generate(
@@ -449,8 +449,7 @@ def elsewhere(story, shells, folder) -> dict:
 def test_another_process_gets_the_same_logits_bit_for_bit(elsewhere, story, models, name, revision, auto_class):
     revision = revision or story["first"].log[0].sha
     model, tokenizer = (c.from_pretrained(models[name]) for c in (Phase15ForCausalLM, AutoTokenizer))
-    for weight in model.parameters():
-        weight.data = weight.data.clone()
+    aligned(model)
     inputs = tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     with torch.no_grad():
         expected = model(**inputs).logits

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LLM_SIZES, SIZES, randomise_alpha
+from conftest import LLM_SIZES, SIZES, aligned, randomise_alpha
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from torch.testing import assert_close
@@ -80,7 +80,7 @@ def ids() -> torch.LongTensor:
 
 @torch.no_grad()
 def logits_of(model, ids) -> torch.Tensor:
-    return model.eval()(input_ids=ids).logits
+    return aligned(model).eval()(input_ids=ids).logits
 
 
 ELSEWHERE = """
@@ -90,6 +90,8 @@ torch.set_num_threads(1)
 assert importlib.util.find_spec("modeling_phase15") is None, "the repository is on this process's path"
 model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)
 assert not any(info.values()), info
+for weight in model.parameters():  # as conftest.aligned
+    weight.data = weight.data.clone()
 torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
 """
 
