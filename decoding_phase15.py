@@ -105,9 +105,9 @@ def hear_token(model, soft_prompt, chunk: torch.LongTensor, chunk_cache: Phase15
 
 
 def step_soft_prompt(model, soft_prompt, chunk: torch.LongTensor):
-    """The soft prompt after a full chunk."""
+    """The fields of the soft prompt after a full chunk: torch 2.11 cannot return a class of ours from a graph."""
     length = torch.full_like(soft_prompt.length, chunk.shape[1])
-    return model.step(soft_prompt, model.get_input_embeddings()(chunk), length)
+    return tuple(model.step(soft_prompt, model.get_input_embeddings()(chunk), length))
 
 
 class Phase15Decoder:
