@@ -47,7 +47,7 @@ def reference_greedy(model, slots, num_tokens):
     """Greedy answer from a soft prompt on, whole chunks being read; returns the tokens and the state after them."""
     answer, chunk = [], torch.tensor([], dtype=torch.long)
     for _ in range(num_tokens):
-        if len(chunk) == CHUNK:
+        if len(chunk) == model.config.chunk_length:
             slots, chunk = reference_step(model, slots, chunk), chunk[:0]
         chunk = torch.cat([chunk, reference_predict(model, slots, chunk)[-1:].argmax(dim=-1)])
         answer.append(int(chunk[-1]))
