@@ -580,8 +580,10 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
             targets[:, :-1] = rows.labels[:, 1:]
         wanted = targets != -100 if skip_logits and labels is not None else (targets != -100) | (logit_column >= 0)
         row, place = (predicts & wanted).nonzero(as_tuple=True)  # (P,) each: the predictions to be made
-        if not len(row):
+        if not len(row) and labels is not None:
             raise ValueError("`labels` hold no target after any row's query, so there is nothing to predict.")
+        if not len(row):  # all columns kept are padding or inside a query: any prediction does, as none is kept
+            row, place = row.new_zeros(1), rows.length[:1] - 1
 
         if cache is None:
             hidden_states, soft_prompt, chunk, outputs = self._unroll(rows, row, place, bptt_chunks, **kwargs)
