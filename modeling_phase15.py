@@ -746,8 +746,8 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
                 on it, on a CPU too (`torch.compile` needs a C++ compiler there); False refuses it.
 
         Raises:
-            ValueError: for assisted decoding, contrastive search, paged or other caches, and chunked prefill; for
-                `compile=True` with something that forbids it, which is named.
+            ValueError: for assisted decoding, contrastive search, paged or other caches, and chunked prefill; for rows
+                that end in padding; for `compile=True` with something that forbids it, which is named.
         """
 
         sources = [kwargs, *(vars(config) for config in (generation_config, self.generation_config) if config)]
@@ -770,6 +770,12 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"`inputs` has {num_columns} columns, but the cache has already seen {cache.seen_tokens}; give the "
                 "whole conversation, old tokens first."
+            )
+        mask = kwargs.get("attention_mask")
+        if mask is not None and (bad := mask.any(dim=1) & (mask[:, -1] == 0)).any():
+            raise ValueError(
+                f"Row {int(bad.nonzero()[0])} of `attention_mask` ends in padding, but the next token is read off the "
+                "last column: pad `inputs` on the left, and in a conversation give every row a message or none."
             )
         if cache is None and setting("use_cache") is not False:
             kwargs["past_key_values"] = Phase15Cache(self.config)
