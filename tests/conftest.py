@@ -150,7 +150,10 @@ def reference_delta(net, carried: torch.Tensor, old: torch.Tensor, tokens: torch
     """Δ = tanh(α) · σ(G y) · (O y + P(y, memory) − carry), of vectors of which none is padding."""
     position, scale = net.position_embeddings.weight, net.embedding_scale
     seen = torch.cat([old, tokens]) / scale
-    memory = [net.slot_proj(old / scale) + position[: len(old)], net.token_proj(tokens / scale) + position[: len(tokens)]]
+    memory = [
+        net.slot_proj(old / scale) + position[: len(old)],
+        net.token_proj(tokens / scale) + position[: len(tokens)],
+    ]
     memory = net.memory_norm(torch.cat(memory))
     slots = net.slot_proj(carried / scale) + position[: len(carried)]
     for layer in net.layers:

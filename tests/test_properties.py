@@ -2,26 +2,27 @@
 """
 What holds for every shape of the model, every batch and every split into calls, on examples that hypothesis makes up.
 
-The same examples in every run; `HYPOTHESIS_PROFILE=explore` looks for new ones, many times as many. What it finds stays
-as an `@example`. All in float64, but for what the library computes in float32: scores when it picks a token, the
-loss, and the LLM's norms, which are torch's here.
+They are the same in every run; `HYPOTHESIS_PROFILE=explore` looks for new ones, fifty times as many. What fails stays
+as an `@example`.
+
+All in float64, but for the loss and the scores by which a token is picked, which are float32 in any model. The LLM's
+norms are torch's, for the library's compute in float32.
 """
 
 import os
 import random
 import tempfile
 from collections import deque
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import (
     aligned,
     as_soft_prompt,
     reference_delta,
     reference_logits,
-    reference_predict,
     reference_read,
     reference_step,
 )
@@ -33,15 +34,15 @@ from torch import nn
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from configuration_phase15 import Phase15Config
-from modeling_phase15 import Phase15Cache, Phase15ForCausalLM, SoftPrompt, carry
+from modeling_phase15 import Phase15ForCausalLM, SoftPrompt, carry
 
 
 COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("repeatable", derandomize=True, database=None, max_examples=40, **COMMON)
+settings.register_profile("repeatable", derandomize=True, database=None, max_examples=20, **COMMON)
 settings.register_profile("explore", max_examples=1000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
-VOCAB, HIDDEN = 23, 16
+VOCAB, HIDDEN, PAD = 23, 16, 2  # beam search fills rows with the end token where padding's id is 0
 CLOSE = {"atol": 1e-9, "rtol": 1e-9}
 
 
@@ -92,16 +93,22 @@ class Shape(NamedTuple):
         with torch.no_grad():
             model.hypernet.alpha.normal_(std=self.alpha)
             model.hypernet.embedding_scale.uniform_(0.2, 2.0)
-        for module in [*model.llm.modules()]:
-            for name, child in module.named_children():
-                if hasattr(child, "variance_epsilon"):
-                    setattr(module, name, nn.RMSNorm(HIDDEN, child.variance_epsilon, dtype=dtype))
-        return model
+        return exact(model)
+
+
+def exact(model: Phase15ForCausalLM) -> Phase15ForCausalLM:
+    """Gives the LLM norms that compute in the weights' dtype."""
+    for module in [*model.llm.modules()]:
+        for name, norm in module.named_children():
+            if hasattr(norm, "variance_epsilon"):
+                setattr(module, name, nn.RMSNorm(HIDDEN, norm.variance_epsilon, dtype=norm.weight.dtype))
+                getattr(module, name).weight = norm.weight
+    return model
 
 
 @st.composite
 def shapes(draw) -> Shape:
-    slots = draw(st.integers(2, 9))
+    slots = draw(st.integers(2, 7))
     return Shape(
         slots=slots,
         sinks=draw(st.integers(1, slots - 1)),
@@ -133,7 +140,11 @@ class Padding(NamedTuple):
         for index, row in enumerate(rows):
             gap = width - len(row)
             first = {"left": gap, "right": 0, "both": generator.randint(0, gap)}.get(self.side)
-            place = range(first, first + len(row)) if first is not None else sorted(generator.sample(range(width), len(row)))
+            place = (
+                range(first, first + len(row))
+                if first is not None
+                else sorted(generator.sample(range(width), len(row)))
+            )
             columns.append(torch.tensor([*place], dtype=torch.long))
             ids[index, columns[-1]], mask[index, columns[-1]] = row, 1
         return ids, mask, columns
@@ -142,8 +153,8 @@ class Padding(NamedTuple):
 SIDES = ["left", "right", "both", "scattered"]
 paddings = st.builds(Padding, st.sampled_from(SIDES), st.integers(0, 3), st.integers(0, 9))
 left_paddings = st.builds(Padding, st.just("left"), st.integers(0, 3), st.integers(0, 9))
-queries = st.integers(1, 25)
-rows_of_any_length = st.lists(st.tuples(queries, st.integers(0, 25)), min_size=1, max_size=4)  # (query, answer) tokens
+queries = st.integers(1, 20)
+rows_of_any_length = st.lists(st.tuples(queries, st.integers(0, 17)), min_size=1, max_size=4)  # (query, answer) tokens
 
 
 def ids_of(length: int, *seed: int) -> torch.LongTensor:
@@ -152,10 +163,6 @@ def ids_of(length: int, *seed: int) -> torch.LongTensor:
 
 def assert_close(got, expected, **kwargs):
     torch.testing.assert_close(got, expected, **CLOSE | kwargs)
-
-
-def fewer(share: int) -> settings:
-    return settings(max_examples=max(settings.default.max_examples // share, 1))
 
 
 # the recursion
@@ -185,7 +192,11 @@ def test_carry_equals_a_deque(slots, sinks, messages, extra):
             assert state.mask[row].tolist() == [True] * len(held) + [False] * (slots - len(held))
 
 
-@given(shape=shapes(), rows=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 7)), min_size=1, max_size=4), extra=st.integers(0, 3))
+@given(
+    shape=shapes(),
+    rows=st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), min_size=1, max_size=4),
+    extra=st.integers(0, 3),
+)
 def test_delta_equals_one_row_without_padding(shape, rows, extra):
     """Rows of so many used slots and so many new tokens."""
     model = shape.build()
@@ -221,7 +232,9 @@ def targets_of(ids: list, kind: str, holes: float, seed: int) -> list[torch.Long
 
 def naive_loss(model, logits: list, queries: list, labels: list) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed cross-entropy, and number of targets, by index of the chunk."""
-    num_chunks = max(len(row) - query for row, query in zip(labels, queries, strict=True)) // model.config.chunk_length + 1
+    num_chunks = (
+        max(len(row) - query for row, query in zip(labels, queries, strict=True)) // model.config.chunk_length + 1
+    )
     losses, counts = [torch.zeros(())] * num_chunks, torch.zeros(num_chunks, dtype=torch.long)
     for row, query, targets in zip(logits, queries, labels, strict=True):
         for place in range(query, len(targets)):
@@ -239,6 +252,10 @@ def naive_loss(model, logits: list, queries: list, labels: list) -> tuple[torch.
     keep=st.one_of(st.just(0), st.integers(1, 9), st.lists(st.integers(0, 25), min_size=1, max_size=4, unique=True)),
     bptt_chunks=st.sampled_from([None, 1, 2]),
 )
+@example(
+    shape=Shape(), rows=[(3, 2), (1, 1)], padding=Padding("right", extra=2), keep=1, bptt_chunks=None
+)  # all padding
+@example(shape=Shape(), rows=[(7, 2), (7, 0)], padding=Padding(), keep=[3, 5], bptt_chunks=None)  # inside the queries
 def test_logits_equal_one_row_one_chunk_at_a_time(shape, rows, padding, keep, bptt_chunks):
     model = shape.build()
     ids = [ids_of(sum(row), shape.seed, index) for index, row in enumerate(rows)]
@@ -298,7 +315,7 @@ def test_loss_and_gradients_are_the_sums_over_rows_and_chunks(
     used = len(outputs.chunk_tokens)
     assert torch.equal(outputs.chunk_tokens, counts[:used]) and not counts[used:].any()
     assert_close(outputs.chunk_losses, losses[:used].detach(), rtol=1e-5, atol=1e-5)
-    weights = [weight for name, weight in model.named_parameters()]
+    weights = list(model.parameters())
     got, naive = (torch.autograd.grad(loss, weights, allow_unused=True) for loss in (outputs.loss, expected))
     for a, b in zip(got, naive, strict=True):
         a, b = (torch.zeros(()) if gradient is None else gradient for gradient in (a, b))
@@ -334,7 +351,8 @@ def test_no_logit_sees_the_future(shape, rows, padding, share, cut):
     ids = [ids_of(sum(row), shape.seed, index) for index, row in enumerate(rows)]
     ends = [query + int(share * answer) for query, answer in rows]
     other = [
-        row[:end] if cut else torch.cat([row[:end], (row[end:] + 1) % VOCAB]) for row, end in zip(ids, ends, strict=True)
+        row[:end] if cut else torch.cat([row[:end], (row[end:] + 1) % VOCAB])
+        for row, end in zip(ids, ends, strict=True)
     ]
     queries, logits = torch.tensor([query for query, _ in rows]), []
     for batch in (ids, other):
@@ -361,7 +379,7 @@ def test_no_logit_sees_the_future(shape, rows, padding, share, cut):
 def test_any_split_into_calls_equals_one_call_without_a_cache(
     shape, queries, calls, heard, padding, whole_mask, reorders
 ):
-    """The queries with `heard` tokens of the answers, then so many more a call; rows may change places between them."""
+    """The queries with `heard` tokens of the answers, then so many more a call; rows may change places in between."""
     model, cache, generator = shape.build(), None, random.Random(padding.seed)
     length = heard + sum(calls)
     rows = [(query, ids_of(query + length, shape.seed, index)) for index, query in enumerate(queries)]
@@ -395,14 +413,13 @@ def test_any_split_into_calls_equals_one_call_without_a_cache(
 # generation
 
 
-def ends(free: list[list[int]], how: str) -> list[int] | None:
-    """End tokens that end the first row of an answer after its middle, or every row at its end or before."""
+def end_tokens(free: list[list[int]], how: str) -> list[int] | None:
+    """Tokens that end the first row in the middle of its answer, or every row at its end or before."""
     return {"never": None, "first": [free[0][len(free[0]) // 2]], "all": sorted({row[-1] for row in free})}[how]
 
 
-def cut(row: list[int], eos: list[int] | None, width: int) -> list[int]:
-    stop = next((place + 1 for place, token in enumerate(row) if eos and token in eos), len(row))
-    return (row[:stop] + [0] * width)[:width]
+def until_end(row: list[int], eos: list[int] | None) -> list[int]:
+    return row[: next((place + 1 for place, token in enumerate(row) if token in (eos or [])), len(row))]
 
 
 HOW = {
@@ -426,7 +443,7 @@ def test_greedy_search_equals_one_row_one_token_at_a_time(shape, queries, paddin
     prompts = [ids_of(query, shape.seed, index) for index, query in enumerate(queries)]
     with torch.no_grad():
         free = [reference_greedy(model, reference_read(model, [], prompt), length)[0] for prompt in prompts]
-    eos = ends(free, eos)
+    eos = end_tokens(free, eos)
     input_ids, mask, _ = padding.lay(prompts)
     streamer = Collector() if len(prompts) == 1 and how != "beams of size 1" else None
     with torch.compiler.set_stance("force_eager"):
@@ -435,14 +452,13 @@ def test_greedy_search_equals_one_row_one_token_at_a_time(shape, queries, paddin
             attention_mask=mask,
             max_new_tokens=length,
             eos_token_id=eos,
-            pad_token_id=0,
+            pad_token_id=PAD,
             streamer=streamer,
             **HOW[how],
         )
-    answers = output[:, input_ids.shape[1] :].tolist()
-    width = max(len(cut(row, eos, 0) or row) for row in free)
-    width = max(next((i + 1 for i, token in enumerate(row) if eos and token in eos), length) for row in free)
-    assert answers == [cut(row, eos, width) for row in free]
+    expected = [until_end(row, eos) for row in free]
+    width = max(map(len, expected))
+    assert output[:, input_ids.shape[1] :].tolist() == [row + [PAD] * (width - len(row)) for row in expected]
     if streamer is not None:
         assert sum(streamer.pieces, []) == output[0].tolist() and streamer.ended
 
@@ -471,7 +487,7 @@ def test_sampling_and_beams_give_the_same_with_and_without_a_cache(shape, querie
     model = shape.build()
     prompts = [ids_of(query, shape.seed, index) for index, query in enumerate(queries)]
     input_ids, mask, _ = padding.lay(prompts)
-    settings = {"max_new_tokens": length, "eos_token_id": eos, "pad_token_id": 0, **MODES[mode]}
+    settings = {"max_new_tokens": length, "eos_token_id": eos, "pad_token_id": PAD, **MODES[mode]}
 
     def answers(input_ids=input_ids, mask=mask, **kwargs):
         torch.manual_seed(seed)
@@ -488,8 +504,7 @@ def test_sampling_and_beams_give_the_same_with_and_without_a_cache(shape, querie
         for index, prompt in enumerate(prompts):
             alone = answers(prompt[None], torch.ones_like(prompt[None]))
             together = expected[index * number : (index + 1) * number]
-            width = min(len(alone[0]), len(together[0]))
-            assert [row[:width] for row in alone] == [row[:width] for row in together]
+            assert [row + [PAD] * (len(together[0]) - len(row)) for row in alone] == together
 
 
 @given(
@@ -502,10 +517,11 @@ def test_sampling_and_beams_give_the_same_with_and_without_a_cache(shape, querie
     rows=st.integers(1, 2),
     padding=left_paddings,
 )
+@example(shape=Shape(), turns=[([11, 0], 1, False), ([9, 0], 8, False)], rows=2, padding=Padding())
 def test_a_conversation_equals_one_row_one_token_at_a_time(shape, turns, rows, padding):
     """
     Turns of messages' lengths, answers' length and whether it is compiled. A message takes the answer's last token,
-    which was not read yet, along; where no row has a message, the answer goes on.
+    which was not read yet, along; where no row has a message, the answer goes on; where some have one, it is refused.
     """
     model, cache = shape.build(), None
     sequences, mask = torch.empty(rows, 0, dtype=torch.long), torch.empty(rows, 0, dtype=torch.long)
@@ -514,43 +530,36 @@ def test_a_conversation_equals_one_row_one_token_at_a_time(shape, turns, rows, p
         if turn == 0:
             lengths = [number + 1 for number in lengths]
         messages = [ids_of(number, shape.seed, turn, row) for row, number in enumerate(lengths[:rows])]
-        goes_on = not any(map(len, messages))
+        goes_on, has_gap = not any(map(len, messages)), len({len(message) > 0 for message in messages}) > 1
         ids, new_mask, _ = (Padding() if goes_on else padding).lay(messages)
         sequences, mask = torch.cat([sequences, ids], dim=1), torch.cat([mask, new_mask], dim=1)
-        with torch.compiler.set_stance("force_eager"):
+        refusal = pytest.raises(ValueError, match="ends in padding") if has_gap else nullcontext()
+        with torch.compiler.set_stance("force_eager"), refusal:
             output = model.generate(
                 sequences,
                 attention_mask=mask,
                 past_key_values=cache,
                 max_new_tokens=length,
-                pad_token_id=0,
+                pad_token_id=PAD,
                 return_dict_in_generate=True,
                 compile=True if compile and not goes_on else None,
             )
+        if has_gap:
+            return
         answers = output.sequences[:, sequences.shape[1] :]
         for row, (slots, chunk) in enumerate(states):
             if goes_on:
-                whole, slots, chunk = naive_go_on(model, slots, chunk, length)
+                answer, slots, chunk = reference_greedy(model, slots, length, chunk)
             else:
                 unread = chunk[-1:]
                 if len(chunk) > 1:
                     slots = reference_step(model, slots, chunk[:-1])
                 slots = reference_read(model, slots, torch.cat([unread, messages[row]]))
-                whole, slots, chunk = reference_greedy(model, slots, length)
+                answer, slots, chunk = reference_greedy(model, slots, length)
             states[row] = (slots, chunk)
-            assert answers[row].tolist() == whole
+            assert answers[row].tolist() == answer
         sequences, cache = output.sequences, output.past_key_values
         mask = torch.cat([mask, torch.ones_like(answers)], dim=1)
-
-
-def naive_go_on(model, slots, chunk, num_tokens):
-    answer = []
-    for _ in range(num_tokens):
-        if len(chunk) == model.config.chunk_length:
-            slots, chunk = reference_step(model, slots, chunk), chunk[:0]
-        chunk = torch.cat([chunk, reference_predict(model, slots, chunk)[-1:].argmax(dim=-1)])
-        answer.append(int(chunk[-1]))
-    return answer, slots, chunk
 
 
 # folders
@@ -571,4 +580,10 @@ def test_a_saved_model_is_the_same_when_loaded(shape, dtype, shards, rows):
     assert got.keys() == expected.keys()
     for name, weight in expected.items():
         assert got[name].dtype == dtype and torch.equal(got[name], weight), name
-    assert loaded.config.to_dict().items() >= {n: v for n, v in model.config.to_dict().items() if n in Phase15Config.__annotations__ and n != "text_config"}.items()
+    for name in Phase15Config.__annotations__.keys() - {"text_config"}:
+        assert getattr(loaded.config, name) == getattr(model.config, name)
+    input_ids, mask, _ = Padding().lay([ids_of(sum(row), shape.seed, index) for index, row in enumerate(rows)])
+    lengths = torch.tensor([query for query, _ in rows])
+    with torch.no_grad():
+        logits = [aligned(m)(input_ids, mask, query_lengths=lengths).logits for m in (model, exact(loaded))]
+    assert torch.equal(*logits)
