@@ -580,8 +580,10 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
             targets[:, :-1] = rows.labels[:, 1:]
         wanted = targets != -100 if skip_logits and labels is not None else (targets != -100) | (logit_column >= 0)
         row, place = (predicts & wanted).nonzero(as_tuple=True)  # (P,) each: the predictions to be made
-        if not len(row):
+        if not len(row) and labels is not None:
             raise ValueError("`labels` hold no target after any row's query, so there is nothing to predict.")
+        if not len(row):  # all columns kept are padding or inside a query: any prediction does, as none is kept
+            row, place = row.new_zeros(1), rows.length[:1] - 1
 
         if cache is None:
             hidden_states, soft_prompt, chunk, outputs = self._unroll(rows, row, place, bptt_chunks, **kwargs)
@@ -744,8 +746,8 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
                 on it, on a CPU too (`torch.compile` needs a C++ compiler there); False refuses it.
 
         Raises:
-            ValueError: for assisted decoding, contrastive search, paged or other caches, and chunked prefill; for
-                `compile=True` with something that forbids it, which is named.
+            ValueError: for assisted decoding, contrastive search, paged or other caches, and chunked prefill; for rows
+                that end in padding; for `compile=True` with something that forbids it, which is named.
         """
 
         sources = [kwargs, *(vars(config) for config in (generation_config, self.generation_config) if config)]
@@ -768,6 +770,12 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"`inputs` has {num_columns} columns, but the cache has already seen {cache.seen_tokens}; give the "
                 "whole conversation, old tokens first."
+            )
+        mask = kwargs.get("attention_mask")
+        if mask is not None and (bad := mask.any(dim=1) & (mask[:, -1] == 0)).any():
+            raise ValueError(
+                f"Row {int(bad.nonzero()[0])} of `attention_mask` ends in padding, but the next token is read off the "
+                "last column: pad `inputs` on the left, and in a conversation give every row a message or none."
             )
         if cache is None and setting("use_cache") is not False:
             kwargs["past_key_values"] = Phase15Cache(self.config)

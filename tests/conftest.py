@@ -123,7 +123,7 @@ def pad(rows: list[torch.Tensor], side: str = "left", value: int = 5) -> tuple[t
     return torch.stack(ids), torch.stack(mask)
 
 
-# the reference: a list of vectors for the slots, and nothing of the model but its HyperNetwork and its LLM
+# the reference: a list of vectors for the slots, and nothing of the model but its weights and its LLM
 
 
 def reference_carry(slots: list, tokens: list, num_slots: int = SLOTS, num_sinks: int = SINKS) -> list:
@@ -131,22 +131,54 @@ def reference_carry(slots: list, tokens: list, num_slots: int = SLOTS, num_sinks
     return stream[:num_sinks] + stream[num_sinks:][-(num_slots - num_sinks) :]
 
 
-def as_soft_prompt(slots: list[torch.Tensor], hidden_size: int) -> SoftPrompt:
-    unused = [torch.zeros(hidden_size)] * (SLOTS - len(slots))
+def as_soft_prompt(slots: list[torch.Tensor], hidden_size: int, num_slots: int = SLOTS) -> SoftPrompt:
+    unused = [torch.zeros(hidden_size)] * (num_slots - len(slots))
     return SoftPrompt(torch.stack([*slots, *unused])[None], torch.tensor([len(slots)]))
+
+
+def reference_attention(attention, states: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    query, key, value = attention.q_proj(states), attention.k_proj(memory), attention.v_proj(memory)
+    heads, size = [], query.shape[1] // attention.num_heads
+    for head in range(attention.num_heads):
+        columns = slice(head * size, (head + 1) * size)
+        scores = query[:, columns] @ key[:, columns].T / size**0.5
+        heads.append(scores.softmax(dim=1) @ value[:, columns])
+    return attention.o_proj(torch.cat(heads, dim=1))
+
+
+def reference_delta(net, carried: torch.Tensor, old: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Δ = tanh(α) · σ(G y) · (O y + P(y, memory) − carry), of vectors of which none is padding."""
+    position, scale = net.position_embeddings.weight, net.embedding_scale
+    seen = torch.cat([old, tokens]) / scale
+    memory = [
+        net.slot_proj(old / scale) + position[: len(old)],
+        net.token_proj(tokens / scale) + position[: len(tokens)],
+    ]
+    memory = net.memory_norm(torch.cat(memory))
+    slots = net.slot_proj(carried / scale) + position[: len(carried)]
+    for layer in net.layers:
+        normed = layer.self_norm(slots)
+        slots = slots + reference_attention(layer.self_attn, normed, normed)
+        slots = slots + reference_attention(layer.cross_attn, layer.cross_norm(slots), memory)
+        slots = slots + layer.down_proj(F.gelu(layer.up_proj(layer.mlp_norm(slots))))
+    y = net.norm(slots)
+    query, key = net.pointer_q_proj(y), net.pointer_k_proj(memory)
+    pointed = (query @ key.T / key.shape[1] ** 0.5).softmax(dim=1) @ seen
+    written = scale * (net.output_proj(y) + pointed)
+    return net.alpha.tanh() * net.gate_proj(y).sigmoid() * (written - carried)
 
 
 def reference_step(model, slots: list[torch.Tensor], ids: torch.LongTensor) -> list[torch.Tensor]:
     """step(sp, tokens) = carry(sp, E[tokens]) + Δ(sp, E[tokens])"""
     tokens = model.llm.get_input_embeddings()(ids)
-    carried = as_soft_prompt(reference_carry(slots, list(tokens)), tokens.shape[1])
-    old = as_soft_prompt(slots, tokens.shape[1])
-    delta = model.hypernet(carried, old, tokens[None], torch.tensor([len(ids)]))
-    return list((carried.embeds + delta)[0, : carried.length])
+    sizes = model.config.num_soft_tokens, model.config.num_sink_tokens
+    carried = torch.stack(reference_carry(slots, list(tokens), *sizes))
+    old = torch.stack(slots) if slots else tokens[:0]
+    return list(carried + reference_delta(model.hypernet, carried, old, tokens))
 
 
 def reference_read(model, slots: list[torch.Tensor], query: torch.LongTensor) -> list[torch.Tensor]:
-    for segment in query.split(QUERY):
+    for segment in query.split(model.config.max_query_length):
         slots = reference_step(model, slots, segment)
     return slots
 
@@ -159,10 +191,11 @@ def reference_predict(model, slots: list[torch.Tensor], ids: torch.LongTensor) -
 
 def reference_logits(model, ids: torch.LongTensor, query_length: int = 1, bptt_chunks: int | None = None):
     """One row's logits `(len(ids), vocab_size)`, chunk after chunk; zeros inside the query. Also the last slots."""
+    chunk_length, vocab_size = model.config.chunk_length, model.config.text_config.vocab_size
     slots = reference_read(model, [], ids[:query_length])
-    logits, rest, num_chunks = [torch.zeros(query_length - 1, VOCAB)], ids[query_length:], 0
-    while len(rest) >= CHUNK:
-        chunk, rest, num_chunks = rest[:CHUNK], rest[CHUNK:], num_chunks + 1
+    logits, rest, num_chunks = [slots[0].new_zeros(query_length - 1, vocab_size)], ids[query_length:], 0
+    while len(rest) >= chunk_length:
+        chunk, rest, num_chunks = rest[:chunk_length], rest[chunk_length:], num_chunks + 1
         logits.append(reference_predict(model, slots, chunk[:-1]))
         if bptt_chunks and num_chunks % bptt_chunks == 0:
             slots = [slot.detach() for slot in slots]

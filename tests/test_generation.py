@@ -43,11 +43,14 @@ def generate(model, prompts, *, seed=0, **kwargs):
     return output if kwargs.get("return_dict_in_generate") else output[:, input_ids.shape[1] :]
 
 
-def reference_greedy(model, slots, num_tokens):
-    """Greedy answer from a soft prompt on, whole chunks being read; returns the tokens and the state after them."""
-    answer, chunk = [], torch.tensor([], dtype=torch.long)
+def reference_greedy(model, slots, num_tokens, chunk=None):
+    """
+    Greedy answer from a soft prompt and an open chunk on, whole chunks being read; returns the tokens and the state
+    after them.
+    """
+    answer, chunk = [], torch.tensor([], dtype=torch.long) if chunk is None else chunk
     for _ in range(num_tokens):
-        if len(chunk) == CHUNK:
+        if len(chunk) == model.config.chunk_length:
             slots, chunk = reference_step(model, slots, chunk), chunk[:0]
         chunk = torch.cat([chunk, reference_predict(model, slots, chunk)[-1:].argmax(dim=-1)])
         answer.append(int(chunk[-1]))
@@ -340,3 +343,10 @@ def test_a_prompt_without_a_token_is_refused(tiny):
     mask = torch.tensor([[1, 1, 1], [0, 0, 0]])
     with pytest.raises(ValueError, match="Row 1 has 0 tokens"):
         tiny.generate(random_ids(2, 3), attention_mask=mask, pad_token_id=0, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("compile", [None, True])
+def test_a_row_that_ends_in_padding_is_refused(tiny, compile):
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    with pytest.raises(ValueError, match="Row 1 of `attention_mask` ends in padding"):
+        tiny.generate(random_ids(2, 3), attention_mask=mask, pad_token_id=0, max_new_tokens=3, compile=compile)
