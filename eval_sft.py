@@ -607,7 +607,7 @@ def main(args: EvaluationArguments):
     rivals = check_arguments(args)
     config = Phase15Config.from_pretrained(args.model_dir)
     tokenizer = AutoTokenizer.from_pretrained(args.model_dir, config=config)
-    records, where, seed = validation_records(args, tokenizer, config.max_answer_length)
+    records, where, seed = validation_records(args, tokenizer, config.max_answer_length, config.text_config.vocab_size)
     print(f"Evaluating {where}.")
     asked = records[: args.generated_records]
     numbered = [record for record in asked if final_number(tokenizer.decode(record.answer)) is not None]
@@ -731,7 +731,10 @@ def read_recipe(folder: str) -> dict:
 
 
 def validation_records(
-    args: EvaluationArguments, tokenizer: PreTrainedTokenizerBase, max_answer_length: int
+    args: EvaluationArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    max_answer_length: int,
+    vocab_size: int | None = None,
 ) -> tuple[list[Record], str, int]:
     """
     The records to evaluate, which they are in words, and the seed. Where the run that made the model read the same
@@ -751,11 +754,11 @@ def validation_records(
     source = (name, recipe.get("dataset_config"), recipe.get("dataset_train_split", "train"))
     if recipe.get("streaming") and is_held_out:
         stream = stream_records(*source)
-        encode = stream_encoder(stream, tokenizer, max_answer_length, name)
+        encode = stream_encoder(stream, tokenizer, max_answer_length, name, vocab_size)
         rows = [encode(row) for row in stream.take(min(max(most, 0), recipe["max_validation_records"]))]
         which = "the first"
     else:
-        rows = tokenize(load_records(*source), tokenizer, max_answer_length, name)
+        rows = tokenize(load_records(*source), tokenizer, max_answer_length, name, vocab_size)
         rows = rows.shuffle(seed=seed) if is_shuffled else rows
         start = len(rows) - math.ceil(len(rows) * share)
         rows = rows.select(range(start, len(rows) if most is None else min(start + max(most, 0), len(rows))))

@@ -571,7 +571,7 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dic
         model, tokenizer = load_model(model_args, records)
         config = model.config
         if not data_args.streaming:
-            dataset = tokenize(records, tokenizer, config.max_answer_length, name)
+            dataset = tokenize(records, tokenizer, config.max_answer_length, name, config.text_config.vocab_size)
             if data_args.shuffle_records:  # after they were numbered
                 dataset = dataset.shuffle(seed=training_args.seed)
     if model_args.rival:
@@ -580,9 +580,9 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dic
         compile_layers(model)
     pad_token_id = next(x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if x is not None)
     if data_args.streaming:
-        collator = Phase15DataCollator(
-            pad_token_id, encode=stream_encoder(records, tokenizer, config.max_answer_length, name)
-        )
+        vocab_size = config.text_config.vocab_size
+        encode = stream_encoder(records, tokenizer, config.max_answer_length, name, vocab_size)
+        collator = Phase15DataCollator(pad_token_id, encode=encode)
         num_validation = num_validation if data_args.validation_split else 0
         seed = training_args.seed if data_args.shuffle_records else None
         train_dataset, eval_dataset = split_stream(records, num_validation, seed, name)
