@@ -149,7 +149,7 @@ def _csv_records(path: Path) -> Iterator[dict[str, str]]:
                 if "" in record:
                     raise ValueError(f"record {number} has more values than the header has columns.")
                 yield record
-        except UnicodeDecodeError as error:  # of a block of lines, so that neither its place nor `number` helps
+        except UnicodeDecodeError:  # of a block of lines, so that neither its place nor `number` helps
             for place, line in enumerate(path.open("rb"), start=1):
                 _decode(line, f"line {place} is ")
             raise
