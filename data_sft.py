@@ -30,7 +30,7 @@ import pyarrow.parquet
 import torch
 from datasets import Dataset, Features, IterableDataset, Json, load_dataset
 from datasets.exceptions import DatasetGenerationError
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 
@@ -47,6 +47,14 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parqu
 DOCSTRINGS = "python-docstrings"  # the embedded data set
 SHUFFLE_BUFFER = 10_000  # records of a stream that are held to be shuffled
 MAX_QUERY_TOKENS = 65_536  # training holds every step over a query in memory: a longer one is a mistake in the data
+
+
+def load_tokenizer(name: str | Path, **kwargs) -> PreTrainedTokenizerBase:
+    """`AutoTokenizer.from_pretrained`; raises a ValueError that names what cannot be loaded."""
+    try:
+        return AutoTokenizer.from_pretrained(name, **kwargs)
+    except Exception as error:  # tokenizers raises plain Exceptions
+        raise ValueError(f"{name}: the tokenizer cannot be loaded: {error}") from error
 
 
 def load_records(name: str, config: str | None = None, split: str = "train") -> Dataset:
@@ -81,7 +89,12 @@ def load_records(name: str, config: str | None = None, split: str = "train") -> 
             records = list(_json_records(path))
             columns = dict.fromkeys(name for record in records for name in record)
             values = {name: [record.get(name) for record in records] for name in columns}
-            return Dataset.from_dict(values, features=Features({name: Json() for name in columns}))
+            try:
+                return Dataset.from_dict(values, features=Features({name: Json() for name in columns}))
+            except UnicodeEncodeError:  # half a surrogate pair, which JSON may hold
+                for number, record in enumerate(records, start=1):
+                    check_encodes(json.dumps(record, ensure_ascii=False), f"record {number}")
+                raise
         return load_dataset(BUILDERS[path.suffix.lower()], data_files=str(path), split="train")
     except DatasetGenerationError as error:
         raise ValueError(f"{name}: {error.__cause__ or error}") from error
@@ -329,11 +342,16 @@ def check_text(value, where: str, seen: dict) -> str:
         )
     if not isinstance(value, str):
         raise ValueError(f"{where} is a {type(value).__name__} ({value!r:.40}), but a string was expected.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # half a surrogate pair: JSON may hold it, a tokenizer stumbles over it
-        raise ValueError(f"{where} is not text: {error}.") from error
+    check_encodes(value, where)
     return value
+
+
+def check_encodes(text: str, where: str):
+    """Refuses half a surrogate pair: JSON may hold it, a tokenizer stumbles over it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} is not text: {error}.") from error
 
 
 def check_messages(value, where: str, at_least: int = 1) -> list[dict]:
