@@ -490,6 +490,15 @@ def shown(value) -> str:
     return "not measured" if value is None else str(value)
 
 
+def device(name: str) -> torch.device:
+    """A device that is here."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(str(error).partition("\n")[0]) from error
+    return torch.device(name)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
@@ -507,8 +516,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--folders", nargs=2, metavar=("PHASE15", "BASE"), help="load: these, not random weights")
     parser.add_argument("--picture", type=Path, help="long: the curve (default outputs/long_SHAPE.png)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16" if cuda else "float32")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if cuda else "cpu"))
+    parser.add_argument("--device", type=device, default=torch.device("cuda" if cuda else "cpu"))
     args = parser.parse_args(argv)
+    for name in ("rounds", "batch_sizes", "prompt_length", "new_tokens"):
+        value = getattr(args, name)
+        if value is not None and min(value if isinstance(value, list) else [value]) < 1:
+            parser.error(f"argument --{name}: must be 1 or more, not {value}")
+    for folder in args.folders or ():
+        if not Path(folder, "config.json").is_file():
+            parser.error(f"argument --folders: {folder} is no folder of a model, it has no config.json")
     args.dtype = getattr(torch, args.dtype)
     args.rounds = args.rounds or {"load": 30, "long": 1}.get(args.what, 5)
     args.new_tokens = args.new_tokens or (8192 if args.what == "long" else 256)

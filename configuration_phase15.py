@@ -1,9 +1,10 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """Phase15 model configuration."""
 
+import difflib
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
 
 # TinyLlama-1.1B (Zhang et al. 2024, arXiv 2401.02385): what `Phase15Config()` wraps when it is given no `text_config`.
@@ -23,6 +24,21 @@ AUTO_MAP = {
     "AutoConfig": "configuration_phase15.Phase15Config",
     "AutoModel": "modeling_phase15.Phase15ForCausalLM",
     "AutoModelForCausalLM": "modeling_phase15.Phase15ForCausalLM",
+}
+
+# What the library puts into any config besides its fields; all else is a mistake, or a later version's.
+LIBRARY_KEYS = {
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "per_layer_config",
+    "quantization_config",
+    "torch_dtype",
+    "use_cache",
+    *GenerationConfig().to_dict(),
 }
 
 
@@ -57,7 +73,7 @@ class Phase15Config(PreTrainedConfig):
             Standard deviation of the HyperNetwork's initial weights.
 
     Raises:
-        ValueError: for a value that cannot work, naming the field, the value and the rule.
+        ValueError: for a value that cannot work, naming the field, the value and the rule; for an unknown field.
 
     ```python
     >>> config = Phase15Config(num_soft_tokens=64)
@@ -88,7 +104,22 @@ class Phase15Config(PreTrainedConfig):
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
+    @classmethod
+    def from_pretrained(cls, name, *args, **kwargs):
+        """As the library's; errors say of which config.json they are."""
+        try:
+            return super().from_pretrained(name, *args, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
     def __post_init__(self, **kwargs: Any):
+        for name in kwargs:
+            if name not in LIBRARY_KEYS and not name.startswith("_"):
+                close = difflib.get_close_matches(name, Phase15Config.__annotations__, n=1)
+                raise ValueError(
+                    f"`{name}` is no field of Phase15Config"
+                    + (f"; did you mean `{close[0]}`?" if close else ": is the config of a later version?")
+                )
         if self.text_config is None:
             self.text_config = dict(TINYLLAMA)
         if isinstance(self.text_config, dict):

@@ -25,11 +25,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import jinja2
 import pyarrow.parquet
 import torch
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, Features, IterableDataset, Json, load_dataset
 from datasets.exceptions import DatasetGenerationError
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 
@@ -45,6 +46,15 @@ FORMATS = (
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 DOCSTRINGS = "python-docstrings"  # the embedded data set
 SHUFFLE_BUFFER = 10_000  # records of a stream that are held to be shuffled
+MAX_QUERY_TOKENS = 65_536  # training holds every step over a query in memory: a longer one is a mistake in the data
+
+
+def load_tokenizer(name: str | Path, **kwargs) -> PreTrainedTokenizerBase:
+    """`AutoTokenizer.from_pretrained`; raises a ValueError that names what cannot be loaded."""
+    try:
+        return AutoTokenizer.from_pretrained(name, **kwargs)
+    except Exception as error:  # tokenizers raises plain Exceptions
+        raise ValueError(f"{name}: the tokenizer cannot be loaded: {error}") from error
 
 
 def load_records(name: str, config: str | None = None, split: str = "train") -> Dataset:
@@ -75,9 +85,16 @@ def load_records(name: str, config: str | None = None, split: str = "train") -> 
     try:
         if path.suffix.lower() == ".csv":
             return Dataset.from_list(list(_csv_records(path)))
-        if path.suffix.lower() in (".jsonl", ".json"):
-            for _ in _json_records(path):  # pyarrow may crash on what is no record
-                pass
+        if path.suffix.lower() in (".jsonl", ".json"):  # not by pyarrow, to which "2020-01-01" is a date
+            records = list(_json_records(path))
+            columns = dict.fromkeys(name for record in records for name in record)
+            values = {name: [record.get(name) for record in records] for name in columns}
+            try:
+                return Dataset.from_dict(values, features=Features({name: Json() for name in columns}))
+            except UnicodeEncodeError:  # half a surrogate pair, which JSON may hold
+                for number, record in enumerate(records, start=1):
+                    check_encodes(json.dumps(record, ensure_ascii=False), f"record {number}")
+                raise
         return load_dataset(BUILDERS[path.suffix.lower()], data_files=str(path), split="train")
     except DatasetGenerationError as error:
         raise ValueError(f"{name}: {error.__cause__ or error}") from error
@@ -145,6 +162,10 @@ def _csv_records(path: Path) -> Iterator[dict[str, str]]:
                 if "" in record:
                     raise ValueError(f"record {number} has more values than the header has columns.")
                 yield record
+        except UnicodeDecodeError:  # of a block of lines, so that neither its place nor `number` helps
+            for place, line in enumerate(path.open("rb"), start=1):
+                _decode(line, f"line {place} is ")
+            raise
         except csv.Error as error:
             raise ValueError(f"record {number + 1} is not CSV: {error}") from error
     if not number:
@@ -155,19 +176,12 @@ def _json_records(path: Path) -> Iterator[dict]:
     """A JSON Lines file, line by line, or the whole of a JSON file."""
     with path.open("rb") as file:
         if path.suffix.lower() == ".jsonl":
-            records = (line for line in file if line.strip())
+            records = _json_lines(file)
         else:
-            try:
-                records = json.load(file)
-            except ValueError as error:
-                raise ValueError(f"not JSON: {error}") from error
+            records = _from_json(file.read(), "")
             records = records if isinstance(records, list) else [records]
         number = 0
         for number, record in enumerate(records, start=1):
-            try:
-                record = json.loads(record) if isinstance(record, bytes) else record
-            except ValueError as error:  # broken JSON, or not UTF-8
-                raise ValueError(f"record {number} is not JSON: {error}") from error
             if not isinstance(record, dict):
                 kind = type(record).__name__
                 raise ValueError(f"record {number} is a {kind}, but an object with named fields was expected.")
@@ -176,6 +190,30 @@ def _json_records(path: Path) -> Iterator[dict]:
             yield record
     if not number:
         raise ValueError("there is no usable record.")
+
+
+def _json_lines(file: Iterable[bytes]) -> Iterator:
+    lines = ((place, line) for place, line in enumerate(file, start=1) if line.strip())
+    for number, (place, line) in enumerate(lines, start=1):
+        yield _from_json(line, f"record {number} (line {place}) is ")
+
+
+def _from_json(text: bytes, where: str):
+    try:
+        return json.loads(_decode(text, where))
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" if where else f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{where}not JSON: {error.msg}, {place}.") from error
+    except RecursionError as error:
+        raise ValueError(f"{where}not a record: it is nested too deeply.") from error
+
+
+def _decode(text: bytes, where: str) -> str:
+    try:
+        return text.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = 1 + text.count(b"\n", 0, error.start)
+        raise ValueError(f"{where or f'line {line} is '}not UTF-8: it has the byte {text[error.start]:#x}.") from error
 
 
 def _parquet_records(path: Path) -> Iterator[dict]:
@@ -198,7 +236,11 @@ READERS = {".jsonl": _json_records, ".csv": _csv_records, ".parquet": _parquet_r
 
 
 def tokenize(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_answer_length: int, source: str = "data set"
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_answer_length: int,
+    source: str = "data set",
+    vocab_size: int | None = None,
 ) -> Dataset:
     """
     Turns records into `input_ids` (query, then answer), `query_length` and `record`, the record's number from 1.
@@ -206,7 +248,8 @@ def tokenize(
 
     Raises:
         ValueError: for a data set without a record, an unknown format, a missing or empty field or one of the wrong
-            type, or a tokenizer without an end token or chat template where one is needed.
+            type, a query of more than `MAX_QUERY_TOKENS`, a tokenizer without an end token or chat template where one
+            is needed, or one that gives a token which a model of `vocab_size` tokens does not have.
     """
     columns = dataset.column_names
     if not len(dataset):
@@ -215,7 +258,7 @@ def tokenize(
 
     def encode_record(record: dict, index: int) -> dict:
         number = index + 1
-        return encode(record, number, f"{source}, record {number}", fields, tokenizer, max_answer_length)
+        return encode(record, number, f"{source}, record {number}", fields, tokenizer, max_answer_length, vocab_size)
 
     encoded = dataset.map(encode_record, with_indices=True, remove_columns=columns, desc=f"Tokenizing {source}")
     if num_cut := sum(encoded["cut"]):
@@ -241,6 +284,7 @@ def encode(
     fields: tuple[str, ...],
     tokenizer: PreTrainedTokenizerBase,
     max_answer_length: int,
+    vocab_size: int | None = None,
 ) -> dict:
     """One tokenized record; `cut` says whether its answer is not whole."""
     query, answer = split_record(record, fields, where)
@@ -249,8 +293,21 @@ def encode(
     elif tokenizer.chat_template is None:
         raise ValueError(f"{where}: the tokenizer has no chat template; use string columns prompt, completion.")
     else:
-        query_ids = tokenizer.apply_chat_template(query, add_generation_prompt=True, return_dict=True)["input_ids"]
+        try:
+            query_ids = tokenizer.apply_chat_template(query, add_generation_prompt=True, return_dict=True)["input_ids"]
+        except jinja2.TemplateError as error:  # a syntax error, or what the template itself refuses
+            raise ValueError(f"{where}: the tokenizer's chat template cannot be used: {error}") from error
     answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    if not query_ids:
+        raise ValueError(f"{where}: the tokenizer makes no token of the query.")
+    if len(query_ids) > MAX_QUERY_TOKENS:
+        raise ValueError(f"{where}: the query has {len(query_ids):,} tokens, but {MAX_QUERY_TOKENS:,} are the most.")
+    largest = max(query_ids + answer_ids)
+    if vocab_size is not None and largest >= vocab_size:
+        raise ValueError(
+            f"{where}: the tokenizer does not fit the model: {tokenizer.convert_ids_to_tokens(largest)!r} is token "
+            f"{largest}, but the model's vocabulary has {vocab_size}."
+        )
     return {
         "input_ids": query_ids + answer_ids[:max_answer_length],
         "query_length": len(query_ids),
@@ -285,11 +342,16 @@ def check_text(value, where: str, seen: dict) -> str:
         )
     if not isinstance(value, str):
         raise ValueError(f"{where} is a {type(value).__name__} ({value!r:.40}), but a string was expected.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # half a surrogate pair: JSON may hold it, a tokenizer stumbles over it
-        raise ValueError(f"{where} is not text: {error}.") from error
+    check_encodes(value, where)
     return value
+
+
+def check_encodes(text: str, where: str):
+    """Refuses half a surrogate pair: JSON may hold it, a tokenizer stumbles over it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} is not text: {error}.") from error
 
 
 def check_messages(value, where: str, at_least: int = 1) -> list[dict]:
@@ -349,7 +411,11 @@ def split_stream(
 
 
 def stream_encoder(
-    dataset: IterableDataset, tokenizer: PreTrainedTokenizerBase, max_answer_length: int, source: str = "data set"
+    dataset: IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_answer_length: int,
+    source: str = "data set",
+    vocab_size: int | None = None,
 ) -> Callable[[dict], dict]:
     """
     A function that turns a row of `dataset` into what `tokenize` turns a record into. Only the first record is looked
@@ -362,7 +428,7 @@ def stream_encoder(
     if first is None:
         raise ValueError(f"{source}: there is no usable record.")
     fields = record_format(list(first["fields"]), tokenizer, source)
-    encode_row = partial(_encode_row, (fields, tokenizer, max_answer_length), source)
+    encode_row = partial(_encode_row, (fields, tokenizer, max_answer_length, vocab_size), source)
     encode_row(first)
     return encode_row
 
@@ -373,7 +439,7 @@ def _encode_row(how: tuple, source: str, row: dict) -> dict:
     except ValueError as error:
         raise Phase15RecordError(str(error)) from error
     if encoded.pop("cut"):
-        logger.warning_once(f"{source}: answers are cut at {how[-1]} tokens (in a stream they are not counted).")
+        logger.warning_once(f"{source}: answers are cut at {how[2]} tokens (in a stream they are not counted).")
     return encoded
 
 

@@ -42,7 +42,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import NamedTuple
 
 import numpy as np
@@ -54,10 +54,10 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
 from configuration_phase15 import Phase15Config
-from data_sft import load_records, stream_encoder, stream_records, tokenize
+from data_sft import load_records, load_tokenizer, stream_encoder, stream_records, tokenize
 from modeling_phase15 import HyperNetwork, Phase15ForCausalLM, SoftPrompt
 
 
@@ -187,7 +187,14 @@ def measure(name: str, batch_size: int, losses_of: Callable[..., Losses], *lists
     parts = [losses_of(*(rows[start : start + batch_size] for rows in lists)) for start in starts]
     num_chunks = max(part.nats.shape[1] for part in parts)
     parts = [[F.pad(values, (0, num_chunks - values.shape[1])) for values in part] for part in parts]
-    return Losses(*map(torch.cat, zip(*parts, strict=True)))
+    losses = Losses(*map(torch.cat, zip(*parts, strict=True)))
+    if not torch.isfinite(losses.nats).all():
+        index = int((~torch.isfinite(losses.nats).all(dim=1)).nonzero()[0])
+        raise FloatingPointError(
+            f"{name}: the loss of validation record {index + 1} is not finite; the weights are damaged, or too large "
+            "for their dtype."
+        )
+    return losses
 
 
 @contextmanager
@@ -567,6 +574,16 @@ def answer_in_new_process(folder: str | Path, query: list[int], max_new_tokens: 
 # ------------------------------------------------------------------------------------------------------ the command
 
 
+RUN_DEFAULTS = {  # of what train_sft.py holds out
+    "validation_split": 0.1,
+    "shuffle_records": False,
+    "seed": 42,
+    "streaming": False,
+    "dataset_config": None,
+    "dataset_train_split": "train",
+}
+
+
 @dataclass
 class EvaluationArguments:
     model_dir: str = field(metadata={"help": "A Phase15 model's folder, as train_sft.py leaves it."})
@@ -606,8 +623,8 @@ def main(args: EvaluationArguments):
     """Measures everything, and then writes."""
     rivals = check_arguments(args)
     config = Phase15Config.from_pretrained(args.model_dir)
-    tokenizer = AutoTokenizer.from_pretrained(args.model_dir, config=config)
-    records, where, seed = validation_records(args, tokenizer, config.max_answer_length)
+    tokenizer = load_tokenizer(args.model_dir, config=config)
+    records, where, seed = validation_records(args, tokenizer, config.max_answer_length, config.text_config.vocab_size)
     print(f"Evaluating {where}.")
     asked = records[: args.generated_records]
     numbered = [record for record in asked if final_number(tokenizer.decode(record.answer)) is not None]
@@ -648,6 +665,12 @@ def check_arguments(args: EvaluationArguments) -> dict[str, str]:
     for name, least in {"batch_size": 1, "generated_records": 0, "max_new_tokens": 1, "bootstrap_samples": 1}.items():
         if getattr(args, name) < least:
             raise ValueError(f"`{name}` is {getattr(args, name)}, but it must be {least} or more.")
+    check_dtype(args.dtype)
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # not the name of a device, or one that is not here
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"`device` is {args.device!r}, which cannot be used: {reason}") from error
     for folder in (args.model_dir, *args.rivals):
         if not Path(folder).is_dir():
             raise ValueError(f"{folder}: no such folder.")
@@ -655,19 +678,44 @@ def check_arguments(args: EvaluationArguments) -> dict[str, str]:
         raise ValueError(f"{args.model_dir} is not the folder of {PHASE15}, but of {kind}.")
     if args.base and (kind := kind_of(args.base)) != CAUSAL_LM:
         raise ValueError(f"`base` is {args.base}, but that is {kind}, where {CAUSAL_LM} was expected.")
-    if args.output_dir and Path(args.output_dir).is_file():
-        raise ValueError(f"`output_dir` is {args.output_dir}, but that is a file.")
+    if args.output_dir:
+        check_output_dir(args.output_dir)
     rows = {"the untrained base, full context": args.base} if args.base else {}
     for folder in args.rivals:
         name = f"rival: {read_recipe(folder).get('rival') or Path(folder).resolve().name}"
         if name in rows:
             raise ValueError(f"{rows[name]} and {folder} would both be called {name!r}.")
         rows[name] = folder
+        if (others := held_out(folder)) and (own := held_out(args.model_dir)):
+            for key, value in own.items():
+                if others[key] != value:
+                    raise ValueError(
+                        f"{folder} did not hold out the records that {args.model_dir} did: its `{key}` was "
+                        f"{others[key]!r}, not {value!r}."
+                    )
     expected = vocab_size(args.model_dir, args.base)
     for name in rows.values():
         if (found := vocab_size(name, args.base)) != expected:
             raise ValueError(f"{name} has a vocabulary of {found} tokens, but {args.model_dir} has one of {expected}.")
     return rows
+
+
+def check_dtype(name: str):
+    if name != "auto" and not getattr(getattr(torch, str(name), None), "is_floating_point", False):
+        raise ValueError(f"`dtype` is {name!r}, but it must be float32, bfloat16, float16 or auto.")
+
+
+def check_output_dir(name: str | Path):
+    """Raises an error for a folder that cannot be written to; makes nothing."""
+    path = Path(name).absolute()
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not there.is_dir():
+        raise ValueError(f"`output_dir` is {name}, but {there} is a file.")
+    try:
+        with TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"`output_dir` is {name}, but {there} cannot be written to: {error.strerror}.") from error
 
 
 PHASE15, ADAPTER, CAUSAL_LM = "a Phase15 model", "a PEFT adapter", "a causal LM"
@@ -730,8 +778,25 @@ def read_recipe(folder: str) -> dict:
     return recipe
 
 
+def held_out(folder: str) -> dict | None:
+    """What says which records the run that made a folder held out, None where there was no run."""
+    recipe = read_recipe(folder)
+    if "dataset_name" not in recipe:
+        return None
+    run = {**RUN_DEFAULTS, **recipe, "dataset_name": Path(str(recipe["dataset_name"])).name}
+    keys = ["dataset_name", *RUN_DEFAULTS]
+    if not run["shuffle_records"]:
+        keys.remove("seed")
+    if run["streaming"]:
+        keys.append("max_validation_records")
+    return {key: run[key] for key in keys}
+
+
 def validation_records(
-    args: EvaluationArguments, tokenizer: PreTrainedTokenizerBase, max_answer_length: int
+    args: EvaluationArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    max_answer_length: int,
+    vocab_size: int | None = None,
 ) -> tuple[list[Record], str, int]:
     """
     The records to evaluate, which they are in words, and the seed. Where the run that made the model read the same
@@ -740,7 +805,7 @@ def validation_records(
     name, recipe = args.dataset, read_recipe(args.model_dir)
     if Path(str(recipe.get("dataset_name"))).name != Path(name).name:
         recipe = {}
-    run = {"validation_split": 0.1, "shuffle_records": False, "seed": 42, **recipe}  # train_sft.py's defaults
+    run = {**RUN_DEFAULTS, **recipe}
     flags = {key: getattr(args, key) for key in ("validation_split", "shuffle_records", "seed")}
     share, is_shuffled, seed = (run[key] if flag is None else flag for key, flag in flags.items())
     most = recipe.get("max_validation_records") if args.max_records is None else args.max_records
@@ -751,11 +816,11 @@ def validation_records(
     source = (name, recipe.get("dataset_config"), recipe.get("dataset_train_split", "train"))
     if recipe.get("streaming") and is_held_out:
         stream = stream_records(*source)
-        encode = stream_encoder(stream, tokenizer, max_answer_length, name)
+        encode = stream_encoder(stream, tokenizer, max_answer_length, name, vocab_size)
         rows = [encode(row) for row in stream.take(min(max(most, 0), recipe["max_validation_records"]))]
         which = "the first"
     else:
-        rows = tokenize(load_records(*source), tokenizer, max_answer_length, name)
+        rows = tokenize(load_records(*source), tokenizer, max_answer_length, name, vocab_size)
         rows = rows.shuffle(seed=seed) if is_shuffled else rows
         start = len(rows) - math.ceil(len(rows) * share)
         rows = rows.select(range(start, len(rows) if most is None else min(start + max(most, 0), len(rows))))
@@ -831,5 +896,5 @@ def report(losses: dict[str, Losses], own_losses: dict[str, Losses], samples: in
 if __name__ == "__main__":
     try:
         main(*HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses())
-    except (ValueError, OSError, StrictDataclassError, SafetensorError) as error:
+    except (ValueError, OSError, FloatingPointError, StrictDataclassError, SafetensorError) as error:
         raise SystemExit(f"eval_sft.py: {' '.join(str(error).split())}") from error

@@ -19,11 +19,14 @@ The first half of this file is the recursion, the second the language model arou
 
 import inspect
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -342,6 +345,17 @@ class Phase15PreTrainedModel(PreTrainedModel):
         """As the library's, but `from_pretrained` initialises only what it has not filled."""
         return [*super().get_init_context(*args, **kwargs), init.no_init_weights()]
 
+    @classmethod
+    def from_pretrained(cls, name, *args, output_loading_info: bool = False, **kwargs):
+        """
+        As the library's, but all weights must be there and fit.
+
+        Raises:
+            ValueError: for weights that cannot be read, are missing, are left over or have another shape.
+        """
+        model, info = load_whole(super().from_pretrained, name, *args, **kwargs)
+        return (model, info) if output_loading_info else model
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -383,13 +397,13 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
                 `device_map`, `revision`, …).
 
         Raises:
-            ValueError: if the base cannot be given a soft prompt.
+            ValueError: if the base cannot be given a soft prompt, or its weights are not whole.
         """
         config_kwargs = {name: kwargs.pop(name) for name in list(kwargs) if name in Phase15Config.__annotations__}
         if str(base).endswith(".gguf"):
             base, kwargs["gguf_file"] = os.path.split(os.path.abspath(base))
             kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
-        llm = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+        llm, _ = load_whole(AutoModelForCausalLM.from_pretrained, base, **kwargs)
         check_base(llm)
         if os.path.isdir(base):
             llm.config._name_or_path = ""  # a path says nothing where the model is loaded later
@@ -552,8 +566,9 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
             kwargs: go to the LLM (`output_hidden_states`, `output_attentions`).
 
         Raises:
-            ValueError: for shapes that do not match, rows without a token, a query longer than its row, rows that a
-                cache cannot hold side by side, or a cache of another class.
+            ValueError: for shapes that do not match, ids outside the vocabulary, rows without a token, a query longer
+                than its row, rows that a cache cannot hold side by side, or a cache of another class.
+            FloatingPointError: for a query, read into a cache, behind which the LLM's output is not finite.
         """
         if kwargs.pop("inputs_embeds", None) is not None:  # None comes from PEFT
             raise ValueError("`inputs_embeds` cannot be given: the recursion reads `input_ids`.")
@@ -566,7 +581,8 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
             raise ValueError(f"`past_key_values` must be a Phase15Cache, not a {type(cache).__name__}.")
         if cache is not None and labels is not None:
             raise ValueError("`labels` cannot be given with `past_key_values` or `use_cache=True`.")
-        rows = compact(input_ids, attention_mask, labels, query_lengths, 0 if cache is None else cache.seen_tokens)
+        seen_tokens, vocab_size = 0 if cache is None else cache.seen_tokens, self.config.text_config.vocab_size
+        rows = compact(input_ids, attention_mask, labels, query_lengths, seen_tokens, vocab_size)
         kept = torch.arange(input_ids.shape[1], device=input_ids.device)
         kept = kept[-logits_to_keep:] if isinstance(logits_to_keep, int) else kept[logits_to_keep]
         logit_column = torch.full_like(rows.column[0], -1)  # where a column of the input stands in the logits
@@ -686,6 +702,11 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         states = []
         if has_query[0]:
             states.append(self._open_chunk(cache, self._read_message(rows, cache), **kwargs))
+            if not torch.isfinite(states[0][0]).all():  # asked once a message
+                raise FloatingPointError(
+                    "The LLM's output behind the query is not finite. The weights are damaged, or too large for "
+                    f"{self.dtype}: load the model with another `dtype`."
+                )
         answer = rows.query_length[:, None] + torch.arange(int(answer_length[0]), device=row.device)
         answer = self.get_input_embeddings()(rows.input_ids.gather(1, answer))  # (B, A, d)
         while answer.shape[1]:
@@ -804,7 +825,8 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
                 input_ids, next_sequence_length=num_new, is_first_iteration=True, **model_kwargs
             )
             mask, query_lengths = model_inputs.get("attention_mask"), model_inputs["query_lengths"]
-            rows = compact(model_inputs["input_ids"], mask, None, query_lengths, cache.seen_tokens)
+            ids, vocab_size = model_inputs["input_ids"], self.config.text_config.vocab_size
+            rows = compact(ids, mask, None, query_lengths, cache.seen_tokens, vocab_size)
             soft_prompt = self._read_message(rows, cache)
             output = decode(self, soft_prompt, cache, input_ids, *parts, streamer, insist=bool(compile))
         if output is None:
@@ -854,11 +876,14 @@ def compact(
     labels: torch.LongTensor | None,
     query_lengths: torch.LongTensor | None,
     seen_tokens: int,
+    vocab_size: int,
 ) -> Rows:
     """Checks the arguments of [`Phase15ForCausalLM.forward`] and left-aligns the rows; see there."""
     if input_ids is None or input_ids.ndim != 2:
         shape = None if input_ids is None else tuple(input_ids.shape)
         raise ValueError(f"`input_ids` must have shape (batch_size, sequence_length), not {shape}.")
+    if input_ids.is_floating_point():
+        raise ValueError(f"`input_ids` must hold integers, not {input_ids.dtype}.")
     batch_size, num_columns = input_ids.shape
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if mask.shape not in ((batch_size, num_columns), (batch_size, seen_tokens + num_columns)):
@@ -878,7 +903,18 @@ def compact(
         query_length = torch.full_like(length, 0 if seen_tokens else 1)
     shortest = 0 if seen_tokens else 1
     bad = (length < 1) | (query_length < shortest) | (query_length > length)
-    if bad.any():
+    unknown = (input_ids < 0) | (input_ids >= vocab_size)  # (B, T)
+    if labels is not None:
+        unknown |= (labels != -100) & ((labels < 0) | (labels >= vocab_size))
+    bad |= unknown.any(dim=1)
+    if bad.any():  # the only question to the device
+        if unknown.any():
+            index, place = unknown.nonzero()[0].tolist()
+            ids = [int(values[index, place]) for values in (input_ids, labels) if values is not None]
+            raise ValueError(
+                f"Row {index} holds {', with the label '.join(map(str, ids))}, at place {place}, but ids must be from "
+                f"0 to {vocab_size - 1}, the vocabulary's last, at padding too."
+            )
         index = int(bad.nonzero()[0])
         raise ValueError(
             f"Row {index} has {length[index]} tokens and a query of {query_length[index]}; a row needs at least one "
@@ -896,6 +932,40 @@ def query_lengths_of(labels: torch.LongTensor, attention_mask: torch.Tensor | No
     return torch.where(is_target.any(dim=1), before.clamp(min=1), mask.sum(dim=1))
 
 
+def load_whole(load: Callable, name: str | os.PathLike, *args, **kwargs) -> tuple[PreTrainedModel, dict]:
+    """
+    `load`, a `from_pretrained`, and its loading info. The library would only warn of weights that are not in the file,
+    and go on with random ones.
+    """
+    may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+    try:
+        model, info = load(name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"{unreadable(name)}: the weights cannot be read: {error}") from error
+    wrong = {
+        "missing": info["missing_keys"],
+        "left over": info["unexpected_keys"],
+        "of another shape": () if may_mismatch else {key for key, *_ in info["mismatched_keys"]},
+    }
+    if found := [f"{sorted(keys)[0]} is {what}" for what, keys in wrong.items() if keys]:
+        number = sum(map(len, wrong.values()))
+        raise ValueError(
+            f"{name}: {number} of the weights do not fit the model that config.json describes: {', '.join(found)}."
+        )
+    return model, info
+
+
+def unreadable(folder: str | os.PathLike) -> str | os.PathLike:
+    """The weights file of a folder that cannot be read, or the folder."""
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError:
+            return path
+    return folder
+
+
 def check_base(llm: PreTrainedModel):
     """Raises a ValueError that names a base which cannot be given a soft prompt."""
     arguments = inspect.signature(llm.base_model.forward).parameters
@@ -905,7 +975,13 @@ def check_base(llm: PreTrainedModel):
     with torch.no_grad():
         tokens = torch.arange(8, device=llm.get_input_embeddings().weight.device)[None]
         hidden_states = llm.base_model(inputs_embeds=llm.get_input_embeddings()(tokens)).last_hidden_state
-        if not torch.equal(llm.get_output_embeddings()(hidden_states), llm(tokens).logits):
+        logits = llm(tokens).logits
+        if not torch.isfinite(logits).all():
+            raise ValueError(
+                f"{type(llm).__name__} cannot be a base of Phase15: its logits are not finite. Its weights are "
+                f"damaged, or too large for {llm.dtype}."
+            )
+        if not torch.equal(llm.get_output_embeddings()(hidden_states), logits):
             raise ValueError(
                 f"{type(llm).__name__} cannot be a base of Phase15: its logits are more than its output embeddings "
                 "applied to the hidden states of its input embeddings."

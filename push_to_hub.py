@@ -39,12 +39,11 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
-from safetensors import SafetensorError
-from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
 import eval_sft
 from configuration_phase15 import Phase15Config
-from data_sft import BUILDERS, DOCSTRINGS
+from data_sft import BUILDERS, DOCSTRINGS, load_tokenizer
 from modeling_phase15 import Phase15ForCausalLM
 
 
@@ -104,6 +103,8 @@ def check_arguments(args: PushArguments):
         validate_repo_id(args.base_model)
     if args.dry_run != (args.output_dir is not None):
         raise ValueError("`dry_run` and `output_dir` go together: the folder to which a dry run writes.")
+    if args.output_dir is not None:
+        eval_sft.check_output_dir(args.output_dir)
     if args.create_pr and args.revision is not None:
         raise ValueError("`create_pr` and `revision` exclude each other: a pull request is always against main.")
     if not args.commit_message.strip():
@@ -203,16 +204,8 @@ def stage(args: PushArguments, folder: Path):
 
 def load(source: Path) -> tuple[Phase15ForCausalLM, PreTrainedTokenizerBase]:
     """Loads model and tokenizer with this repository's code; raises a ValueError for what is missing or broken."""
-    try:
-        model, info = Phase15ForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True)
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{source}: the weights cannot be read: {error}") from error
-    if wrong := sorted({str(name) for names in info.values() for name in names}):
-        raise ValueError(f"{source}: weights are missing, left over or of another shape: {', '.join(wrong[:3])}, …")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, config=model.config)
-    except Exception as error:  # tokenizers raises plain Exceptions
-        raise ValueError(f"{source}: the tokenizer cannot be loaded: {error}") from error
+    model = Phase15ForCausalLM.from_pretrained(source, dtype="auto")
+    tokenizer = load_tokenizer(source, config=model.config)
     for name in ("is_local", "local_files_only"):  # how it was loaded here is nobody else's business
         tokenizer.init_kwargs.pop(name, None)
     return model, tokenizer
@@ -354,7 +347,7 @@ def explain(error: Exception) -> str:
 if __name__ == "__main__":
     try:
         main(*HfArgumentParser(PushArguments).parse_args_into_dataclasses())
-    except (ValueError, OSError, StrictDataclassError, HTTPError) as error:
+    except (ValueError, OSError, FloatingPointError, StrictDataclassError, HTTPError) as error:
         line = " ".join(explain(error).split())
         if token := get_token():  # some libraries show the header that they could not send
             line = line.replace(token, "***")

@@ -17,6 +17,7 @@ import difflib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -34,7 +36,6 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoTokenizer,
     HfArgumentParser,
     LlamaConfig,
     PreTrainedModel,
@@ -55,6 +56,7 @@ from data_sft import (
     Phase15RecordError,
     Phase15Stream,
     load_records,
+    load_tokenizer,
     split_stream,
     stream_encoder,
     stream_records,
@@ -371,7 +373,7 @@ def parse_args(
     Raises:
         ValueError: for a recipe that is missing or not a mapping, or for a key of it that does not exist.
     """
-    parser = HfArgumentParser((Phase15ModelArguments, Phase15DataArguments, Phase15TrainingArguments))
+    parser = Phase15Parser((Phase15ModelArguments, Phase15DataArguments, Phase15TrainingArguments))
     parser.add_argument("recipe", nargs="?", help="a YAML file with values for the flags below")
     parser.add_argument("--config", help="the same as recipe")
     defaults = vars(parser.parse_args([]))
@@ -380,26 +382,16 @@ def parse_args(
     if recipe is None and known.model_name_or_path is None and known.dataset_name is None:
         recipe = QUICKSTART
     if recipe is not None:
-        if not Path(recipe).is_file():
-            raise ValueError(f"{recipe}: no such recipe.")
+        parser.set_defaults(**read_recipe(recipe, parser))
         try:
-            values = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{recipe}: not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{recipe}: a recipe is a mapping of flags to values, not a {type(values).__name__}.")
-        names = [f.name for cls in parser.dataclass_types for f in fields(cls) if f.init]
-        for name in values:
-            if name not in names:
-                close = difflib.get_close_matches(str(name), names, n=1)
-                raise ValueError(
-                    f"{recipe}: unknown key {name!r}" + (f"; did you mean {close[0]!r}?" if close else ".")
-                )
-        parser.set_defaults(**values)
+            parser.parse_args([])
+        except ValueError as error:
+            raise ValueError(f"{recipe}: {error}") from error
     arguments = parser.parse_args(argv)
     if arguments.stage not in ("hypernet", "full", "lora"):  # argparse does not check defaults, and so recipes
         raise ValueError(f"`stage` is {arguments.stage!r}, but it must be hypernet, full or lora.")
     check_rival(arguments)
+    check_values(arguments)
     if not 0 <= arguments.validation_split < 1:
         raise ValueError(f"`validation_split` is {arguments.validation_split}, but it must be from 0 to below 1.")
     outputs = []
@@ -408,6 +400,76 @@ def parse_args(
     not_in_recipe = ("recipe", "config", "hub_token")  # a token is nobody else's business
     recipe = {name: value for name, value in vars(arguments).items() if value != defaults[name]}
     return *outputs, {name: value for name, value in recipe.items() if name not in not_in_recipe}
+
+
+class Phase15Parser(HfArgumentParser):
+    """An `HfArgumentParser` whose errors are a line, without the usage of more than a hundred flags."""
+
+    def error(self, message: str):
+        found = re.match(r"unrecognized arguments: --(\w+)", message)
+        raise ValueError(message + (did_you_mean(found[1], argument_names(self)) if found else ""))
+
+
+def argument_names(parser: HfArgumentParser) -> list[str]:
+    return [f.name for cls in parser.dataclass_types for f in fields(cls) if f.init]
+
+
+def did_you_mean(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(str(name), names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
+def read_recipe(path: str | Path, parser: HfArgumentParser) -> dict:
+    """The values of a recipe, for argparse to check as those of flags."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such recipe.")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: a recipe is a mapping of flags to values, not a {type(values).__name__}.")
+    names = argument_names(parser)
+    hints = {name: hint for cls in parser.dataclass_types for name, hint in get_type_hints(cls).items()}
+    for name, value in values.items():
+        if name not in names:
+            raise ValueError(f"{path}: unknown key {name!r}{did_you_mean(name, names)}")
+        kinds = {get_origin(kind) or kind for kind in (hints[name], *get_args(hints[name]))}
+        if isinstance(value, list | dict) or value is None:
+            if type(value) not in kinds:
+                kind = "null" if value is None else f"a {type(value).__name__}"
+                raise ValueError(f"{path}: `{name}` is {kind}, but one value was expected.")
+        else:
+            values[name] = str(value)  # which argparse converts, or refuses
+    return values
+
+
+LEAST = {
+    "learning_rate": 0,
+    "llm_learning_rate": 0,
+    "alpha_learning_rate": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "bptt_chunks": 1,
+    "max_validation_records": 0,
+}
+
+
+def check_values(arguments):
+    """Refuses values that the libraries would refuse too, but only when the run has begun, or not at all."""
+    for name, least in LEAST.items():
+        value = getattr(arguments, name)
+        if value is not None and not value >= least:  # nan is refused too
+            raise ValueError(f"`{name}` is {value}, but it must be {least} or more.")
+    if arguments.max_steps < 1 and not arguments.num_train_epochs > 0:
+        raise ValueError(f"`num_train_epochs` is {arguments.num_train_epochs}, but it must be above 0.")
+    eval_sft.check_dtype(arguments.dtype)
+    if arguments.output_dir is not None:
+        eval_sft.check_output_dir(arguments.output_dir)
+    checkpoint = arguments.resume_from_checkpoint
+    if checkpoint is not None and not Path(checkpoint, "trainer_state.json").is_file():
+        raise ValueError(f"`resume_from_checkpoint` is {checkpoint}, but that is no folder of a checkpoint.")
 
 
 def check_rival(args):
@@ -433,17 +495,18 @@ def load_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM
         )
     if name is None:
         try:
-            base_config = json.loads(args.base_config) if isinstance(args.base_config, str) else dict(args.base_config)
+            base_config = json.loads(args.base_config) if isinstance(args.base_config, str) else args.base_config
         except ValueError as error:
             raise ValueError(f"`base_config` is not JSON: {error}") from error
-        tokenizer = train_tokenizer(records, base_config.pop("vocab_size", 2048))
+        check_base_config(base_config)
+        tokenizer = train_tokenizer(records, base_config.get("vocab_size", 2048))
         ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        text_config = LlamaConfig(vocab_size=len(tokenizer), **ids, **base_config)
+        text_config = LlamaConfig(**base_config | ids | {"vocab_size": len(tokenizer)})
         model = Phase15ForCausalLM(Phase15Config(text_config=text_config, **args.config_fields))
     elif name.endswith(".gguf") and not Path(name).is_file():
         raise ValueError(f"{name}: no such file.")
     elif is_phase15(name):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)  # of our own code
+        tokenizer = load_tokenizer(name, trust_remote_code=True)  # of our own code
         model = Phase15ForCausalLM.from_pretrained(name, dtype=args.dtype)
         for key, value in args.config_fields.items():
             if value != getattr(model.config, key):
@@ -451,7 +514,7 @@ def load_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM
     else:
         model = Phase15ForCausalLM.from_base(name, dtype=args.dtype, **args.config_fields)
         folder, gguf_file = os.path.split(os.path.abspath(name)) if name.endswith(".gguf") else (name, None)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+        tokenizer = load_tokenizer(folder, gguf_file=gguf_file)
         if gguf_file:  # whose end token transformers 5.17 takes for the start token
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.text_config.eos_token_id)
     if args.stage == "hypernet":
@@ -459,6 +522,20 @@ def load_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM
     elif args.stage == "lora":
         model = get_peft_model(model, lora_config(args, target_modules=r"llm\..*_proj", modules_to_save=["hypernet"]))
     return model, tokenizer
+
+
+def check_base_config(base_config: dict):
+    """Refuses what is no field of a LlamaConfig, which would take it and not use it."""
+    if not isinstance(base_config, dict):
+        raise ValueError(
+            f"`base_config` is a {type(base_config).__name__}, but fields of a LlamaConfig were expected."
+        )
+    names = [f.name for f in fields(LlamaConfig)]
+    for name in base_config:
+        if name not in names:
+            raise ValueError(f"`base_config`: unknown field {name!r}{did_you_mean(name, names)}")
+    if not isinstance(size := base_config.get("vocab_size", 2048), int) or size < 1:
+        raise ValueError(f"`base_config`: `vocab_size` is {size!r}, but it must be a positive integer.")
 
 
 def lora_config(args: Phase15ModelArguments, **kwargs) -> LoraConfig:
@@ -571,7 +648,7 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dic
         model, tokenizer = load_model(model_args, records)
         config = model.config
         if not data_args.streaming:
-            dataset = tokenize(records, tokenizer, config.max_answer_length, name)
+            dataset = tokenize(records, tokenizer, config.max_answer_length, name, config.text_config.vocab_size)
             if data_args.shuffle_records:  # after they were numbered
                 dataset = dataset.shuffle(seed=training_args.seed)
     if model_args.rival:
@@ -580,9 +657,9 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dic
         compile_layers(model)
     pad_token_id = next(x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if x is not None)
     if data_args.streaming:
-        collator = Phase15DataCollator(
-            pad_token_id, encode=stream_encoder(records, tokenizer, config.max_answer_length, name)
-        )
+        vocab_size = config.text_config.vocab_size
+        encode = stream_encoder(records, tokenizer, config.max_answer_length, name, vocab_size)
+        collator = Phase15DataCollator(pad_token_id, encode=encode)
         num_validation = num_validation if data_args.validation_split else 0
         seed = training_args.seed if data_args.shuffle_records else None
         train_dataset, eval_dataset = split_stream(records, num_validation, seed, name)

@@ -364,7 +364,7 @@ def test_the_lines_of_a_stream_are_read_one_by_one(chat_tokenizer, tmp_path):
     (tmp_path / "data.jsonl").write_text(GOOD * 40 + "broken\n")
     rows = stream(tmp_path / "data.jsonl", chat_tokenizer)
     assert [next(rows)["record"] for _ in range(40)] == list(range(1, 41))
-    with pytest.raises(Phase15RecordError, match=r"data\.jsonl: record 41 is not JSON"):
+    with pytest.raises(Phase15RecordError, match=r"data\.jsonl: record 41 \(line 41\) is not JSON"):
         next(rows)
 
 

@@ -509,7 +509,7 @@ def test_a_bad_record_of_a_stream(recipe, monkeypatch, tmp_path):
     recipe = write(recipe, tmp_path, max_steps=9)
     for workers in ("0", "1"):
         message = script(recipe, "--dataloader_num_workers", workers)
-        assert message.startswith(f"train_sft.py: {path}: record 16 is not JSON"), message
+        assert message.startswith(f"train_sft.py: {path}: record 16 (line 16) is not JSON"), message
     path.write_text("".join([*pairs, pairs[0]]))
     resumed, *_ = prepare([recipe])
     batches = watched(resumed)
