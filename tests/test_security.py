@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import eval_sft
 import push_to_hub
+import train_sft
 from modeling_phase15 import Phase15ForCausalLM
 
 
@@ -46,6 +47,21 @@ def test_no_code_of_a_folder_is_run_unless_it_is_trusted(folder, auto_class, ans
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         auto_class.from_pretrained(folder, **answer)
     assert {path.name for path in folder.parent.iterdir()} == {"model"}  # neither run nor copied to where it would be
+
+
+def train(folder: Path):
+    train_sft.load_model(train_sft.Phase15ModelArguments(model_name_or_path=str(folder)), None)
+
+
+def evaluate(folder: Path):
+    eval_sft.load(str(folder), eval_sft.EvaluationArguments(str(folder), "data.jsonl", device="cpu"))
+
+
+@pytest.mark.parametrize("load", [train, evaluate, push_to_hub.load], ids=["train_sft", "eval_sft", "push_to_hub"])
+def test_the_commands_run_their_own_code_and_none_of_the_folder(folder, chat_tokenizer, load):
+    chat_tokenizer.save_pretrained(folder)
+    load(folder)
+    assert not (folder.parent / "ran").exists()
 
 
 def test_the_code_of_a_folder_says_when_it_is_run(folder):

@@ -276,7 +276,7 @@ class Request:
     is_streamed: bool
 
     def ask(self, client: openai.OpenAI) -> str:
-        settings = {"model": NAME, "max_tokens": self.length, "temperature": 0, "stream": self.is_streamed}
+        settings = {"model": NAME, "max_tokens": self.length, "stream": self.is_streamed}
         if self.is_chat:
             answer = client.chat.completions.create(messages=chat(self.prompt), **settings)
             if self.is_streamed:
@@ -288,7 +288,7 @@ class Request:
 
 def hang_up(client: openai.OpenAI, index: int):
     """Leaves in one of four ways; an answer that nobody stops would not end."""
-    body = {"model": NAME, "messages": chat(PROMPTS[index % 4]), "temperature": 0, "stream": True, **NEVER_ENDING}
+    body = {"model": NAME, "messages": chat(PROMPTS[index % 4]), "stream": True, **NEVER_ENDING}
     way = index // 5 % 4
     if way == 0:  # in the middle of the answer
         del body["generation_config"]
