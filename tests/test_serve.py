@@ -255,6 +255,13 @@ def test_an_interrupt_ends_the_server_though_an_answer_is_under_way(saved):
         assert process.wait(timeout=60) == -signal.SIGINT  # not SIGABRT
 
 
+@pytest.mark.parametrize("path", ["load_model", "reset"])
+def test_no_client_can_have_another_model_loaded_or_this_one_dropped(client, path):
+    url = str(client.base_url).replace("/v1/", f"/{path}")
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(urllib.request.Request(url, b'{"model": "another"}'), timeout=60)
+
+
 def test_the_server_listens_on_the_loopback_address_alone(client):
     assert listening(client.base_url.port) == {"127.0.0.1"}
 
