@@ -8,9 +8,11 @@ An OpenAI-compatible server for a Phase15 model: `transformers serve`, told wher
 
 The model's name in requests is `--model_dir`, as /v1/models says. Requests are answered one after another, each with a
 cache of its own, and in at most 1024 tokens unless they set `max_tokens`; `temperature` is for models whose
-generation_config.json has `do_sample`, as everywhere in `transformers serve`. No code of the model's folder is run. Only this machine reaches the server unless
-`--host` says otherwise. It asks for no key, and limits neither a request's size, nor `max_tokens`, nor how many requests
-wait; an answer that is not streamed is finished though its client has gone. For others, put a proxy before it that does.
+generation_config.json has `do_sample`, as everywhere in `transformers serve`. No code of the model's folder is run.
+
+Only this machine reaches the server unless `--host` says otherwise. It asks for no key, and limits neither the size of
+a request, nor `max_tokens`, nor how many requests wait; an answer that is not streamed is finished though its client
+has gone. Where others reach it, put a proxy before it that limits these.
 """
 
 import argparse
