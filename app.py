@@ -195,12 +195,17 @@ def picture(steps: list[Step], num_slots: int, num_sinks: int) -> Figure:
     return figure
 
 
+def visible(text: str) -> str:
+    """A token's text with a sign for every character that cannot be seen."""
+    return "".join(c if c.isprintable() else "�" for c in text.translate(INVISIBLE))
+
+
 def table(steps: list[Step], tokenizer: PreTrainedTokenizerBase, num_slots: int, num_sinks: int) -> str:
     """HTML: a row for every slot, a column for each of the last steps, in it the token nearest to the slot."""
     steps = steps[-COLUMNS:]
     largest = max((share for step in steps for share in step.shares), default=0) or 1
     texts = {token: tokenizer.decode([token]) for step in steps for token in {*step.tokens, *step.carried}}
-    texts = {token: html.escape(text.translate(INVISIBLE)) for token, text in texts.items()}
+    texts = {token: html.escape(visible(text)) for token, text in texts.items()}
 
     def cell(step: Step, slot: int) -> str:
         if slot >= len(step.tokens):  # not used yet

@@ -112,7 +112,7 @@ def expected_table(model, tokenizer, chat: list[dict], max_new_tokens: int) -> t
             text = ""
             if slot < len(slots):
                 token = nearest(slots[slot], embeddings)
-                text = tokenizer.decode([token]).translate(app.INVISIBLE)
+                text = app.visible(tokenizer.decode([token]))
                 if token != nearest(carried[slot], embeddings):
                     moved.add((slot, column))
             rows[slot + 1].append(text)
@@ -207,6 +207,10 @@ def test_the_table_escapes_tokens_marks_what_moved_and_leaves_unused_slots_blank
         ("", "1"),
         ("", "2"),
     ]
+
+
+def test_every_character_of_a_token_can_be_seen():
+    assert app.visible("a b\n\x00é\u202e\u200b") == "a·b⏎�é��"
 
 
 def test_the_table_holds_the_last_steps_and_the_picture_all():
@@ -553,7 +557,6 @@ def test_what_a_user_a_model_its_vocabulary_and_its_name_hold_is_text_on_the_pag
     assert {text.replace(" ", "·") for text in HOSTILE} <= shown and sum(text in answer for text in HOSTILE) > 3
     with browsing(address) as (open_page, problems):
         page = open_page()
-        elements = "document.querySelectorAll('script, style, iframe, img, svg, a').length"
         set_most_new_tokens(page, 64)
         ask(page, question)
         wait_for_answer(page, 0, answer)
@@ -563,11 +566,10 @@ def test_what_a_user_a_model_its_vocabulary_and_its_name_hold_is_text_on_the_pag
         assert shown_table(page) == (rows, moved)
         assert page.get_by_test_id("user").text_content() == question
         assert page.locator("h2").first.text_content() == f"Phase15 · {folder}"
-        before = page.evaluate(elements)
         ask(page, "fail")
         assert toast(page) == f"TemplateError: {HOSTILE[1]}"
-        assert page.evaluate(elements) <= before + 5  # the toast's own pictures
-        assert page.locator("#slots, #chat, h2").locator("script, iframe, a, img:not([src^=data]), style").count() == 0
+        assert page.locator("[data-testid=toast-text] *").count() == 0
+        assert page.locator("#slots, #chat, h2").locator("script, iframe, a, img:not([src^=data])").count() == 0
         assert page.evaluate("window.pwned") is None
     assert problems == []
 
