@@ -68,7 +68,7 @@ NOT_CARRIED = "same LLM, with another record's Δ"
 OWN_RIVALS = "rivals fine-tuned on their own"
 RIVAL_WINDOW, RIVAL_FULL_CONTEXT = "rival: window", "rival: full_context"
 BOOTSTRAP_SAMPLES = 10_000
-WORDS = re.compile(r"[\w ,.;:%=()/+@-]*")  # what may stand in Markdown as it is, but for
+WORDS = re.compile(r"[\w ',.;:%=()/+@-]*")  # what may stand in Markdown as it is, but for
 MARKUP = re.compile(r"(?<!\w)_|_(?!\w)|:(?! )|@\S|www\.", re.IGNORECASE)  # emphasis, addresses, mentions, :names:
 LEAST_GAP = 1e-4  # nats per token: below it, what full context gives over the window may be rounding alone
 

@@ -240,7 +240,9 @@ def test_a_name_that_the_hub_cannot_have_is_refused(flag, name):
 
 def test_words_stay_words_and_anything_else_is_code():
     words = "64 records of gsm8k_test.jsonl, from the last 9.5 %; the run held them out (Δ = 0, Intel Xeon @ 2 GHz)"
-    assert eval_sft.cell(words) == words and eval_sft.cell("rival: café-1") == "rival: café-1"
+    rows = (eval_sft.OTHER_SOFT_PROMPT, eval_sft.FIRST_SOFT_PROMPT, eval_sft.NOT_CARRIED, eval_sft.OWN_WORDS)
+    for text in (words, "rival: café-1", *rows):
+        assert eval_sft.cell(text) == text
     for text in ("http://evil.test", "www.evil.test", "me@evil.test", "@admin", ":octocat:", "_x_", "__x__"):
         assert eval_sft.cell(text) == f"`{text}`"
     assert eval_sft.cell(" a|`b``c \n") == "``` a¦`b``c ```"
