@@ -6,6 +6,7 @@ Chat with a Phase15 model and see what the recursion does while the answer grows
     python app.py --model_dir DIR_OR_HUB_ID        any Phase15 model, whose code is run: read it before
     PHASE15_MODEL=HUB_ID python app.py             the same, as a Space says it
     python app.py --port 8080                      or GRADIO_SERVER_PORT; GRADIO_SERVER_NAME=0.0.0.0 opens it to others
+    python app.py --help                           every flag, with the limits of what one visitor may ask
 
 Needs no other file of this repository when it is given a model.
 """
@@ -38,6 +39,8 @@ from transformers import (
 
 HERE = Path(__file__).parent
 QUICKSTART = HERE / "outputs" / "quickstart"
+MAX_CHARACTERS = 100_000  # of a conversation: 40 pages, some 100 steps of reading; the model itself has no limit
+MAX_WAITING = 16  # questions; one is answered at a time
 COLUMNS = 32  # steps in the table; the picture has them all
 INVISIBLE = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"})
 FONTS = ["system-ui", "sans-serif"]  # no font is fetched from anywhere
@@ -192,12 +195,17 @@ def picture(steps: list[Step], num_slots: int, num_sinks: int) -> Figure:
     return figure
 
 
+def visible(text: str) -> str:
+    """A token's text with a sign for every character that cannot be seen."""
+    return "".join(c if c.isprintable() else "�" for c in text.translate(INVISIBLE))
+
+
 def table(steps: list[Step], tokenizer: PreTrainedTokenizerBase, num_slots: int, num_sinks: int) -> str:
     """HTML: a row for every slot, a column for each of the last steps, in it the token nearest to the slot."""
     steps = steps[-COLUMNS:]
     largest = max((share for step in steps for share in step.shares), default=0) or 1
     texts = {token: tokenizer.decode([token]) for step in steps for token in {*step.tokens, *step.carried}}
-    texts = {token: html.escape(text.translate(INVISIBLE)) for token, text in texts.items()}
+    texts = {token: html.escape(visible(text)) for token, text in texts.items()}
 
     def cell(step: Step, slot: int) -> str:
         if slot >= len(step.tokens):  # not used yet
@@ -215,8 +223,14 @@ def table(steps: list[Step], tokenizer: PreTrainedTokenizerBase, num_slots: int,
     return f"<table><thead>{rows[0]}</thead><tbody>{''.join(rows[1:])}</tbody></table>"
 
 
-def build_demo(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> gr.Blocks:
-    """The page: chat on the left, the soft prompt on the right."""
+def build_demo(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    max_characters: int = MAX_CHARACTERS,
+    max_waiting: int = MAX_WAITING,
+) -> gr.Blocks:
+    """The page: chat on the left, the soft prompt on the right; a conversation above the limit is a gr.Error."""
     config = model.config
     sizes = config.num_soft_tokens, config.num_sink_tokens
     width, number_size = model.get_input_embeddings().weight.shape[1], model.dtype.itemsize
@@ -235,6 +249,12 @@ def build_demo(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name:
             return
         history = [*history, turn("user", message)]
         conversation = [said(turn) for turn in history]
+        if (length := sum(len(turn["content"]) for turn in conversation)) > max_characters:
+            raise gr.Error(
+                f"The conversation would have {length:,} characters, and this page reads {max_characters:,} at most: "
+                "ask something shorter, or reload the page to start anew.",
+                print_exception=False,
+            )
         yield "", history, *[gr.skip()] * 3
         shown = 0
         try:
@@ -247,10 +267,10 @@ def build_demo(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name:
                         panel = [facts, picture(steps, *sizes), table(steps, tokenizer, *sizes)]
                     yield gr.skip(), [*history, turn("assistant", text)], *panel
         except Exception as error:
-            raise gr.Error(f"{type(error).__name__}: {error}") from error
+            raise gr.Error(html.escape(f"{type(error).__name__}: {error}")) from error  # which the page takes for HTML
 
     with gr.Blocks(title="Phase15", analytics_enabled=False, fill_width=True) as demo:
-        gr.Markdown(f"## Phase15 · {name}")
+        gr.HTML(f"<h2>Phase15 · {html.escape(name)}</h2>")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 height = "max(320px, 100vh - 240px)"
@@ -273,7 +293,7 @@ def build_demo(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name:
             concurrency_limit=1,
         )
         stop.click(None, cancels=[event])
-    return demo
+    return demo.queue(max_size=max_waiting)
 
 
 def load(model_dir: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -301,12 +321,22 @@ def main(argv: list[str]):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_dir", default=os.environ.get("PHASE15_MODEL"), help="folder or Hub id")
     parser.add_argument("--port", type=int, help="default: GRADIO_SERVER_PORT, or the first that is free from 7860")
+    parser.add_argument(
+        "--max_characters", type=int, default=MAX_CHARACTERS, help="of a conversation; default: %(default)s"
+    )
+    parser.add_argument(
+        "--max_waiting",
+        type=int,
+        default=MAX_WAITING,
+        help="questions, beside the one being answered; default: %(default)s",
+    )
     args = parser.parse_args(argv)
     if not args.model_dir:
         train_quickstart()
     name = args.model_dir or os.path.relpath(QUICKSTART)
-    demo = build_demo(*load(name), name)
-    demo.launch(server_port=args.port, theme=THEME, css=CSS, ssr_mode=False)
+    demo = build_demo(*load(name), name, args.max_characters, args.max_waiting)
+    # no file is taken: the page has no use for any
+    demo.launch(server_port=args.port, theme=THEME, css=CSS, ssr_mode=False, max_file_size=0)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ the model's own words, and exact match where answers end in `#### 72`, and write
 targets and what is before them are the same for the model, for Δ = 0 and for full context.
 """
 
-import html
 import json
 import math
 import os
@@ -69,6 +68,8 @@ NOT_CARRIED = "same LLM, with another record's Δ"
 OWN_RIVALS = "rivals fine-tuned on their own"
 RIVAL_WINDOW, RIVAL_FULL_CONTEXT = "rival: window", "rival: full_context"
 BOOTSTRAP_SAMPLES = 10_000
+WORDS = re.compile(r"[\w ',.;:%=()/+@-]*")  # what may stand in Markdown as it is, but for
+MARKUP = re.compile(r"(?<!\w)_|_(?!\w)|:(?! )|@\S|www\.", re.IGNORECASE)  # emphasis, addresses, mentions, :names:
 LEAST_GAP = 1e-4  # nats per token: below it, what full context gives over the window may be rounding alone
 
 
@@ -392,14 +393,28 @@ def table(results: dict[str, dict]) -> str:
             cells.append("[{:.4f}, {:.4f}]".format(*row["interval"]))
         if exact:
             match = exact.get(name)
-            cells.append(f"{match['correct']}/{match['records']} ({match['share']:.1%})" if match else "")
+            cells.append(f"{match['correct']:d}/{match['records']:d} ({match['share']:.1%})" if match else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *recovery_lines(results)])
 
 
 def cell(text: str) -> str:
-    """Text that may be anybody's, the name of a rival's folder say, as words in Markdown."""
-    return html.escape(" ".join(str(text).split()), quote=False).replace("|", "\\|")
+    """
+    Text that may be anybody's, the name of a rival's folder say, as one line of Markdown: plain words as they are,
+    anything else as code, in which neither Markdown nor HTML means anything. In a table a bar would end even code.
+    """
+    text = " ".join(str(text).split()).replace("|", "¦")
+    text = "".join(character if character.isprintable() else "�" for character in text)
+    if WORDS.fullmatch(text) and not MARKUP.search(text):
+        return text
+    fence = fence_of(text, 1)
+    space = " " if "`" in text else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def fence_of(text: str, least: int) -> str:
+    """Backticks, `least` or more, that nothing in the text can close."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def recovery_lines(results: dict[str, dict]) -> list[str]:

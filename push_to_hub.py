@@ -33,6 +33,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import (
     HfHubHTTPError,
+    HFValidationError,
     HTTPError,  # of httpx or httpx2, whichever huggingface_hub uses
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
@@ -99,8 +100,9 @@ def check_arguments(args: PushArguments):
     validate_repo_id(args.repo_id)
     if args.repo_id.count("/") != 1:
         raise ValueError(f"`repo_id` is {args.repo_id!r}, but it must be USER/NAME.")
-    if args.base_model is not None:
-        validate_repo_id(args.base_model)
+    for name in (args.base_model, *(args.datasets or ())):
+        if name is not None:
+            validate_repo_id(name)
     if args.dry_run != (args.output_dir is not None):
         raise ValueError("`dry_run` and `output_dir` go together: the folder to which a dry run writes.")
     if args.output_dir is not None:
@@ -175,8 +177,7 @@ def stage(args: PushArguments, folder: Path):
     run = read_run(source)
     for recipes, name in ((run.recipes[:1], "recipe.yaml"), (run.recipes[1:], "recipes_before.yaml")):
         if recipes:
-            text = yaml.safe_dump_all(recipes, sort_keys=False, allow_unicode=True)
-            (folder / name).write_text(text, encoding="utf-8")
+            (folder / name).write_text(as_yaml(recipes), encoding="utf-8")
     for name in (*PICTURES, "evaluation.json"):
         if (source / name).is_file():
             shutil.copy(source / name, folder / name)
@@ -219,12 +220,14 @@ def model_card(
     validation = measured.get("validation", {})
     ids = [recipe["dataset_name"] for recipe in run.recipes if is_hub_dataset(recipe["dataset_name"])]
     datasets = args.datasets or list(dict.fromkeys(ids)) or None
-    base_model = args.base_model or model.config.text_config.name_or_path or None
+    base_model = args.base_model or model.config.text_config.name_or_path
+    if not is_repo_id(base_model):
+        base_model = None
     data = args.datasets[0] if args.datasets else recipe.get("dataset_name")
     measured_data = data
     if run.evaluation and Path(run.evaluation["dataset"]).name != Path(recipe.get("dataset_name", "")).name:
         measured_data = run.evaluation["dataset"]  # not what the model was trained on
-    name = args.repo_id.split("/")[1]
+    name, recipe_text = args.repo_id.split("/")[1], as_yaml([recipe]).strip()
     metadata = ModelCardData(
         license=args.license,
         library_name="transformers",
@@ -262,18 +265,36 @@ def model_card(
         has_chat_template=tokenizer.chat_template is not None,
         transformers_version=transformers.__version__,
         recipe=recipe,
-        recipe_text=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip(),
+        recipe_text=recipe_text,
+        fence=eval_sft.fence_of(recipe_text, 3),
         has_recipes_before=len(run.recipes) > 1,
         data=data,
         results=run.results,
-        evaluated=eval_sft.cell(run.evaluation.get("evaluated", "")),
+        evaluated=run.evaluation.get("evaluated"),
         table=eval_sft.table(measured) if validation else "",
+        cell=eval_sft.cell,
         pictures=pictures,
     )
 
 
+def as_yaml(documents: list[dict]) -> str:
+    """YAML that reads as it is: letters of any script, but what cannot be seen as its escape."""
+    text = yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True)
+    if text.replace("\n", "").isprintable():
+        return text
+    return yaml.safe_dump_all(documents, sort_keys=False)
+
+
 def is_hub_dataset(name: str) -> bool:
-    return name != DOCSTRINGS and Path(name).suffix.lower() not in BUILDERS
+    return name != DOCSTRINGS and Path(name).suffix.lower() not in BUILDERS and is_repo_id(name)
+
+
+def is_repo_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def keep(staged: Path, folder: Path):

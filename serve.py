@@ -9,6 +9,10 @@ An OpenAI-compatible server for a Phase15 model: `transformers serve`, told wher
 The model's name in requests is `--model_dir`, as /v1/models says. Requests are answered one after another, each with a
 cache of its own, and in at most 1024 tokens unless they set `max_tokens`; `temperature` is for models whose
 generation_config.json has `do_sample`, as everywhere in `transformers serve`. No code of the model's folder is run.
+
+Only this machine reaches the server unless `--host` says otherwise. It asks for no key, and limits neither the size of
+a request, nor `max_tokens`, nor how many requests wait; an answer that is not streamed is finished though its client
+has gone. Where others reach it, put a proxy before it that limits these.
 """
 
 import argparse
@@ -51,6 +55,7 @@ def main(argv: list[str]):
 def prepare(model_dir: str):
     """Puts the model where the server looks, and sets what none of its flags does."""
     import uvicorn
+    from transformers.cli.serving import server
 
     # It looks a model's class up by its name, in transformers itself.
     AutoConfig.register(Phase15Config.model_type, Phase15Config)
@@ -58,6 +63,15 @@ def prepare(model_dir: str):
     transformers.Phase15ForCausalLM = Phase15ForCausalLM
     # Its list of models is what lies in the Hub's cache, which it refuses to serve beside the one it was given.
     ModelManager.get_gen_models = lambda self: [{"id": model_dir, "object": "model", "created": 0, "owned_by": ""}]
+    # Anybody who reaches the server could have it load other models, or drop this one.
+    build_server = server.build_server
+
+    def build_without(*args, **kwargs):
+        built = build_server(*args, **kwargs)
+        built.router.routes[:] = [route for route in built.routes if route.path not in ("/load_model", "/reset")]
+        return built
+
+    server.build_server = build_without
     # Without a limit it ends with its last answer, and an answer has no end that is sure to come.
     uvicorn.Config = partial(uvicorn.Config, timeout_graceful_shutdown=3)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as SIGTERM: Python's own way out aborts if a thread is generating

@@ -506,8 +506,8 @@ def load_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM
     elif name.endswith(".gguf") and not Path(name).is_file():
         raise ValueError(f"{name}: no such file.")
     elif is_phase15(name):
-        tokenizer = load_tokenizer(name, trust_remote_code=True)  # of our own code
         model = Phase15ForCausalLM.from_pretrained(name, dtype=args.dtype)
+        tokenizer = load_tokenizer(name, config=model.config)  # with it, no code of the folder is run
         for key, value in args.config_fields.items():
             if value != getattr(model.config, key):
                 raise ValueError(f"`{key}` is {value}, but {name} was made with {getattr(model.config, key)}.")

@@ -2,6 +2,9 @@
 """Tiny random models, and the design's equations written naively: one row, one vector, one chunk at a time."""
 
 import os
+import socket
+import time
+from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the network
@@ -107,6 +110,39 @@ def aligned(model: torch.nn.Module) -> torch.nn.Module:
         if type(weight.data) is torch.Tensor and weight.is_floating_point():  # not the quantised
             weight.data = weight.data.clone()
     return model
+
+
+def listening(port: int) -> set[str]:
+    """The addresses of this machine on which something listens at a port (Linux; IPv4 and IPv6)."""
+    found = set()
+    for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            (address, place), state = line.split()[1].split(":"), line.split()[3]
+            if int(place, 16) == port and state == "0A":
+                words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
+                found.add(socket.inet_ntop(family, b"".join(words)))
+    return found
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process has in use (Linux)."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def wait_until_idle(process):
+    """Returns when a process has stopped computing, and fails if it goes on for ten seconds (Linux)."""
+    deadline = time.monotonic() + 10
+    while True:
+        before = cpu_seconds(process.pid)
+        time.sleep(0.5)
+        if cpu_seconds(process.pid) - before < 0.1:
+            return
+        assert time.monotonic() < deadline, "it is still at work"
 
 
 def random_ids(*shape: int, seed: int = 0) -> torch.LongTensor:

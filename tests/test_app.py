@@ -1,6 +1,7 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """The app: its parts against the naive reference, then the page in a browser, as a user starts and uses it."""
 
+import copy
 import html
 import os
 import re
@@ -11,6 +12,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,10 +26,13 @@ from conftest import (
     SINKS,
     SIZES,
     SLOTS,
+    VOCAB,
+    listening,
     random_ids,
     randomise_alpha,
     reference_carry,
     reference_step,
+    wait_until_idle,
 )
 from huggingface_hub import SpaceCard
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -105,7 +112,7 @@ def expected_table(model, tokenizer, chat: list[dict], max_new_tokens: int) -> t
             text = ""
             if slot < len(slots):
                 token = nearest(slots[slot], embeddings)
-                text = tokenizer.decode([token]).translate(app.INVISIBLE)
+                text = app.visible(tokenizer.decode([token]))
                 if token != nearest(carried[slot], embeddings):
                     moved.add((slot, column))
             rows[slot + 1].append(text)
@@ -200,6 +207,10 @@ def test_the_table_escapes_tokens_marks_what_moved_and_leaves_unused_slots_blank
         ("", "1"),
         ("", "2"),
     ]
+
+
+def test_every_character_of_a_token_can_be_seen():
+    assert app.visible("a b\n\x00é\u202e\u200b") == "a·b⏎�é��"
 
 
 def test_the_table_holds_the_last_steps_and_the_picture_all():
@@ -317,18 +328,17 @@ def test_bad_input_ends_in_one_line(monkeypatch):
 # the page
 
 
-@pytest.fixture(scope="module")
-def server(model_dir, tmp_path_factory):
+@contextmanager
+def started(folder: Path, model_dir: str, *flags: str):
     """The app as a user starts it, from a folder that holds app.py alone: its process and its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("space")
     shutil.copy(ROOT / "app.py", folder)
     settings = {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1"}
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
-            [sys.executable, "app.py"],
+            [sys.executable, "app.py", *flags],
             cwd=folder,
             env={**os.environ, **settings, "PHASE15_MODEL": model_dir, "HF_MODULES_CACHE": str(folder / "modules")},
             stdout=log,
@@ -344,31 +354,52 @@ def server(model_dir, tmp_path_factory):
         process.wait()
 
 
-@pytest.fixture
-def page(server):
-    """The page in Chromium, which reaches nothing but this machine; at the end nothing may have gone wrong on it."""
+@pytest.fixture(scope="module")
+def server(model_dir, tmp_path_factory):
+    with started(tmp_path_factory.mktemp("space"), model_dir) as running:
+        yield running
+
+
+@contextmanager
+def browsing(address: str):
+    """
+    A function that opens the page in Chromium, which reaches nothing but this machine, and the list of what goes wrong
+    there: errors, dialogs, requests to others.
+    """
     playwright = pytest.importorskip("playwright.sync_api", reason="needs requirements-extra.txt")
     if not (chromium := shutil.which("chromium")):
         pytest.skip("needs Chromium")
-    address, problems = server[1], []
+    problems = []
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(
             executable_path=chromium,
             args=["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"],
         )
-        page = browser.new_page(viewport={"width": 1400, "height": 900})
-        page.set_default_timeout(120_000)
-        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on(
-            "request",
-            lambda request: (
-                None if request.url.startswith((address, "data:", "blob:")) else problems.append(request.url)
-            ),
-        )
-        page.goto(address)
-        yield page
+
+        def open_page():
+            page = browser.new_page(viewport={"width": 1400, "height": 900})
+            page.set_default_timeout(120_000)
+            page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+            page.on("pageerror", lambda error: problems.append(str(error)))
+            page.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
+            page.on(
+                "request",
+                lambda request: (
+                    None if request.url.startswith((address, "data:", "blob:")) else problems.append(request.url)
+                ),
+            )
+            page.goto(address)
+            return page
+
+        yield open_page, problems
         browser.close()
+
+
+@pytest.fixture
+def page(server):
+    """The page; at the end nothing may have gone wrong on it."""
+    with browsing(server[1]) as (open_page, problems):
+        yield open_page()
     assert problems == []
 
 
@@ -434,27 +465,16 @@ def test_an_empty_message_does_nothing(page):
     assert page.get_by_test_id("user").count() == 0 and answers(page) == []
 
 
-def cpu_seconds(process) -> float:
-    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def ask_for_a_long_answer(page):
+def set_most_new_tokens(page, number: int):
     page.get_by_text("Sampling").click()
-    page.get_by_label("number input for Most new tokens").fill("4096")
+    page.get_by_label("number input for Most new tokens").fill(str(number))
     page.keyboard.press("Tab")
-    ask(page, "Why is the sky blue?")
+
+
+def ask_for_a_long_answer(page, question: str = "Why is the sky blue?"):
+    set_most_new_tokens(page, 4096)
+    ask(page, question)
     page.wait_for_function("document.querySelector('[data-testid=bot]')?.textContent.length > 20")
-
-
-def wait_until_idle(process):
-    deadline = time.monotonic() + 10
-    while True:
-        before = cpu_seconds(process)
-        time.sleep(0.5)
-        if cpu_seconds(process) - before < 0.1:
-            return
-        assert time.monotonic() < deadline, "the server is still at work"
 
 
 def test_stop_ends_the_generation_and_the_next_question_is_answered(page, server):
@@ -472,6 +492,165 @@ def test_leaving_the_page_ends_the_generation(page, server):
     ask_for_a_long_answer(page)
     page.close()
     wait_until_idle(server[0])
+
+
+# what others write, and how much of it
+
+RUN = "window.pwned = 1"
+HOSTILE = [  # tokens of a vocabulary
+    f"<script>{RUN}</script>",
+    f"<img src=x onerror={RUN}>",
+    f"<svg/onload={RUN}>",
+    f'" onmouseover="{RUN}',
+    f"<a href='javascript:{RUN}'>",
+    "<iframe src=//evil.test>",
+    "<style>*{display:none}</style>",
+    "</td></tr></table></div>",
+    "<!--",
+    "{{",
+    "{{#each value}}",
+    "${" + RUN + "}",
+    "`${" + RUN + "}`",
+    "@children",
+    "[x](http://evil.test)",
+    "![x](http://evil.test/x)",
+    "&lt;b&gt;",
+    "**x**",
+]
+
+
+@pytest.fixture(scope="module")
+def hostile(tokenizer, tmp_path_factory):
+    """
+    A model in a folder with a bad name that answers in bad tokens alone, its tokenizer, whose chat template raises at
+    "fail", and the app of it, with tight limits.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(HOSTILE)
+    say = "{% for m in messages %}{% if m.content == 'fail' %}{{ raise_exception('BAD') }}{% endif %}{{ m.content }}"
+    tokenizer.chat_template = (say + "{% endfor %}").replace("BAD", HOSTILE[1])
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**{**LLM_SIZES, "vocab_size": len(tokenizer)}))
+    base.save_pretrained(folder := str(tmp_path_factory.mktemp("base")))
+    model = randomise_alpha(Phase15ForCausalLM.from_base(folder, **SIZES))
+    model.hypernet.alpha.data *= 0.3  # the slots stay near the tokens that they carry
+    model.generation_config.suppress_tokens = list(range(VOCAB))
+    folder = tmp_path_factory.mktemp("hostile") / f"{HOSTILE[1]} [x](y) **z**"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    flags = "--max_characters", "3000", "--max_waiting", "1"
+    with started(tmp_path_factory.mktemp("space"), str(folder), *flags) as (_, address):
+        yield Phase15ForCausalLM.from_pretrained(folder).eval(), tokenizer, folder, address
+
+
+def toast(page) -> str:
+    page.get_by_test_id("toast-text").wait_for()
+    return " ".join(page.get_by_test_id("toast-text").all_text_contents())
+
+
+def test_what_a_user_a_model_its_vocabulary_and_its_name_hold_is_text_on_the_page(hostile):
+    model, tokenizer, folder, address = hostile
+    question = "".join(HOSTILE)
+    chat = [{"role": "user", "content": question}]
+    answer, rows, moved = expected_table(model, tokenizer, chat, 64)
+    shown = {text for row in rows[1:] for text in row[1:]}
+    assert {text.replace(" ", "·") for text in HOSTILE} <= shown and sum(text in answer for text in HOSTILE) > 3
+    with browsing(address) as (open_page, problems):
+        page = open_page()
+        set_most_new_tokens(page, 64)
+        ask(page, question)
+        wait_for_answer(page, 0, answer)
+        page.wait_for_function(
+            "name => [...document.querySelectorAll('#slots thead th')].at(-1).textContent === name", arg=rows[0][-1]
+        )
+        assert shown_table(page) == (rows, moved)
+        assert page.get_by_test_id("user").text_content() == question
+        assert page.locator("h2").first.text_content() == f"Phase15 · {folder}"
+        ask(page, "fail")
+        assert toast(page) == f"TemplateError: {HOSTILE[1]}"
+        assert page.locator("[data-testid=toast-text] *").count() == 0
+        assert page.locator("#slots, #chat, h2").locator("script, iframe, a, img:not([src^=data])").count() == 0
+        assert page.evaluate("window.pwned") is None
+    assert problems == []
+
+
+def test_a_conversation_above_the_limit_is_refused_and_what_was_written_stays(hostile):
+    with browsing(hostile[3]) as (open_page, problems):
+        page = open_page()
+        ask(page, "A" * 3001)
+        assert "would have 3,001 characters, and this page reads 3,000 at most: ask something shorter" in toast(page)
+        assert page.get_by_placeholder("Ask something").input_value() == "A" * 3001
+        assert page.get_by_test_id("user").count() == 0
+        ask(page, "A" * 3000)
+        page.wait_for_function("document.querySelector('[data-testid=bot]')?.textContent.length > 20")
+    assert problems == []
+
+
+def test_one_question_is_answered_one_waits_and_the_next_visitor_is_told(hostile):
+    with browsing(hostile[3]) as (open_page, problems):
+        first, second, third = (open_page() for _ in range(3))
+        ask_for_a_long_answer(first, "A")
+        ask(second, "B")
+        second.get_by_test_id("user").or_(second.locator(".progress-text, .eta-bar")).first.wait_for(state="attached")
+        ask(third, "C")
+        assert "busy. Please try again" in toast(third)
+        assert third.get_by_placeholder("Ask something").input_value() == "C"
+        assert answers(second) == []
+        first.get_by_role("button", name="Stop").click()
+        second.wait_for_function("document.querySelector('[data-testid=bot]')?.textContent.length > 20")
+        ask(third, "C")
+        third.wait_for_function("document.querySelector('[data-testid=bot]')?.textContent.length > 20")
+    assert [problem for problem in problems if "503" not in problem] == [] and len(problems) == 1
+
+
+def test_two_visitors_at_once_get_the_answers_that_each_gets_alone(page, server, model, chat_tokenizer):
+    questions = ["Why is the sky blue?", "What is a soft prompt?"]
+    pages = [page, page.context.browser.new_page()]
+    pages[1].set_default_timeout(120_000)
+    pages[1].goto(server[1])
+    for visitor in pages:
+        set_most_new_tokens(visitor, 64)
+    for visitor, question in zip(pages, questions, strict=True):
+        ask(visitor, question)
+    for visitor, question in zip(pages, questions, strict=True):
+        chat = [{"role": "user", "content": question}]
+        answer, rows, moved = expected_table(model, chat_tokenizer, chat, 64)
+        wait_for_answer(visitor, 0, answer)
+        visitor.wait_for_function(
+            "name => [...document.querySelectorAll('#slots thead th')].at(-1).textContent === name", arg=rows[0][-1]
+        )
+        assert shown_table(visitor) == (rows, moved)
+
+
+def test_the_limits_are_flags_with_defaults(monkeypatch, tiny, tokenizer):
+    made = {}
+    monkeypatch.setattr(app, "load", lambda name: (tiny, tokenizer))
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda demo, **settings: made.update(demo=demo, **settings))
+    for flags, limit, waiting in (((), 100_000, 16), (("--max_characters", "5", "--max_waiting", "2"), 5, 2)):
+        app.main(["--model_dir", "m", *flags])
+        (respond,) = (block.fn for block in made["demo"].fns.values() if block.fn)
+        assert made["demo"]._queue.max_size == waiting and made.get("server_name") is None
+        history = [{"role": "assistant", "content": [{"type": "text", "text": "&lt;"}]}]  # one character
+        with pytest.raises(gradio.Error, match=f"{limit + 1:,} characters.*reads {limit:,} at most"):
+            list(respond("A" * limit, history, 0, 16))
+        assert next(respond("A" * (limit - 1), history, 0, 16))
+
+
+def request(address: str, data: bytes | None = None, **headers: str) -> int:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, data, headers), timeout=60) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_the_app_listens_on_the_loopback_address_alone_and_takes_and_gives_no_file(server):
+    process, address = server
+    assert listening(int(address.rpartition(":")[2])) == {"127.0.0.1"}
+    for path in ("/etc/passwd", "app.py", f"{os.getcwd()}/README.md", "../app.py"):
+        assert request(f"{address}/gradio_api/file={path}") in (403, 404)
+    body = b'--b\r\nContent-Disposition: form-data; name="files"; filename="x"\r\n\r\nx\r\n--b--\r\n'
+    assert request(f"{address}/gradio_api/upload", body, **{"Content-Type": "multipart/form-data; boundary=b"}) == 413
 
 
 def test_the_card_of_the_space():

@@ -443,7 +443,7 @@ def test_the_table_keeps_what_a_folder_is_called_in_its_cell():
     assert table.splitlines()[:3] == [
         "| validation, 1,200 answer tokens | nats per token | 95 % interval | exact match |",
         "|---|---|---|---|",
-        "| rival: a\\|b &lt;b&gt; | 1.0000 | [0.5000, 1.5000] | 1/8 (12.5%) |",
+        "| `rival: a¦b <b>` | 1.0000 | [0.5000, 1.5000] | 1/8 (12.5%) |",
     ]
 
 

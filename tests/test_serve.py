@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,11 +14,13 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
-from conftest import LLM_SIZES, SIZES, randomise_alpha
+from conftest import LLM_SIZES, SIZES, listening, randomise_alpha, resident, wait_until_idle
 from transformers import LlamaConfig
 
 import serve
@@ -84,9 +87,9 @@ def command(folder: Path, *flags: str) -> dict:
 
 
 @contextmanager
-def serving(folder: Path):
+def serving(folder: Path, log: str = "log"):
     """A server of the saved model: its process, and a client of it."""
-    port, log = free_port(), folder / "log"
+    port, log = free_port(), folder / log
     flags = "--model_dir", f"{NAME}/", "--port", str(port)  # with the slash that a shell appends
     with log.open("w") as file, subprocess.Popen(**command(folder, *flags), stdout=file, stderr=file) as process:
         try:
@@ -250,3 +253,95 @@ def test_an_interrupt_ends_the_server_though_an_answer_is_under_way(saved):
         next(chunk for chunk in chunks if chunk.choices[0].delta.content)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == -signal.SIGINT  # not SIGABRT
+
+
+@pytest.mark.parametrize("path", ["load_model", "reset"])
+def test_no_client_can_have_another_model_loaded_or_this_one_dropped(client, path):
+    url = str(client.base_url).replace("/v1/", f"/{path}")
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(urllib.request.Request(url, b'{"model": "another"}'), timeout=60)
+
+
+def test_the_server_listens_on_the_loopback_address_alone(client):
+    assert listening(client.base_url.port) == {"127.0.0.1"}
+
+
+# under load
+
+REQUESTS, CLIENTS = 200, 16
+# what the log may hold once the server is up: a line per answer and a line per request that was read
+ALLOWED = re.compile(r"INFO: .*|\[transformers\] \[Request received\] Model: saved/model@main, CB: False")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request with one right answer."""
+
+    prompt: str
+    length: int
+    is_chat: bool
+    is_streamed: bool
+
+    def ask(self, client: openai.OpenAI) -> str:
+        settings = {"model": NAME, "max_tokens": self.length, "stream": self.is_streamed}
+        if self.is_chat:
+            answer = client.chat.completions.create(messages=chat(self.prompt), **settings)
+            if self.is_streamed:
+                return "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+            return answer.choices[0].message.content
+        answer = client.completions.create(prompt=self.prompt, **settings)
+        return "".join(chunk.choices[0].text for chunk in (answer if self.is_streamed else [answer]))
+
+
+def hang_up(client: openai.OpenAI, index: int):
+    """Leaves in one of four ways; an answer that nobody stops would not end."""
+    body = {"model": NAME, "messages": chat(PROMPTS[index % 4]), "stream": True, **NEVER_ENDING}
+    way = index // 5 % 4
+    if way == 0:  # in the middle of the answer
+        del body["generation_config"]
+        chunks = client.chat.completions.create(**body, extra_body=NEVER_ENDING)
+        for _ in range(3):
+            next(chunks)
+        chunks.close()
+        return
+    if way == 1:  # without a stream the server does not notice: the answer has to be short
+        body |= {"stream": False, "generation_config": "{}", "max_tokens": 8}
+    data = json.dumps(body).encode()
+    headers = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    data = f"POST /v1/chat/completions HTTP/1.1\r\n{headers}".encode() + data
+    with socket.create_connection(("127.0.0.1", client.base_url.port)) as connection:
+        connection.sendall(data if way < 3 else data[:-40])  # at once, or in the middle of the request
+
+
+@pytest.mark.slow
+def test_200_requests_of_16_clients_some_of_whom_hang_up_are_answered_as_alone_in_flat_memory(saved):
+    requests = [
+        Request(f"{PROMPTS[index % 4]} " * (1 + 7 * (index % 3)), 6 + 2 * (index % 8), index % 3 > 0, index % 2 > 0)
+        for index in range(24)
+    ]
+    with serving(saved[0], "load.log") as (process, client):
+        alone = [request.ask(client) for request in requests]
+        assert len(set(alone)) > 12
+        memory, answers, barrier = [], {}, threading.Barrier(CLIENTS)
+
+        def work(first: int):
+            barrier.wait()
+            for index in range(first, REQUESTS, CLIENTS):
+                if index % 5 == 4:
+                    hang_up(client, index)
+                else:
+                    answers[index] = requests[index % len(requests)].ask(client)
+                memory.append(resident(process.pid))
+
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            list(pool.map(work, range(CLIENTS)))
+        wait_until_idle(process)
+        assert requests[0].ask(client) == alone[0]
+    assert len(answers) == REQUESTS * 4 // 5 and len(memory) == REQUESTS
+    assert answers == {index: alone[index % len(requests)] for index in answers}
+    early, late = (median(memory[start : start + 50]) for start in (REQUESTS // 2, REQUESTS - 50))
+    print(f"resident: {early / 1e6:.1f} MB, then {late / 1e6:.1f} MB")
+    assert late - early < 4e6
+    log = (saved[0] / "load.log").read_text().partition("Application startup complete.\n")[2]
+    assert log.count('HTTP/1.1" 200') >= len(answers) and 'HTTP/1.1" 5' not in log
+    assert [line for line in log.splitlines() if not ALLOWED.fullmatch(line)] == []
