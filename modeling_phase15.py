@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -940,8 +939,12 @@ def load_whole(load: Callable, name: str | os.PathLike, *args, **kwargs) -> tupl
     may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
     try:
         model, info = load(name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-    except SafetensorError as error:
-        raise ValueError(f"{unreadable(name)}: the weights cannot be read: {error}") from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # whose package is none that this file may need
+            raise
+        files = list(Path(name).glob("*.safetensors"))
+        file = files[0] if len(files) == 1 else f"{name}: its weights"
+        raise ValueError(f"{file} cannot be read: {error}") from error
     wrong = {
         "missing": info["missing_keys"],
         "left over": info["unexpected_keys"],
@@ -953,17 +956,6 @@ def load_whole(load: Callable, name: str | os.PathLike, *args, **kwargs) -> tupl
             f"{name}: {number} of the weights do not fit the model that config.json describes: {', '.join(found)}."
         )
     return model, info
-
-
-def unreadable(folder: str | os.PathLike) -> str | os.PathLike:
-    """The weights file of a folder that cannot be read, or the folder."""
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except SafetensorError:
-            return path
-    return folder
 
 
 def check_base(llm: PreTrainedModel):
