@@ -373,6 +373,12 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
+    def from_pretrained(cls, *args, **kwargs) -> "Phase15ForCausalLM":
+        """As the library's, but weights that are pickles need `use_safetensors=False`."""
+        kwargs.setdefault("use_safetensors", True)
+        return super().from_pretrained(*args, **kwargs)
+
+    @classmethod
     def from_base(cls, base: str | os.PathLike, **kwargs) -> "Phase15ForCausalLM":
         """
         Wraps a causal LM with a new HyperNetwork. Until it is trained, the model gives its base's output.
@@ -380,7 +386,7 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         Args:
             base (`str` or `os.PathLike`): Hub id, local folder, or `.gguf` file of a Llama, Mistral, Qwen2 or alike.
             kwargs: fields of [`Phase15Config`]; all others go to `AutoModelForCausalLM.from_pretrained` (`dtype`,
-                `device_map`, `revision`, …).
+                `device_map`, `revision`, …). Weights that are pickles need `use_safetensors=False`.
 
         Raises:
             ValueError: if the base cannot be given a soft prompt.
@@ -389,6 +395,7 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         if str(base).endswith(".gguf"):
             base, kwargs["gguf_file"] = os.path.split(os.path.abspath(base))
             kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
+        kwargs.setdefault("use_safetensors", True)
         llm = AutoModelForCausalLM.from_pretrained(base, **kwargs)
         check_base(llm)
         if os.path.isdir(base):
