@@ -66,7 +66,7 @@ def sha256(path: Path) -> str:
 def write_manifest(folder: Path):
     """Makes a checkpoint complete: what is not in it by then, or changes later, makes it a torn one."""
     files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
         sync(path)
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
     write_text(folder / MANIFEST, json.dumps(files, indent=2) + "\n")
@@ -194,10 +194,12 @@ def writing(output_dir: Path, half: Path | None = None):
         yield
     except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
         reason = " ".join(str(error).split())
-        if type(error) is RuntimeError and "PytorchStreamWriter" not in reason and "inline_container" not in reason:
-            raise  # not about the disk
         if isinstance(error, OSError) and error.errno:
             reason = os.strerror(error.errno)
+        elif type(error) is RuntimeError:
+            if "PytorchStreamWriter" not in reason and "inline_container" not in reason:
+                raise  # not about the disk
+            reason = "torch failed, and does not say why"
         if half is not None:
             shutil.rmtree(half, ignore_errors=True)
         disk = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
