@@ -183,6 +183,23 @@ def check_safe(folder: Path):
 
 
 @contextmanager
+def loading(folder: str):
+    """
+    What torch.distributed.checkpoint loads inside is a checkpoint's.
+
+    Raises:
+        Phase15CheckpointError: if it cannot, as for values among the shards that are code.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        raise Phase15CheckpointError(
+            f"cannot resume from {folder}: its shards are of another model, or hold values of which loading could run "
+            "code."
+        ) from error
+
+
+@contextmanager
 def writing(output_dir: Path, half: Path | None = None):
     """
     What is written inside belongs into `half`, which is removed if that fails.

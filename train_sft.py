@@ -57,6 +57,7 @@ from checkpoint_sft import (
     StopOnSignal,
     checkpoints_in,
     find_checkpoint,
+    loading,
     sync,
     write_manifest,
     write_text,
@@ -361,6 +362,14 @@ class Phase15Trainer(Trainer):
         """As Trainer's, which would take one more step when it resumes where the last one was taken."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with loading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with loading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         """As Trainer's, without its arguments: a pickle, which nothing reads."""
