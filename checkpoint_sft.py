@@ -229,6 +229,8 @@ def writing(output_dir: Path, half: Path | None = None):
 
 def goes_on(output_dir: Path) -> str:
     """What the same command would do."""
+    if (output_dir / "results.json").exists():
+        return "has nothing left to do: the run is finished"
     last = last_complete(output_dir)
     return f"goes on from {last}, which is complete" if last else "starts again: no checkpoint is complete"
 
