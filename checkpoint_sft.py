@@ -185,11 +185,15 @@ def check_safe(folder: Path):
 @contextmanager
 def loading(folder: str):
     """
-    What torch.distributed.checkpoint loads inside is a checkpoint's.
+    What is loaded inside is a checkpoint's, and no pickle: torch.distributed.checkpoint would read plain values among
+    its shards as pickles.
 
     Raises:
         Phase15CheckpointError: if it cannot, as for values among the shards that are code.
     """
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
     try:
         yield
     except CheckpointException as error:
@@ -197,6 +201,10 @@ def loading(folder: str):
             f"cannot resume from {folder}: its shards are of another model, or hold values of which loading could run "
             "code."
         ) from error
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 @contextmanager

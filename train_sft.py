@@ -676,8 +676,6 @@ def save_recipe(recipe: dict, output_dir: Path):
 
 def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments, recipe: dict):
     """Trains, saves, compares and reports, or stops on a signal."""
-    # torch.distributed.checkpoint would read the plain values of a sharded checkpoint as pickles
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     with StopOnSignal(trainer) as stop:
         checkpoint = prepare_output(trainer, recipe)
         result = trainer.train(resume_from_checkpoint=checkpoint)
