@@ -55,6 +55,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoConfig, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
+from checkpoint_sft import write_text
 from configuration_phase15 import Phase15Config
 from data_sft import load_records, load_tokenizer, stream_encoder, stream_records, tokenize
 from modeling_phase15 import HyperNetwork, Phase15ForCausalLM, SoftPrompt
@@ -670,7 +671,7 @@ def main(args: EvaluationArguments):
     }
     output_dir = Path(args.output_dir or args.model_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_text(output_dir / "evaluation.json", json.dumps(results, indent=2) + "\n")
     plot(results["validation"], output_dir / "loss_by_chunk.png")
     print(f"\n{table(results)}\n")
 
@@ -775,6 +776,8 @@ def load(name: str, args: EvaluationArguments) -> PreTrainedModel | PeftModel:
     if kind == PHASE15:
         model = Phase15ForCausalLM.from_pretrained(name, dtype=args.dtype)
     elif kind == ADAPTER:
+        if not Path(name, "adapter_model.safetensors").is_file():  # PEFT would take a pickle instead
+            raise ValueError(f"{name} has no adapter_model.safetensors, and no pickle is loaded.")
         model = PeftModel.from_pretrained(load(base_of(name, args.base), args), name)
     else:
         model = Phase15ForCausalLM.from_base(name, dtype=args.dtype).llm

@@ -347,11 +347,12 @@ class Phase15PreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, name, *args, output_loading_info: bool = False, **kwargs):
         """
-        As the library's, but all weights must be there and fit.
+        As the library's, but all weights must be there and fit, and pickles need `use_safetensors=False`.
 
         Raises:
             ValueError: for weights that cannot be read, are missing, are left over or have another shape.
         """
+        kwargs.setdefault("use_safetensors", True)
         model, info = load_whole(super().from_pretrained, name, *args, **kwargs)
         return (model, info) if output_loading_info else model
 
@@ -393,7 +394,7 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         Args:
             base (`str` or `os.PathLike`): Hub id, local folder, or `.gguf` file of a Llama, Mistral, Qwen2 or alike.
             kwargs: fields of [`Phase15Config`]; all others go to `AutoModelForCausalLM.from_pretrained` (`dtype`,
-                `device_map`, `revision`, …).
+                `device_map`, `revision`, …). Weights that are pickles need `use_safetensors=False`.
 
         Raises:
             ValueError: if the base cannot be given a soft prompt, or its weights are not whole.
@@ -402,6 +403,7 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         if str(base).endswith(".gguf"):
             base, kwargs["gguf_file"] = os.path.split(os.path.abspath(base))
             kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
+        kwargs.setdefault("use_safetensors", True)
         llm, _ = load_whole(AutoModelForCausalLM.from_pretrained, base, **kwargs)
         check_base(llm)
         if os.path.isdir(base):

@@ -10,7 +10,8 @@ Supervised fine-tuning of a Phase15 model, chunk by chunk with teacher forcing.
     python train_sft.py --help                            every flag; flags override the recipe
     accelerate launch --config_file recipes/accelerate_ddp.yaml train_sft.py RECIPE     on several GPUs; or _fsdp2.yaml
 
-A run that was killed resumes from its last checkpoint when the same command is given again.
+A run that was killed resumes from its last complete checkpoint when the same command is given again. SIGTERM or Ctrl-C
+ends it after the step under way, with a checkpoint.
 """
 
 import difflib
@@ -30,6 +31,7 @@ from typing import get_args, get_origin, get_type_hints
 import torch
 import yaml
 from accelerate import DistributedType
+from accelerate.utils import broadcast_object_list
 from datasets import disable_progress_bars
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
@@ -46,10 +48,22 @@ from transformers import (
     set_seed,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
 import eval_sft
+from checkpoint_sft import (
+    Phase15CheckpointError,
+    StopOnSignal,
+    checkpoints_in,
+    find_checkpoint,
+    loading,
+    sync,
+    write_manifest,
+    write_text,
+    writing,
+)
 from configuration_phase15 import Phase15Config
 from data_sft import (
     Phase15DataCollator,
@@ -345,6 +359,45 @@ class Phase15Trainer(Trainer):
                 **kwargs,
             )
         return self.optimizer
+
+    def _run_epoch(self, *args, **kwargs):
+        """As Trainer's, which would take one more step when it resumes where the last one was taken."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with loading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with loading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
+        """As Trainer's, without its arguments: a pickle, which nothing reads."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink()
+
+    def _save_checkpoint(self, model, trial):
+        """As Trainer's, with a manifest that makes it complete. Only then are older ones removed."""
+        args, wait = self.args, self.accelerator.wait_for_everyone
+        output_dir = Path(self._get_output_dir(trial))
+        folder = output_dir / f"checkpoint-{self.state.global_step}"
+        with writing(output_dir, folder):
+            if folder.exists() and args.should_save:
+                shutil.rmtree(folder)
+            wait()
+            limit, args.save_total_limit = args.save_total_limit, None  # Trainer would remove them before
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                args.save_total_limit = limit
+            wait()
+            if args.should_save:
+                write_manifest(folder)
+                rotate_checkpoints(str(output_dir), limit, self.state.best_model_checkpoint)
+            wait()
 
 
 class FullContextTrainer(Phase15Trainer):
@@ -691,47 +744,82 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dic
 def save_recipe(recipe: dict, output_dir: Path):
     """Writes `recipe.yaml`, and `recipes_before.yaml` if the model that the run starts from has a recipe itself."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), "utf-8")
+    write_text(output_dir / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
     if start := recipe.get("model_name_or_path"):
         before = [Path(start, name) for name in ("recipes_before.yaml", "recipe.yaml")]
         if before := [path.read_text("utf-8") for path in before if path.is_file()]:
-            (output_dir / "recipes_before.yaml").write_text("---\n".join(before), "utf-8")
+            write_text(output_dir / "recipes_before.yaml", "---\n".join(before))
 
 
 def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments, recipe: dict):
-    """Trains, saves, compares and reports."""
-    args, output_dir = trainer.args, Path(trainer.args.output_dir)
-    if (output_dir / "results.json").exists() and trainer.is_world_process_zero():  # overwrite_output_dir
-        (output_dir / "results.json").unlink()
-        for checkpoint in output_dir.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-    args.distributed_state.wait_for_everyone()
-    for half in output_dir.glob("checkpoint-*"):  # left by a run that was killed while it saved
-        if not (half / "trainer_state.json").is_file() and trainer.is_world_process_zero():
-            logger.warning(f"Removing {half}, which was not saved to its end.")
-            shutil.rmtree(half)
-    args.distributed_state.wait_for_everyone()
-    checkpoint = args.resume_from_checkpoint or (get_last_checkpoint(output_dir) if output_dir.is_dir() else None)
-    if checkpoint is not None:
-        logger.warning(f"Resuming from {checkpoint}.")
-    if trainer.is_world_process_zero():
-        save_recipe(recipe, output_dir)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    """Trains, saves, compares and reports, or stops on a signal."""
+    with StopOnSignal(trainer) as stop:
+        checkpoint = prepare_output(trainer, recipe)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        if stop.has_stopped:
+            if trainer.is_world_process_zero():
+                print(stop.report(), flush=True)
+        else:
+            finish(trainer, model_args, result)
 
+
+def prepare_output(trainer: Phase15Trainer, recipe: dict) -> str | None:
+    """Makes the run's folder ready; returns the checkpoint to resume from, if there is one."""
+    args, output_dir = trainer.args, Path(trainer.args.output_dir)
+    found, problem = [None], None
+    if trainer.is_world_process_zero():
+        try:
+            with writing(output_dir):
+                if (output_dir / "results.json").exists():  # overwrite_output_dir
+                    for checkpoint in checkpoints_in(output_dir):
+                        shutil.rmtree(checkpoint)
+                    (output_dir / "results.json").unlink()  # last: it says that those were another run's
+                found = [find_checkpoint(output_dir, args.resume_from_checkpoint)]
+                save_recipe(recipe, output_dir)
+        except Phase15CheckpointError as error:
+            problem = f"train_sft.py: {error}"
+    stop_together(problem)
+    broadcast_object_list(found)
+    if found[0] is None:
+        return None
+    logger.warning(f"Resuming from {found[0]}.")
+    return str(found[0])
+
+
+def save_final_model(trainer: Phase15Trainer, output_dir: Path):
+    """Saves what was trained, in files that are whole or not there; all processes must call this."""
+    half = output_dir / ".saving"
+    with writing(output_dir, half):
+        if trainer.args.should_save and half.exists():  # left by a run that was killed here
+            shutil.rmtree(half)
+        if not trainer.is_fsdp_enabled:
+            trainer.save_model(str(half))
+        elif model := trainer.gather_model():
+            trainer.model = model
+            trainer._save(str(half))
+        if trainer.args.should_save:
+            for path in half.iterdir():
+                sync(path)
+                os.replace(path, output_dir / path.name)
+            half.rmdir()
+        trainer.save_state()
+
+
+def finish(trainer: Phase15Trainer, model_args: Phase15ModelArguments, result: TrainOutput):
+    """Saves what was trained, compares and reports."""
+    args, output_dir = trainer.args, Path(trainer.args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if model_args.stage == "lora":
         if model_args.merge_adapter:
             trainer.model = model.merge_and_unload()
         model = trainer.model if model_args.merge_adapter else model.get_base_model()
-    if not trainer.is_fsdp_enabled:
-        trainer.save_model()
-    elif model := trainer.gather_model():
-        trainer.model = model
-        trainer._save()
-    trainer.save_state()
+    save_final_model(trainer, output_dir)
     if not trainer.is_world_process_zero():
         return
-    eval_sft.plot_training(trainer.state.log_history, output_dir / "training_curve.png")
+    if trainer.is_fsdp_enabled:
+        model = trainer.model
+    with writing(output_dir):
+        eval_sft.plot_training(trainer.state.log_history, output_dir / "training_curve.png")
     if isinstance(trainer.train_dataset, Phase15Stream):  # what was read of it, in each pass
         num_training = trainer.state.global_step * trainer.get_total_train_batch_size(args)
     else:
@@ -752,10 +840,12 @@ def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments, recipe: dic
                 results |= eval_sft.compare_rival(model, f"rival: {name}", loader, trainer.config.chunk_length)
             else:
                 results |= eval_sft.compare(model, loader)
-        eval_sft.plot(results["validation"], output_dir / "loss_by_chunk.png")
+        with writing(output_dir):
+            eval_sft.plot(results["validation"], output_dir / "loss_by_chunk.png")
         print(f"\n{eval_sft.table(results)}\n")
-    (output_dir / "evaluation.json").unlink(missing_ok=True)  # eval_sft.py's, of an earlier run's model
-    (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    with writing(output_dir):
+        (output_dir / "evaluation.json").unlink(missing_ok=True)  # eval_sft.py's, of an earlier run's model
+        write_text(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
     if model_args.rival in (None, "window") and (model_args.stage != "lora" or model_args.merge_adapter):
         print(f"Saved to {output_dir}. Loaded in a new process:")
         first = trainer.data_collator([next(iter(trainer.train_dataset))])
@@ -791,6 +881,8 @@ if __name__ == "__main__":
     stop_together(problem)
     try:
         main(*run)
-    except (FloatingPointError, Phase15RecordError) as error:
+    except (FloatingPointError, Phase15RecordError, Phase15CheckpointError) as error:
         message = str(error).rpartition("Phase15RecordError: ")[2]  # of a worker's traceback, in which torch puts it
         raise SystemExit(f"train_sft.py: {' '.join(message.split())}") from error
+    except KeyboardInterrupt:  # the second
+        raise SystemExit(130) from None

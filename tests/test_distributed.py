@@ -261,7 +261,7 @@ def killed(recipe, tmp_path_factory) -> SimpleNamespace:
     first = Launch("ddp", 2, path)
     try:
         deadline = time.monotonic() + 120
-        while not list(folder.glob("run/checkpoint-*/trainer_state.json")):
+        while not list(folder.glob("run/checkpoint-*/manifest.json")):
             assert first.process.poll() is None and time.monotonic() < deadline, first.output[-5000:]
             time.sleep(0.01)
         victims = [process for process in first.workers() if process.environ().get("RANK") == "1"]

@@ -633,13 +633,13 @@ def killed_run(chat_tokenizer, data, tmp_path_factory):
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         deadline = time.monotonic() + 120
-        while not list(folder.glob("run/checkpoint-*/trainer_state.json")):
+        while not list(folder.glob("run/checkpoint-*/manifest.json")):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1].decode()[-3000:]
             time.sleep(0.01)
     finally:
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    checkpoints = {path.parent for path in folder.glob("run/checkpoint-*/trainer_state.json")}
+    checkpoints = {path.parent for path in folder.glob("run/checkpoint-*/manifest.json")}
     last = max(checkpoints, key=lambda path: int(path.name.split("-")[1]))
     step = int(last.name.split("-")[1])
     assert step < 50 and not (folder / "run" / "model.safetensors").exists()

@@ -1,0 +1,326 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""
+What a run of train_sft.py survives: checkpoints that are whole or recognised as torn, files that are never half
+written, and an end at the next step on SIGTERM or Ctrl-C.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import safe_globals
+from transformers.trainer_utils import SaveStrategy
+from transformers.utils import logging
+
+
+logger = logging.get_logger("phase15.checkpoint")
+MANIFEST = "manifest.json"
+
+
+class Phase15CheckpointError(ValueError):
+    """A checkpoint or a model that cannot be written, or that may not be loaded. The message is one line."""
+
+
+def write_text(path: Path, text: str):
+    """Writes a file, wholly or not at all, whenever the process or the machine stops."""
+    half = path.with_name(f".{path.name}.half")
+    try:
+        with half.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(half, path)
+    except OSError:
+        half.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path):
+    """Waits until a file or the names in a folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path):
+    """Makes a checkpoint complete: what is not in it by then, or changes later, makes it a torn one."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
+        sync(path)
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    write_text(folder / MANIFEST, json.dumps(files, indent=2) + "\n")
+
+
+def problem_of(folder: Path, contents: bool = True) -> str | None:
+    """What makes a checkpoint a torn one, or `None` for a complete one; without `contents`, by the sizes alone."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}, and so was not saved to its end"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    for name, (size, digest) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if (found := path.stat().st_size) != size:
+            return f"{name} has {found} bytes instead of {size}"
+        if contents and sha256(path) != digest:
+            return f"{name} is not what was saved"
+    return None
+
+
+def checkpoints_in(output_dir: Path) -> list[Path]:
+    """All checkpoints, the newest first."""
+    numbered = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*")]
+    return [path for match, path in sorted(numbered, key=lambda x: -int(x[0][1]) if x[0] else 0) if match]
+
+
+def last_complete(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint, by the sizes of its files."""
+    return next((path for path in checkpoints_in(output_dir) if not problem_of(path, contents=False)), None)
+
+
+def find_checkpoint(output_dir: Path, named: str | None = None) -> Path | None:
+    """
+    The checkpoint to resume from: the one that was named, or the newest complete one of a run. Torn ones are reported
+    and removed, so that no rotation keeps one in a complete one's place.
+
+    Raises:
+        Phase15CheckpointError: if the one that was named is torn, or one cannot be read or may not be loaded.
+    """
+    try:
+        found = find_complete(output_dir, named)
+    except OSError as error:
+        raise Phase15CheckpointError(f"cannot resume: {error}.") from error
+    if found is not None:
+        check_safe(found)
+    return found
+
+
+def find_complete(output_dir: Path, named: str | None) -> Path | None:
+    """As `find_checkpoint`, whatever the checkpoint holds."""
+    if named is not None:
+        if problem := "no such checkpoint" if not Path(named).is_dir() else problem_of(Path(named)):
+            raise Phase15CheckpointError(f"cannot resume from {named}: {problem}.")
+    found = named and Path(named)
+    for folder in checkpoints_in(output_dir):
+        # all bytes of the one that is used, and of the others what a removal that was cut short leaves
+        if problem := problem_of(folder, contents=found is None):
+            logger.warning(f"Removing the torn checkpoint {folder}: {problem}.")
+            shutil.rmtree(folder)
+        elif found is None:
+            found = folder
+    return found
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Reads what torch.distributed.checkpoint keeps beside shards, which torch reads with pickle, and nothing else."""
+
+    ALLOWED = {
+        "torch.distributed.checkpoint.metadata": {
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.serialization": {"_get_layout"},
+        "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+        "pathlib": {"PosixPath", "WindowsPath"},
+    }
+
+    def find_class(self, module, name):
+        if name not in self.ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def check_safe(folder: Path):
+    """
+    Refuses a checkpoint of which loading could run code. Trainer and torch load some of its files as pickles, though
+    with `weights_only`; what that refuses is told here, by file, before anything is loaded.
+    """
+    for path in sorted(folder.rglob("*")):
+        try:
+            if path.name == ".metadata":
+                with path.open("rb") as file:
+                    MetadataUnpickler(file).load()
+            elif path.suffix in (".pt", ".pth", ".bin"):
+                with safe_globals():
+                    torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # a damaged pickle can raise any
+            raise Phase15CheckpointError(
+                f"cannot resume from {folder}: {path.relative_to(folder)} holds more than tensors and plain values, "
+                "and loading that could run code."
+            ) from error
+
+
+@contextmanager
+def loading(folder: str):
+    """
+    What is loaded inside is a checkpoint's, and no pickle: torch.distributed.checkpoint would read plain values among
+    its shards as pickles.
+
+    Raises:
+        Phase15CheckpointError: if it cannot, as for values among the shards that are code.
+    """
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    except CheckpointException as error:
+        raise Phase15CheckpointError(
+            f"cannot resume from {folder}: its shards are of another model, or hold values of which loading could run "
+            "code."
+        ) from error
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+@contextmanager
+def writing(output_dir: Path, half: Path | None = None):
+    """
+    What is written inside belongs into `half`, which is removed if that fails.
+
+    Raises:
+        Phase15CheckpointError: if something cannot be written, as on a full disk.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.errno:
+            reason = os.strerror(error.errno)
+        elif type(error) is RuntimeError:
+            if "PytorchStreamWriter" not in reason and "inline_container" not in reason:
+                raise  # not about the disk
+            reason = "torch failed, and does not say why"
+        if half is not None:
+            shutil.rmtree(half, ignore_errors=True)
+        disk = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(disk).free / 2**20
+        raise Phase15CheckpointError(
+            f"{half or output_dir} could not be written: {reason} ({free:,.0f} MiB are free there). Once it can be, "
+            f"the same command {goes_on(output_dir)}."
+        ) from error
+
+
+def goes_on(output_dir: Path) -> str:
+    """What the same command would do."""
+    if (output_dir / "results.json").exists():
+        return "has nothing left to do: the run is finished"
+    last = last_complete(output_dir)
+    return f"goes on from {last}, which is complete" if last else "starts again: no checkpoint is complete"
+
+
+class Stopped(KeyboardInterrupt):
+    """The run ends here, between two things that it writes."""
+
+
+class StopOnSignal(TrainerCallback):
+    """
+    Ends a run on SIGTERM or Ctrl-C. While it trains, that is at the end of the step under way (or of an evaluation or
+    a checkpoint), with a checkpoint, and on all processes at the same step; before and after, at once. A second Ctrl-C
+    ends it at once in any case.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.process = os.getpid()
+        self.signal: str | None = None  # that came here
+        self.is_training = False
+        self.has_stopped = False  # as all processes have agreed
+        self.saved_step: int | None = None
+
+    def __enter__(self):
+        self.trainer.add_callback(self)
+        self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.trainer.remove_callback(self)
+        if kind in (Stopped, KeyboardInterrupt) and self.trainer.is_world_process_zero():
+            print(self.report(), flush=True)
+        return kind is Stopped
+
+    def handle(self, number, frame):
+        if os.getpid() != self.process:  # a worker of the data loader: it ends when the run does
+            return
+        again, self.signal = self.signal, signal.Signals(number).name
+        if not self.is_training:
+            raise Stopped
+        if again and number == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    def report(self) -> str:
+        after = f" after step {self.trainer.state.global_step}" if self.has_stopped else ""
+        return (
+            f"Stopped by {self.signal or 'a signal'}{after}. The same command "
+            f"{goes_on(Path(self.trainer.args.output_dir))}."
+        )
+
+    def agree(self) -> bool:
+        """Whether a signal has come to any process."""
+        accelerator, came = self.trainer.accelerator, self.signal is not None
+        if accelerator.num_processes > 1 and not self.has_stopped:
+            came = bool(accelerator.reduce(torch.tensor(float(came), device=accelerator.device), "sum"))
+        self.has_stopped = self.has_stopped or came
+        return self.has_stopped
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.is_training = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.agree():
+            control.should_training_stop = True
+            # where the epoch ends with this step, after the evaluation that belongs to its end
+            control.should_save |= state.epoch % 1 > 0 or args.save_strategy == SaveStrategy.BEST
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self.is_training and self.agree():
+            control.should_training_stop = control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved_step = state.global_step
+        control.should_training_stop = self.agree() or control.should_training_stop
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.has_stopped:
+            control.should_save = self.saved_step != state.global_step
+            if state.epoch % 1 > 0:  # not its end, although Trainer calls it that
+                control.should_log = control.should_evaluate = False
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.is_training = False
