@@ -163,8 +163,9 @@ def _csv_records(path: Path) -> Iterator[dict[str, str]]:
                     raise ValueError(f"record {number} has more values than the header has columns.")
                 yield record
         except UnicodeDecodeError:  # of a block of lines, so that neither its place nor `number` helps
-            for place, line in enumerate(path.open("rb"), start=1):
-                _decode(line, f"line {place} is ")
+            with path.open("rb") as lines:
+                for place, line in enumerate(lines, start=1):
+                    _decode(line, f"line {place} is ")
             raise
         except csv.Error as error:
             raise ValueError(f"record {number + 1} is not CSV: {error}") from error

@@ -376,10 +376,15 @@ CASES = {
     "serve a base": command("serve.py", ["--model_dir", "{base}"], "model_type 'phase15'", needs="uvicorn"),
     "serve nothing": command("serve.py", ["--model_dir", "none"], "cannot serve 'none'", needs="uvicorn"),
     "lm_eval of nothing": command(
-        "eval_lm.py", ["--model_dir", "none", "--tasks", "a"], "none: no such folder", needs="lm_eval"
+        "eval_lm.py", ["--model_dir", "none", "--tasks", "a"], "none: no such folder", needs="lm_eval", process=True
     ),
     "lm_eval of a base": command(
-        "eval_lm.py", ["--model_dir", "{base}", "--tasks", "a"], "no Phase15 model", "'llama'", needs="lm_eval"
+        "eval_lm.py",
+        ["--model_dir", "{base}", "--tasks", "a"],
+        "no Phase15 model",
+        "'llama'",
+        needs="lm_eval",
+        process=True,
     ),
     "page of a base": command("app.py", ["--model_dir", "{base}"], "not a Phase15 model", "'llama'", needs="gradio"),
     "page of truncated weights": command(
