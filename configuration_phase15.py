@@ -31,14 +31,10 @@ LIBRARY_KEYS = {
     "attn_implementation",
     "auto_map",
     "experts_implementation",
-    "model_type",
-    "name_or_path",
-    "num_labels",
-    "per_layer_config",
     "quantization_config",
-    "torch_dtype",
     "use_cache",
     *GenerationConfig().to_dict(),
+    *dir(PreTrainedConfig()),  # also what a later release of it adds
 }
 
 
