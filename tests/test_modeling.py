@@ -8,6 +8,7 @@ from conftest import (
     CHUNK,
     LLM_SIZES,
     QUERY,
+    SINKS,
     SIZES,
     SLOTS,
     VOCAB,
@@ -134,6 +135,40 @@ def test_delta_is_the_gated_overwrite_of_the_design(tiny):
                 expected = written[0][slot] * net.embedding_scale + (weights[:, None] * stream).sum(dim=0)
                 assert_close(stepped.embeds[0, slot], expected, atol=1e-4, rtol=1e-4)
             assert weights.max() > 2 / len(weights)
+
+
+def test_hypernet_layers_attend_to_the_slots_then_to_the_memory_then_pass_an_mlp(tiny):
+    """One row without padding, one head at a time."""
+    net, seen = tiny.hypernet, []
+    old, tokens, length = (
+        as_soft_prompt(list(torch.randn(SLOTS, 32)), 32),
+        torch.randn(1, QUERY, 32),
+        torch.tensor([QUERY]),
+    )
+    carried = carry(old, tokens, length, SINKS)
+    net.norm.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0][0]))
+    net(carried, old, tokens, length)
+
+    def attend(attention, x, memory):
+        heads = []
+        for rows in torch.arange(32).split(8):
+            q, k, v = (
+                (attention.get_submodule(f"{name}_proj").weight[rows] @ x.T).T
+                for name, x in zip("qkv", (x, memory, memory), strict=True)
+            )
+            heads.append(torch.softmax(q @ k.T / 8**0.5, dim=-1) @ v)
+        return attention.o_proj(torch.cat(heads, dim=-1))
+
+    unit = [embeds[0] / net.embedding_scale for embeds in (carried.embeds, old.embeds, tokens)]
+    position = net.position_embeddings.weight
+    slots, old_slots = (net.slot_proj(embeds) + position[:SLOTS] for embeds in unit[:2])
+    memory = net.memory_norm(torch.cat([old_slots, net.token_proj(unit[2]) + position[:QUERY]]))
+    for layer in net.layers:
+        slots = slots + attend(layer.self_attn, layer.self_norm(slots), layer.self_norm(slots))
+        slots = slots + attend(layer.cross_attn, layer.cross_norm(slots), memory)
+        slots = slots + layer.down_proj(F.gelu(layer.up_proj(layer.mlp_norm(slots))))
+    assert_close(seen[0], slots, atol=1e-5, rtol=1e-4)
+    assert {module.eps for module in net.modules() if isinstance(module, torch.nn.RMSNorm)} == {1e-5}
 
 
 def test_hypernet_sees_old_slots_and_new_tokens_and_no_padding(tiny):
@@ -335,12 +370,13 @@ def test_a_tool_that_keeps_the_labels_gets_the_hidden_states_behind_the_queries(
     assert torch.equal(outputs.last_hidden_state, expected)
 
 
-def test_skip_logits_calls_the_output_layer_on_targets_only(tiny):
-    batch, _, _ = make_batch()
+def test_the_output_layer_is_called_on_targets_or_kept_columns_only(tiny):
+    batch, query_lengths, _ = make_batch()
     seen = []
     tiny.get_output_embeddings().register_forward_hook(lambda module, arguments, output: seen.append(output))
     tiny(**batch, skip_logits=True)
-    assert [scores.numel() for scores in seen] == [int((batch["labels"] != -100).sum()) * VOCAB]
+    tiny(batch["input_ids"], batch["attention_mask"], query_lengths=query_lengths, logits_to_keep=1)
+    assert [scores.numel() for scores in seen] == [int((batch["labels"] != -100).sum()) * VOCAB, len(ROWS) * VOCAB]
 
 
 def test_the_llm_is_called_once_and_on_no_empty_chunk(tiny):
@@ -494,6 +530,17 @@ def test_state_lives_in_the_cache_and_not_on_the_model(tiny):
     assert_close(tiny(ids, past_key_values=cache).logits, before, atol=1e-4, rtol=1e-4)
 
 
+def test_a_cache_says_what_it_is():
+    cache = Phase15Cache(Phase15Config(text_config=BASES["llama"], **SIZES))
+    assert (cache.get_seq_length(), cache.get_max_length(), cache.batch_size) == (0, -1, -1)
+    assert cache.is_croppable is False
+    for change in (lambda: cache.reorder_cache(torch.tensor([0, 0])), lambda: cache.batch_repeat_interleave(2)):
+        change()  # of no rows
+        assert cache.batch_size == -1
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        cache.crop(1)
+
+
 def test_cache_rows_can_be_picked_and_repeated(tiny):
     batch, query_lengths, _ = make_batch([(20, 9), (15, 4), (12, 1)])
     ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -530,7 +577,7 @@ def test_output_as_a_tuple(tiny):
         ({"labels": random_ids(2, 5)}, r"`labels` has shape \(2, 5\), but `input_ids` \(2, 6\)"),
         ({"attention_mask": torch.tensor([[1] * 6, [0] * 6])}, "Row 1 has 0 tokens"),
         ({"query_lengths": torch.tensor([3, 7])}, "Row 1 has 6 tokens and a query of 7"),
-        ({"query_lengths": torch.tensor([0, 6])}, "Row 0 has 6 tokens and a query of 0"),
+        ({"query_lengths": torch.tensor([0, 7])}, "Row 0 has 6 tokens and a query of 0"),
         ({"labels": torch.full((2, 6), -100), "skip_logits": True}, "no target"),
         ({"past_key_values": DynamicCache()}, "`past_key_values`.* DynamicCache"),
         ({"labels": random_ids(2, 6), "use_cache": True}, "`labels` cannot be given with .*cache"),
@@ -683,6 +730,14 @@ def test_attention_implementations_agree(tiny, tmp_path, implementation):
     assert_close(loaded(**batch).loss, tiny(**batch).loss)
 
 
+def test_attention_implementations_are_the_bases(tiny):
+    """What this machine cannot run is named as missing here, not as unsupported by the model."""
+    tiny.set_attn_implementation("flex_attention")
+    assert tiny.llm.config._attn_implementation == "flex_attention" and tiny.is_backend_compatible()
+    with pytest.raises(ImportError, match="[Ff]lash"):
+        tiny.set_attn_implementation("flash_attention_2")
+
+
 @pytest.mark.parametrize("base", ["llama", "llama-tied"])
 def test_resize_token_embeddings(bases, base, tmp_path):
     model = randomise_alpha(Phase15ForCausalLM.from_base(bases[base], **SIZES))
@@ -703,3 +758,5 @@ def test_hidden_states_and_attentions_are_the_llms(tiny):
     outputs = tiny(random_ids(2, 10), output_hidden_states=True, output_attentions=True)
     assert len(outputs.hidden_states) == BASES["llama"].num_hidden_layers + 1
     assert len(outputs.attentions) == BASES["llama"].num_hidden_layers
+    outputs = tiny(random_ids(1, 1 + CHUNK + 2), use_cache=True, output_hidden_states=True)
+    assert outputs.hidden_states[0].shape[1] == 2  # of its last call alone
