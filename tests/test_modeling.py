@@ -370,6 +370,16 @@ def test_a_tool_that_keeps_the_labels_gets_the_hidden_states_behind_the_queries(
     assert torch.equal(outputs.last_hidden_state, expected)
 
 
+def test_a_replaced_forward_gets_every_call_but_those_for_hidden_states(tiny):
+    batch, _, _ = make_batch()
+    calls, forward = [], tiny.forward
+    tiny.forward = lambda *args, **kwargs: (calls.append(kwargs), forward(*args, **kwargs))[1]
+    tiny(batch["input_ids"])
+    tiny(**batch, skip_logits=True)
+    tiny(batch["input_ids"], skip_logits=True)
+    assert len(calls) == 2
+
+
 def test_the_output_layer_is_called_on_targets_or_kept_columns_only(tiny):
     batch, query_lengths, _ = make_batch()
     seen = []
