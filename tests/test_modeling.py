@@ -204,6 +204,9 @@ def test_a_new_model_starts_with_delta_zero_at_the_embeddings_scale():
     model = Phase15ForCausalLM(Phase15Config(text_config=LLM_SIZES, **SIZES))
     assert not model.hypernet.alpha.any()
     assert_close(model.hypernet.embedding_scale, torch.tensor([LLM_SIZES["initializer_range"]]))
+    position, std = model.hypernet.position_embeddings.weight, model.config.initializer_range * 32**0.5
+    assert_close(position.std(), torch.tensor(std), rtol=0.1, atol=0.0)
+    assert position.mean().abs() < 0.2 * std
 
 
 # warm start
@@ -393,8 +396,9 @@ def test_the_llm_is_called_once_and_on_no_empty_chunk(tiny):
     batch, _, _ = make_batch([(40, 4), (9, 8), (5, 4)])
     seen = []
     tiny.llm.model.layers[0].register_forward_hook(lambda module, arguments, output: seen.append(len(arguments[0])))
+    tiny.llm.model.register_forward_hook(lambda module, arguments, output: seen.append(output.past_key_values))
     tiny(**batch, skip_logits=True)
-    assert seen == [9 + 1 + 1]
+    assert seen == [9 + 1 + 1, None]  # and keeps no keys and values
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
