@@ -306,7 +306,8 @@ def test_a_row_is_the_same_in_any_batch(tiny):
 def test_chunk_losses_are_by_chunk_index(tiny):
     batch, query_lengths, ids = make_batch()
     outputs = tiny(**batch)
-    losses, tokens = torch.zeros(len(outputs.chunk_losses)), torch.zeros(len(outputs.chunk_losses), dtype=torch.long)
+    num_chunks = 1 + max((length - query - 1) // CHUNK for length, query in ROWS)
+    losses, tokens = torch.zeros(num_chunks), torch.zeros(num_chunks, dtype=torch.long)
     for row, query in zip(ids, query_lengths.tolist(), strict=True):
         logits, _ = reference_logits(tiny, row, query)
         for place in range(query, len(row)):
@@ -609,6 +610,8 @@ def test_rows_that_a_cache_cannot_hold_side_by_side(tiny):
         tiny(random_ids(2, 3), torch.tensor([[1, 1, 1], [1, 1, 0]]), past_key_values=cache)
     with pytest.raises(ValueError, match="Row 1 has 0 tokens"):
         tiny(random_ids(2, 1), torch.tensor([[1], [0]]), past_key_values=cache)
+    with pytest.raises(ValueError, match="Row 0 has 3 tokens and a query of -1"):
+        tiny(random_ids(2, 3), query_lengths=torch.tensor([-1, -1]), past_key_values=cache)
     with pytest.raises(ValueError, match="cannot be cropped"):
         cache.crop(-1)
 
