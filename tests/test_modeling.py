@@ -557,7 +557,7 @@ def test_a_cache_says_what_it_is():
 
 
 def test_cache_rows_can_be_picked_and_repeated(tiny):
-    batch, query_lengths, _ = make_batch([(20, 9), (15, 4), (12, 1)])
+    batch, query_lengths, _ = make_batch([(22, 9), (17, 4), (14, 1)])  # a chunk ends after the change
     ids, mask = batch["input_ids"], batch["attention_mask"]
     expected = tiny(ids, mask, query_lengths=query_lengths).logits[:, 17:]
     for change, rows in (
