@@ -256,9 +256,10 @@ def test_on_cuda_graphs_give_the_same_tokens(tiny, mode):
 
 @pytest.fixture
 def decoders(monkeypatch) -> list:
-    made, init = [], Phase15Decoder.__init__
-    monkeypatch.setattr(Phase15Decoder, "__init__", lambda self, *args: (made.append(self), init(self, *args))[1])
-    return made
+    """Those that were started, new or kept."""
+    started, start = [], Phase15Decoder.start
+    monkeypatch.setattr(Phase15Decoder, "start", lambda self, *args: (started.append(self), start(self, *args))[1])
+    return started
 
 
 def test_on_a_cpu_only_when_asked(tiny, decoders):

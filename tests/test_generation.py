@@ -154,9 +154,10 @@ def test_max_length_counts_the_prompt(tiny):
     assert torch.equal(by_keywords[:, 31:], generate(tiny, LONG_PROMPTS, max_new_tokens=9))
 
 
-def test_generation_starts_from_a_bos_token_when_given_nothing(tiny):
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generation_starts_from_a_bos_token_when_given_nothing(tiny, use_cache):
     expected = generate(tiny, [torch.tensor([1])], max_new_tokens=9)
-    assert torch.equal(tiny.generate(max_new_tokens=9, pad_token_id=0)[:, 1:], expected)
+    assert torch.equal(tiny.generate(max_new_tokens=9, pad_token_id=0, use_cache=use_cache)[:, 1:], expected)
 
 
 def test_token_streamer(tiny):

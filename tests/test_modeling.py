@@ -8,6 +8,7 @@ from conftest import (
     CHUNK,
     LLM_SIZES,
     QUERY,
+    SINKS,
     SIZES,
     SLOTS,
     VOCAB,
@@ -136,6 +137,40 @@ def test_delta_is_the_gated_overwrite_of_the_design(tiny):
             assert weights.max() > 2 / len(weights)
 
 
+def test_hypernet_layers_attend_to_the_slots_then_to_the_memory_then_pass_an_mlp(tiny):
+    """One row without padding, one head at a time."""
+    net, seen = tiny.hypernet, []
+    old, tokens, length = (
+        as_soft_prompt(list(torch.randn(SLOTS, 32)), 32),
+        torch.randn(1, QUERY, 32),
+        torch.tensor([QUERY]),
+    )
+    carried = carry(old, tokens, length, SINKS)
+    net.norm.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0][0]))
+    net(carried, old, tokens, length)
+
+    def attend(attention, x, memory):
+        heads = []
+        for rows in torch.arange(32).split(8):
+            q, k, v = (
+                (attention.get_submodule(f"{name}_proj").weight[rows] @ x.T).T
+                for name, x in zip("qkv", (x, memory, memory), strict=True)
+            )
+            heads.append(torch.softmax(q @ k.T / 8**0.5, dim=-1) @ v)
+        return attention.o_proj(torch.cat(heads, dim=-1))
+
+    unit = [embeds[0] / net.embedding_scale for embeds in (carried.embeds, old.embeds, tokens)]
+    position = net.position_embeddings.weight
+    slots, old_slots = (net.slot_proj(embeds) + position[:SLOTS] for embeds in unit[:2])
+    memory = net.memory_norm(torch.cat([old_slots, net.token_proj(unit[2]) + position[:QUERY]]))
+    for layer in net.layers:
+        slots = slots + attend(layer.self_attn, layer.self_norm(slots), layer.self_norm(slots))
+        slots = slots + attend(layer.cross_attn, layer.cross_norm(slots), memory)
+        slots = slots + layer.down_proj(F.gelu(layer.up_proj(layer.mlp_norm(slots))))
+    assert_close(seen[0], slots, atol=1e-5, rtol=1e-4)
+    assert {module.eps for module in net.modules() if isinstance(module, torch.nn.RMSNorm)} == {1e-5}
+
+
 def test_hypernet_sees_old_slots_and_new_tokens_and_no_padding(tiny):
     old = as_soft_prompt(list(torch.randn(SLOTS, 32)), 32)
     tokens, length = torch.randn(1, CHUNK + 2, 32), torch.tensor([CHUNK])
@@ -169,6 +204,9 @@ def test_a_new_model_starts_with_delta_zero_at_the_embeddings_scale():
     model = Phase15ForCausalLM(Phase15Config(text_config=LLM_SIZES, **SIZES))
     assert not model.hypernet.alpha.any()
     assert_close(model.hypernet.embedding_scale, torch.tensor([LLM_SIZES["initializer_range"]]))
+    position, std = model.hypernet.position_embeddings.weight, model.config.initializer_range * 32**0.5
+    assert_close(position.std(), torch.tensor(std), rtol=0.1, atol=0.0)
+    assert position.mean().abs() < 0.2 * std
 
 
 # warm start
@@ -268,7 +306,8 @@ def test_a_row_is_the_same_in_any_batch(tiny):
 def test_chunk_losses_are_by_chunk_index(tiny):
     batch, query_lengths, ids = make_batch()
     outputs = tiny(**batch)
-    losses, tokens = torch.zeros(len(outputs.chunk_losses)), torch.zeros(len(outputs.chunk_losses), dtype=torch.long)
+    num_chunks = 1 + max((length - query - 1) // CHUNK for length, query in ROWS)
+    losses, tokens = torch.zeros(num_chunks), torch.zeros(num_chunks, dtype=torch.long)
     for row, query in zip(ids, query_lengths.tolist(), strict=True):
         logits, _ = reference_logits(tiny, row, query)
         for place in range(query, len(row)):
@@ -335,20 +374,32 @@ def test_a_tool_that_keeps_the_labels_gets_the_hidden_states_behind_the_queries(
     assert torch.equal(outputs.last_hidden_state, expected)
 
 
-def test_skip_logits_calls_the_output_layer_on_targets_only(tiny):
+def test_a_replaced_forward_gets_every_call_but_those_for_hidden_states(tiny):
     batch, _, _ = make_batch()
+    calls, forward = [], tiny.forward
+    tiny.forward = lambda *args, **kwargs: (calls.append(kwargs), forward(*args, **kwargs))[1]
+    tiny(batch["input_ids"])
+    tiny(**batch, skip_logits=True)
+    tiny(batch["input_ids"], skip_logits=True)
+    assert len(calls) == 2
+
+
+def test_the_output_layer_is_called_on_targets_or_kept_columns_only(tiny):
+    batch, query_lengths, _ = make_batch()
     seen = []
     tiny.get_output_embeddings().register_forward_hook(lambda module, arguments, output: seen.append(output))
     tiny(**batch, skip_logits=True)
-    assert [scores.numel() for scores in seen] == [int((batch["labels"] != -100).sum()) * VOCAB]
+    tiny(batch["input_ids"], batch["attention_mask"], query_lengths=query_lengths, logits_to_keep=1)
+    assert [scores.numel() for scores in seen] == [int((batch["labels"] != -100).sum()) * VOCAB, len(ROWS) * VOCAB]
 
 
 def test_the_llm_is_called_once_and_on_no_empty_chunk(tiny):
     batch, _, _ = make_batch([(40, 4), (9, 8), (5, 4)])
     seen = []
     tiny.llm.model.layers[0].register_forward_hook(lambda module, arguments, output: seen.append(len(arguments[0])))
+    tiny.llm.model.register_forward_hook(lambda module, arguments, output: seen.append(output.past_key_values))
     tiny(**batch, skip_logits=True)
-    assert seen == [9 + 1 + 1]
+    assert seen == [9 + 1 + 1, None]  # and keeps no keys and values
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -494,8 +545,19 @@ def test_state_lives_in_the_cache_and_not_on_the_model(tiny):
     assert_close(tiny(ids, past_key_values=cache).logits, before, atol=1e-4, rtol=1e-4)
 
 
+def test_a_cache_says_what_it_is():
+    cache = Phase15Cache(Phase15Config(text_config=BASES["llama"], **SIZES))
+    assert (cache.get_seq_length(), cache.get_max_length(), cache.batch_size) == (0, -1, -1)
+    assert cache.is_croppable is False
+    for change in (lambda: cache.reorder_cache(torch.tensor([0, 0])), lambda: cache.batch_repeat_interleave(2)):
+        change()  # of no rows
+        assert cache.batch_size == -1
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        cache.crop(1)
+
+
 def test_cache_rows_can_be_picked_and_repeated(tiny):
-    batch, query_lengths, _ = make_batch([(20, 9), (15, 4), (12, 1)])
+    batch, query_lengths, _ = make_batch([(22, 9), (17, 4), (14, 1)])  # a chunk ends after the change
     ids, mask = batch["input_ids"], batch["attention_mask"]
     expected = tiny(ids, mask, query_lengths=query_lengths).logits[:, 17:]
     for change, rows in (
@@ -530,7 +592,7 @@ def test_output_as_a_tuple(tiny):
         ({"labels": random_ids(2, 5)}, r"`labels` has shape \(2, 5\), but `input_ids` \(2, 6\)"),
         ({"attention_mask": torch.tensor([[1] * 6, [0] * 6])}, "Row 1 has 0 tokens"),
         ({"query_lengths": torch.tensor([3, 7])}, "Row 1 has 6 tokens and a query of 7"),
-        ({"query_lengths": torch.tensor([0, 6])}, "Row 0 has 6 tokens and a query of 0"),
+        ({"query_lengths": torch.tensor([0, 7])}, "Row 0 has 6 tokens and a query of 0"),
         ({"labels": torch.full((2, 6), -100), "skip_logits": True}, "no target"),
         ({"past_key_values": DynamicCache()}, "`past_key_values`.* DynamicCache"),
         ({"labels": random_ids(2, 6), "use_cache": True}, "`labels` cannot be given with .*cache"),
@@ -548,6 +610,8 @@ def test_rows_that_a_cache_cannot_hold_side_by_side(tiny):
         tiny(random_ids(2, 3), torch.tensor([[1, 1, 1], [1, 1, 0]]), past_key_values=cache)
     with pytest.raises(ValueError, match="Row 1 has 0 tokens"):
         tiny(random_ids(2, 1), torch.tensor([[1], [0]]), past_key_values=cache)
+    with pytest.raises(ValueError, match="Row 0 has 3 tokens and a query of -1"):
+        tiny(random_ids(2, 3), query_lengths=torch.tensor([-1, -1]), past_key_values=cache)
     with pytest.raises(ValueError, match="cannot be cropped"):
         cache.crop(-1)
 
@@ -683,6 +747,14 @@ def test_attention_implementations_agree(tiny, tmp_path, implementation):
     assert_close(loaded(**batch).loss, tiny(**batch).loss)
 
 
+def test_attention_implementations_are_the_bases(tiny):
+    """What this machine cannot run is named as missing here, not as unsupported by the model."""
+    tiny.set_attn_implementation("flex_attention")
+    assert tiny.llm.config._attn_implementation == "flex_attention" and tiny.is_backend_compatible()
+    with pytest.raises(ImportError, match="[Ff]lash"):
+        tiny.set_attn_implementation("flash_attention_2")
+
+
 @pytest.mark.parametrize("base", ["llama", "llama-tied"])
 def test_resize_token_embeddings(bases, base, tmp_path):
     model = randomise_alpha(Phase15ForCausalLM.from_base(bases[base], **SIZES))
@@ -703,3 +775,5 @@ def test_hidden_states_and_attentions_are_the_llms(tiny):
     outputs = tiny(random_ids(2, 10), output_hidden_states=True, output_attentions=True)
     assert len(outputs.hidden_states) == BASES["llama"].num_hidden_layers + 1
     assert len(outputs.attentions) == BASES["llama"].num_hidden_layers
+    outputs = tiny(random_ids(1, 1 + CHUNK + 2), use_cache=True, output_hidden_states=True)
+    assert outputs.hidden_states[0].shape[1] == 2  # of its last call alone

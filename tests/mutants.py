@@ -1,0 +1,229 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""
+Mutation testing of modeling_phase15.py: cosmic-ray's operators change it in one place at a time, and the tests must
+see ("kill") at least 85 % of these mutants, or this fails. docs/mutants.md explains those that survive.
+
+    pip install -r requirements.txt cosmic-ray
+    python tests/mutants.py --jobs 2                   # all of them
+    python tests/mutants.py --jobs 2 --seconds 150     # as many as fit, in an order that the commit decides
+    python tests/mutants.py --only "87 carry"          # those whose line, function and operator match an expression
+
+One process imports torch and transformers, and each mutant gets a fork of it in a copy of the repository. There only
+those tests run that run the mutated line, first those that have killed before. A mutant that makes them take over
+twice as long is a timeout, which counts as killed.
+"""
+
+import argparse
+import ast
+import contextlib
+import gc
+import importlib
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+
+os.environ["OMP_NUM_THREADS"] = os.environ["HF_HUB_OFFLINE"] = os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+
+import pytest
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.ast.ast_query import ASTQuery
+from cosmic_ray.mutating import MutationVisitor
+from cosmic_ray.plugins import get_operator
+
+
+ROOT, MODULE, THRESHOLD = Path(__file__).resolve().parents[1], "modeling_phase15.py", 0.85
+# One or two replacements for each operator. Left out are those that raise on tensors at once and so would flatter the
+# score: bitwise operators in the place of arithmetic, `is` in the place of order.
+REPLACED = {
+    "BinaryOperator": "Add_Sub Sub_Add Mul_Add Mul_Div Div_Mul FloorDiv_Mul FloorDiv_Mod Mod_FloorDiv Pow_Mul "
+    "BitOr_BitAnd BitAnd_BitOr",
+    "ComparisonOperator": "Eq_NotEq NotEq_Eq Is_IsNot IsNot_Is Lt_LtE Lt_GtE LtE_Lt LtE_Gt Gt_GtE Gt_LtE GtE_Gt "
+    "GtE_Lt",
+    "UnaryOperator": "Delete_Invert Delete_Not",
+}
+OPERATORS = [
+    *("AddNot", "ExceptionReplacer", "NumberReplacer", "RemoveDecorator", "ZeroIterationForLoop"),
+    *("ReplaceAndWithOr", "ReplaceOrWithAnd", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue"),
+    *("ReplaceBreakWithContinue", "ReplaceContinueWithBreak"),
+    *(f"Replace{kind}_{change}" for kind, changes in REPLACED.items() for change in changes.split()),
+]
+TESTS = ["tests/test_modeling.py", "tests/test_generation.py", "tests/test_configuration.py", "tests/test_decoding.py"]
+# Left out because they take long, or are one of many parametrisations: 12 s of CPU time remain.
+SLOW = re.compile(
+    "replayed|compile|one_graph|decoders_are_few|on_a_cpu|on_cuda_graphs|models_that|moved|buffers|streamer|rows_that_end|"
+    "greedy_and_sampling|test_decoding.*eager-|frozen.*llm|other_bases|end_token|gradients_equal.*(-None|-1|tied)|"
+    "reference.right|memory_is_flat|far_past|autocast|tokens_are_the_same|left_right_and|any_batch|"
+    "divides_the_sum.int|uncached.*( 1, 1, 1|11|9|8)|mistral|qwen2|llama-(tied|right|processors)|.False-|.True-6|"
+    "implementations_agree.eager|beam-|max_length|greedy_equals|single_rows|influence|conversation.(lengths[012]|eager)|"
+    "stop_strings.[13]|scores.llama|value[01]|auto-|argument-|model-"
+)
+FIRST = re.compile("prompt_equal_the_reference.both|gradients_equal.*llama-3|uncached.*39|llama-greedy|lengths3")
+
+
+class Mutant(NamedTuple):
+    line: int
+    function: str
+    operator: str
+    occurrence: int
+
+    def source(self, tree) -> str:
+        """The module with this one change, which is made in the tree itself."""
+        return MutationVisitor(self.occurrence, get_operator(f"core/{self.operator}")()).walk(tree).get_code()
+
+
+def all_mutants(source: str, tree) -> list[Mutant]:
+    """All but those of type annotations, which have no effect, and negations that another operator makes, too."""
+    parts = [getattr(node, name, None) for node in ast.walk(ast.parse(source)) for name in ("annotation", "returns")]
+    spans = [((part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset)) for part in parts if part]
+    mutants, nodes = [], list(ast_nodes(tree))
+    for name in OPERATORS:
+        operator = get_operator(f"core/{name}")()
+        places = ((start, node) for node in nodes for start, _ in operator.mutation_positions(node))
+        for occurrence, (start, node) in enumerate(places):
+            negated = node.children[2 if node.type == "test" else 1].type if name == "AddNot" else None
+            if negated in ("comparison", "not_test", "namedexpr_test") or any(a <= start < b for a, b in spans):
+                continue
+            mutants.append(Mutant(start[0], ASTQuery(node).get_definition_name() or "", name, occurrence))
+    return mutants
+
+
+class Plugin:
+    """
+    Of pytest. Without `rank` it notes which tests run each line of the module, and how long each takes. With it, it
+    keeps the tests to which `rank` gives a rank, and sorts them by it.
+    """
+
+    def __init__(self, rank=None):
+        self.rank, self.lines, self.seconds, self.killer = rank, defaultdict(list), {}, None
+
+    def pytest_collection_modifyitems(self, items):
+        ranks = {item: self.rank(item.nodeid) if self.rank else 0 for item in items if not SLOW.search(item.nodeid)}
+        items[:] = sorted((item for item in ranks if ranks[item] is not None), key=ranks.get)
+
+    def trace(self, frame, event, argument):
+        if frame.f_code.co_filename.endswith(MODULE):
+            if event == "line" and self.test not in self.lines[frame.f_lineno][-1:]:
+                self.lines[frame.f_lineno].append(self.test)
+            return self.trace
+
+    def pytest_runtest_logstart(self, nodeid):
+        self.test, self.since = nodeid, time.process_time()
+        sys.settrace(None if self.rank else self.trace)
+
+    def pytest_runtest_logreport(self, report):
+        self.seconds[report.nodeid] = time.process_time() - self.since
+        self.killer = report.nodeid if report.failed else self.killer
+
+    def found(self) -> dict:
+        sys.settrace(None)
+        files = {name: str(getattr(module, "__file__", None)) for name, module in list(sys.modules.items())}
+        installed = [name for name, file in files.items() if "site-packages" in file and not self.rank]
+        return {"lines": self.lines, "seconds": self.seconds, "killer": self.killer, "installed": installed}
+
+
+def start(folder: Path, source, tests: list[str], rank=None, cpu_seconds: int = 3600) -> int:
+    """Forks a process that runs the tests on `source()` in a copy of the repository and exits with pytest's status."""
+    if pid := os.fork():
+        return pid
+    status = 70
+    try:
+        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1), os.dup2(log, 2)
+        (folder / MODULE).write_text(source())
+        for stale in folder.glob(f"__pycache__/{Path(MODULE).stem}*"):  # of a mutant just as old and as long
+            stale.unlink()
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
+        resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
+        signal.alarm(20 * cpu_seconds)  # if it sleeps
+        sys.dont_write_bytecode = False  # the tests are compiled once
+        os.chdir(folder)
+        sys.path.insert(0, str(folder))
+        plugin = Plugin(rank)
+        options = ["-xq", "-m", "not slow", "--assert=plain", "-p", "no:cacheprovider", f"--basetemp={folder}/tmp"]
+        status = pytest.main([*tests, *options], plugins=[plugin])
+        (folder / "found").write_text(json.dumps(plugin.found()))
+    finally:
+        os._exit(status)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no mutant after this time")
+    parser.add_argument("--only", default="", help="a regular expression of `line function operator`")
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="files or single tests")
+    args = parser.parse_args()
+    begin, source = time.monotonic(), (ROOT / MODULE).read_text()
+    tree = get_ast(source)
+    mutants = [m for m in all_mutants(source, tree) if re.search(args.only, f"{m.line} {m.function} {m.operator}")]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    random.Random(commit).shuffle(mutants)
+    running, outcomes, kills = {}, Counter(), Counter()
+
+    with tempfile.TemporaryDirectory() as work:
+        os.environ["HF_HOME"] = f"{work}/hf"
+        folders = [Path(work, str(job)) for job in range(args.jobs)]
+        for folder in folders:
+            shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "outputs"))
+        start(folders[0], lambda: source, args.tests)
+        if os.wait()[1]:
+            sys.exit((folders[0] / "log").read_text() + "\nThe tests must pass on the module as it is.")
+        found = json.loads((folders[0] / "found").read_text())
+        seconds = found["seconds"]
+        print(f"{len(mutants)} mutants, {len(seconds)} tests, {sum(seconds.values()):.0f} s of CPU time", flush=True)
+        for name in found["installed"]:
+            with contextlib.suppress(Exception):  # some only work as part of another
+                importlib.import_module(name)
+        gc.freeze()  # so that forks share what there is
+
+        while True:
+            while folders and mutants and time.monotonic() - begin < args.seconds:
+                mutant, folder = mutants.pop(), folders.pop()
+                tests = found["lines"].get(str(mutant.line), seconds)  # all, for what runs when the module is imported
+
+                def rank(test, function=mutant.function, tests=frozenset(tests)):
+                    order = -kills[function, test], -kills[test], not FIRST.search(test), seconds.get(test, 0)
+                    return order if test in tests else None
+
+                limit = 10 + int(2 * sum(seconds[test] for test in tests))
+                pid = start(folder, partial(mutant.source, tree), args.tests, rank, limit)
+                running[pid] = mutant, folder
+            if not running:
+                break
+            pid, status = os.wait()
+            mutant, folder = running.pop(pid)
+            folders.append(folder)
+            code = os.waitstatus_to_exitcode(status)
+            if code not in (0, 1, 2, 4) and code >= 0:  # passed, failed, and two kinds of errors at import
+                sys.exit(f"{mutant}: pytest ended with {code}\n" + (folder / "log").read_text())
+            outcome = "timeout" if code < 0 else "killed" if code else "survived"
+            outcomes[outcome] += 1
+            if outcome == "killed":
+                killer = json.loads((folder / "found").read_text())["killer"]
+                kills.update([killer, (mutant.function, killer)])
+            else:
+                lines = zip(source.splitlines(), (folder / MODULE).read_text().splitlines(), strict=False)
+                changed = next(new for old, new in lines if new != old).strip()
+                print(f"{outcome}: {mutant.line} {mutant.function} {mutant.operator}: {changed}", flush=True)
+
+    total, took = outcomes.total(), time.monotonic() - begin
+    score = 1 - outcomes["survived"] / total
+    print(f"{dict(outcomes)}, {total} of {total + len(mutants)} mutants in {took:.0f} s: {score:.1%} killed")
+    sys.exit(0 if score >= THRESHOLD else f"Fewer than {THRESHOLD:.0%} of the mutants were killed.")
+
+
+if __name__ == "__main__":
+    main()
