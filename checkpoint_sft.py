@@ -123,7 +123,7 @@ def find_checkpoint(output_dir: Path, named: str | None = None) -> Path | None:
 def find_complete(output_dir: Path, named: str | None) -> Path | None:
     """As `find_checkpoint`, whatever the checkpoint holds."""
     if named is not None:
-        if problem := "no such checkpoint" if not Path(named).is_dir() else problem_of(Path(named)):
+        if problem := problem_of(Path(named)):
             raise Phase15CheckpointError(f"cannot resume from {named}: {problem}.")
     found = named and Path(named)
     for folder in checkpoints_in(output_dir):

@@ -194,7 +194,10 @@ def stage(args: PushArguments, folder: Path):
         except Exception as error:  # a template is a program: it raises what it likes
             raise ValueError(f"{source}: the chat template cannot be used: {error}") from error
     inputs = {"input_ids": torch.tensor([query]), "attention_mask": torch.ones(1, len(query), dtype=torch.long)}
-    here = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0, len(query) :].tolist()
+    try:
+        here = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0, len(query) :].tolist()
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{source}: {error}") from error
     try:
         there = eval_sft.answer_in_new_process(folder, query, max_new_tokens)
     except ValueError as error:  # the staged folder is gone when this is read

@@ -20,6 +20,7 @@ from conftest import (
     reference_logits,
     window_logits,
 )
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
@@ -777,3 +778,30 @@ def test_hidden_states_and_attentions_are_the_llms(tiny):
     assert len(outputs.attentions) == BASES["llama"].num_hidden_layers
     outputs = tiny(random_ids(1, 1 + CHUNK + 2), use_cache=True, output_hidden_states=True)
     assert outputs.hidden_states[0].shape[1] == 2  # of its last call alone
+
+
+def test_weights_that_do_not_fit_are_refused(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole = load_file(path)
+    size = {"hypernet.alpha": torch.ones(3)}
+    more = {"more.b": torch.ones(1), "more.a": torch.ones(1)}
+    lacking = {name: value for name, value in whole.items() if "position" not in name}
+    save_file(lacking | more | size, path, {"format": "pt"})
+    problems = "position_embeddings.weight is missing, more.a is left over, hypernet.alpha is of another shape."
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: 4 of the weights do not fit .*: hypernet.{problems}$"):
+        Phase15ForCausalLM.from_pretrained(tmp_path)
+    save_file(whole | size, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="1 of the weights .* hypernet.alpha is of another shape"):
+        Phase15ForCausalLM.from_pretrained(tmp_path)
+    Phase15ForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"^{path} cannot be read: "):
+        Phase15ForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(OSError, match="no file named"):
+        Phase15ForCausalLM.from_pretrained(tmp_path / "..", config=tiny.config)
+    tiny.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    shard = sorted((tmp_path / "shards").glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"^{tmp_path}/shards: its weights cannot be read: "):
+        Phase15ForCausalLM.from_pretrained(tmp_path / "shards")

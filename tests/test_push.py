@@ -240,7 +240,7 @@ REFUSALS = {  # folder, flags, keywords of push(), what the line says
     "broken tokenizer": ("broken tokenizer", (), {}, r"(?i)tokenizer"),
     "broken evaluation": ("broken evaluation", (), {}, r"evaluation\.json was not written by eval_sft\.py"),
     "broken template": ("broken template", (), {}, r"(?i)template"),
-    "nan": ("nan", (), {}, r"/nan,.*finite"),
+    "nan": ("nan", (), {}, r"/nan: .*finite"),
 }
 FAULTS = {"500": (500, False), "403": (403, False), "answer lost": ("cut", True)}
 

@@ -11,7 +11,7 @@ import yaml
 from conftest import SIZES
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
 import eval_sft
 import push_to_hub
@@ -35,6 +35,8 @@ def folder(tiny, tmp_path, monkeypatch) -> Path:
         path = tmp_path / "model" / name
         spy = f"\nfrom pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n"
         path.write_text(path.read_text() + spy)
+    for mapping in (CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):  # where serve.py and eval_lm.py put the code here
+        monkeypatch.setattr(mapping, "_extra_content", {})
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(tmp_path / "modules")
     monkeypatch.setattr("sys.stdin", open("/dev/null"))
