@@ -538,7 +538,7 @@ def hostile(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hostile") / f"{HOSTILE[1]} [x](y) **z**"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    flags = "--max_characters", "600", "--max_waiting", "1"
+    flags = "--max_characters", "1700", "--max_waiting", "1"
     with started(tmp_path_factory.mktemp("space"), str(folder), *flags) as (_, address):
         yield Phase15ForCausalLM.from_pretrained(folder).eval(), tokenizer, folder, address
 
@@ -577,11 +577,11 @@ def test_what_a_user_a_model_its_vocabulary_and_its_name_hold_is_text_on_the_pag
 def test_a_conversation_above_the_limit_is_refused_and_what_was_written_stays(hostile):
     with browsing(hostile[3]) as (open_page, problems):
         page = open_page()
-        ask(page, "A" * 601)
-        assert "would have 601 characters, and this page reads 600 at most: ask something shorter" in toast(page)
-        assert page.get_by_placeholder("Ask something").input_value() == "A" * 601
+        ask(page, "A" * 1701)
+        assert "would have 1,701 characters, and this page reads 1,700 at most: ask something shorter" in toast(page)
+        assert page.get_by_placeholder("Ask something").input_value() == "A" * 1701
         assert page.get_by_test_id("user").count() == 0
-        ask(page, "A" * 600)
+        ask(page, "A" * 1700)
         page.wait_for_function("document.querySelector('[data-testid=bot]')?.textContent.length > 20")
     assert problems == []
 
