@@ -751,11 +751,8 @@ def test_attention_implementations_agree(tiny, tmp_path, implementation):
 
 
 def test_attention_implementations_are_the_bases(tiny):
-    """What this machine cannot run is named as missing here, not as unsupported by the model."""
     tiny.set_attn_implementation("flex_attention")
     assert tiny.llm.config._attn_implementation == "flex_attention" and tiny.is_backend_compatible()
-    with pytest.raises(ImportError, match="[Ff]lash"):
-        tiny.set_attn_implementation("flash_attention_2")
 
 
 @pytest.mark.parametrize("base", ["llama", "llama-tied"])
@@ -780,6 +777,20 @@ def test_hidden_states_and_attentions_are_the_llms(tiny):
     assert len(outputs.attentions) == BASES["llama"].num_hidden_layers
     outputs = tiny(random_ids(1, 1 + CHUNK + 2), use_cache=True, output_hidden_states=True)
     assert outputs.hidden_states[0].shape[1] == 2  # of its last call alone
+
+
+def test_the_first_and_the_last_id_of_the_vocabulary_are_ids(tiny):
+    ids = torch.tensor([[VOCAB - 1, 0, VOCAB - 1, 0]])
+    outputs = tiny(ids, labels=ids)
+    assert int(outputs.chunk_tokens.sum()) == 3 and outputs.loss.isfinite()
+    for labels in (False, True):
+        for wrong in (-1, VOCAB):
+            bad = torch.tensor([[0, 1, 2, wrong]])
+            given = {"input_ids": ids, "labels": bad} if labels else {"input_ids": bad}
+            with pytest.raises(
+                ValueError, match=f"Row 0 holds .*{wrong}, at place 3, but ids must be from 0 to {VOCAB - 1}"
+            ):
+                tiny(**given)
 
 
 def test_weights_that_do_not_fit_are_refused(tiny, tmp_path):
