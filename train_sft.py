@@ -876,7 +876,7 @@ if __name__ == "__main__":
     run, problem = None, None
     try:
         run = prepare(sys.argv[1:])
-    except (ValueError, OSError, StrictDataclassError) as error:  # about the input: nothing was written
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:  # about the input: nothing was written
         problem = f"train_sft.py: {' '.join(str(error).split())}"
     stop_together(problem)
     try:
