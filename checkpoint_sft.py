@@ -7,7 +7,7 @@ written, and an end at the next step on SIGTERM or Ctrl-C.
 import hashlib
 import json
 import os
-import pickle  # nosec B403: for an unpickler that knows a list of names and no other
+import pickle  # for an unpickler that knows a list of names and no other  # nosec B403
 import re
 import shutil
 import signal
