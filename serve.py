@@ -18,16 +18,39 @@ has gone. Where others reach it, put a proxy before it that limits these.
 import argparse
 import signal
 import sys
+from contextvars import ContextVar
 from functools import partial
 
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.utils import GenerateManager
 from transformers.cli.transformers import app
 from transformers.utils.import_utils import is_serve_available
 
 from configuration_phase15 import Phase15Config
 from modeling_phase15 import Phase15ForCausalLM
+
+
+STREAMERS: ContextVar[list] = ContextVar("STREAMERS")  # of the request
+
+
+class EndWithTheClient:
+    """
+    Middleware that ends what a request has generated when its response ends. The library does so too, but not if the
+    client leaves before the response has begun, and then no other request is answered until that one's answer ends.
+    """
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        STREAMERS.set(streamers := [])
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            for streamer in streamers:
+                streamer.cancel()
 
 
 def main(argv: list[str]):
@@ -69,9 +92,18 @@ def prepare(model_dir: str):
     def build_without(*args, **kwargs):
         built = build_server(*args, **kwargs)
         built.router.routes[:] = [route for route in built.routes if route.path not in ("/load_model", "/reset")]
+        built.add_middleware(EndWithTheClient)
         return built
 
     server.build_server = build_without
+    generate_streaming = GenerateManager.generate_streaming
+
+    def generate_for_the_request(self, *args, **kwargs):
+        queue, streamer = generate_streaming(self, *args, **kwargs)
+        STREAMERS.get().append(streamer)
+        return queue, streamer
+
+    GenerateManager.generate_streaming = generate_for_the_request
     # Without a limit it ends with its last answer, and an answer has no end that is sure to come.
     uvicorn.Config = partial(uvicorn.Config, timeout_graceful_shutdown=3)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as SIGTERM: Python's own way out aborts if a thread is generating

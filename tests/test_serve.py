@@ -1,6 +1,7 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """serve.py as a user runs it: a process of its own on a loopback port, asked by OpenAI's client."""
 
+import asyncio
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +32,7 @@ from modeling_phase15 import Phase15ForCausalLM
 
 for package in ("fastapi", "uvicorn"):
     pytest.importorskip(package, reason="serving needs pip install -r requirements-extra.txt")
+responses = pytest.importorskip("starlette.responses", reason="the same")
 openai = pytest.importorskip("openai", reason="its client asks the server: pip install -r requirements-extra.txt")
 
 ROOT = Path(__file__).parent.parent
@@ -264,6 +267,34 @@ def test_no_client_can_have_another_model_loaded_or_this_one_dropped(client, pat
 
 def test_the_server_listens_on_the_loopback_address_alone(client):
     assert listening(client.base_url.port) == {"127.0.0.1"}
+
+
+def test_an_answer_ends_with_its_client_also_before_it_has_begun():
+    """Starlette never starts the library's generator, which would cancel, for a client that has gone by then."""
+    cancelled = threading.Event()
+
+    async def answer():
+        try:
+            yield ""
+        finally:
+            cancelled.set()
+
+    async def respond(scope, receive, send):
+        serve.STREAMERS.get().append(SimpleNamespace(cancel=cancelled.set))
+        await responses.StreamingResponse(answer())(scope, receive, send)
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        await asyncio.sleep(0)
+
+    async def ask(app):
+        await app({"type": "http"}, receive, send)
+        return cancelled.is_set()
+
+    serve.STREAMERS.set([])
+    assert not asyncio.run(ask(respond)) and asyncio.run(ask(serve.EndWithTheClient(respond)))
 
 
 # under load
