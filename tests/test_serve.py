@@ -25,7 +25,6 @@ import torch
 from conftest import LLM_SIZES, SIZES, listening, randomise_alpha, resident, wait_until_idle
 from transformers import LlamaConfig
 
-import serve
 from configuration_phase15 import Phase15Config
 from modeling_phase15 import Phase15ForCausalLM
 
@@ -33,6 +32,7 @@ from modeling_phase15 import Phase15ForCausalLM
 for package in ("fastapi", "uvicorn"):
     pytest.importorskip(package, reason="serving needs pip install -r requirements-extra.txt")
 responses = pytest.importorskip("starlette.responses", reason="the same")
+serve = pytest.importorskip("serve", reason="the same")
 openai = pytest.importorskip("openai", reason="its client asks the server: pip install -r requirements-extra.txt")
 
 ROOT = Path(__file__).parent.parent
