@@ -5,7 +5,7 @@ see ("kill") at least 85 % of these mutants, or this fails. docs/mutants.md expl
 
     pip install -r requirements.txt cosmic-ray
     python tests/mutants.py --jobs 2                   # all of them
-    python tests/mutants.py --jobs 2 --sample 80       # so many of them, which the module's text decides
+    python tests/mutants.py --jobs 2 --sample 60       # so many of them, which the module's text decides
     python tests/mutants.py --only "87 carry"          # those whose line, function and operator match an expression
 
 One process imports torch and transformers, and each mutant gets a fork of it in a copy of the repository. There only
