@@ -60,7 +60,7 @@ OPERATORS = [
     *(f"Replace{kind}_{change}" for kind, changes in REPLACED.items() for change in changes.split()),
 ]
 TESTS = ["tests/test_modeling.py", "tests/test_generation.py", "tests/test_configuration.py", "tests/test_decoding.py"]
-# Left out because they take long, or are one of many parametrisations: 22 s of CPU time remain.
+# Left out because they take long, or are one of many parametrisations.
 SLOW = re.compile(
     "replayed|compile|one_graph|decoders_are_few|on_a_cpu|on_cuda_graphs|models_that|moved|buffers|streamer|rows_that_end|"
     "greedy_and_sampling|test_decoding.*eager-|frozen.*llm|other_bases|end_token|gradients_equal.*(-None|-1|tied)|"

@@ -57,6 +57,14 @@ def reference_greedy(model, slots, num_tokens, chunk=None):
     return answer, slots, chunk
 
 
+def reference_turn(model, slots, chunk, message, num_tokens):
+    """As `reference_greedy`, after a message that follows an answer: what was answered last is read with it."""
+    if len(chunk) > 1:
+        slots = reference_step(model, slots, chunk[:-1])
+    slots = reference_read(model, slots, torch.cat([chunk[-1:], message]))
+    return reference_greedy(model, slots, num_tokens)
+
+
 # warm start: the base's own output
 
 
@@ -248,11 +256,7 @@ def test_a_returned_cache_continues_the_conversation(tiny, lengths):
         )
         answers = output.sequences[:, sequences.shape[1] :]
         for row, (slots, chunk) in enumerate(states):
-            unread = chunk[-1:]
-            if len(chunk) > 1:
-                slots = reference_step(tiny, slots, chunk[:-1])
-            slots = reference_read(tiny, slots, torch.cat([unread, message[row]]))
-            answer, slots, chunk = reference_greedy(tiny, slots, length)
+            answer, slots, chunk = reference_turn(tiny, slots, chunk, message[row], length)
             states[row] = (slots, chunk)
             assert answers[row].tolist() == answer
         sequences, cache = output.sequences, output.past_key_values

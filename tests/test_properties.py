@@ -24,12 +24,11 @@ from conftest import (
     reference_delta,
     reference_logits,
     reference_read,
-    reference_step,
 )
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_decoding import Collector
-from test_generation import reference_greedy
+from test_generation import reference_greedy, reference_turn
 from torch import nn
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
@@ -551,11 +550,7 @@ def test_a_conversation_equals_one_row_one_token_at_a_time(shape, turns, rows, p
             if goes_on:
                 answer, slots, chunk = reference_greedy(model, slots, length, chunk)
             else:
-                unread = chunk[-1:]
-                if len(chunk) > 1:
-                    slots = reference_step(model, slots, chunk[:-1])
-                slots = reference_read(model, slots, torch.cat([unread, messages[row]]))
-                answer, slots, chunk = reference_greedy(model, slots, length)
+                answer, slots, chunk = reference_turn(model, slots, chunk, messages[row], length)
             states[row] = (slots, chunk)
             assert answers[row].tolist() == answer
         sequences, cache = output.sequences, output.past_key_values
