@@ -761,6 +761,7 @@ def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments, recipe: dic
                 print(stop.report(), flush=True)
         else:
             finish(trainer, model_args, result)
+    trainer.accelerator.end_training()  # or threads of the process group may abort the process as it exits
 
 
 def prepare_output(trainer: Phase15Trainer, recipe: dict) -> str | None:

@@ -566,6 +566,7 @@ for recipe, killed_after, checkpoint in json.loads(sys.argv[1]):
         pass
     runs.append({"batches": batches, "encoded": encoded, "logs": epochless(trainer.state.log_history)})
 Path(sys.argv[2], os.environ["RANK"]).write_text(json.dumps(runs))
+trainer.accelerator.end_training()
 """
 
 
