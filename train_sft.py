@@ -14,6 +14,7 @@ A run that was killed resumes from its last complete checkpoint when the same co
 ends it after the step under way, with a checkpoint.
 """
 
+import atexit
 import difflib
 import json
 import math
@@ -761,7 +762,7 @@ def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments, recipe: dic
                 print(stop.report(), flush=True)
         else:
             finish(trainer, model_args, result)
-    trainer.accelerator.end_training()  # or threads of the process group may abort the process as it exits
+    trainer.accelerator.end_training()
 
 
 def prepare_output(trainer: Phase15Trainer, recipe: dict) -> str | None:
@@ -873,6 +874,18 @@ def stop_together(problem: str | None):
         raise SystemExit(1)
 
 
+def leave():
+    """
+    Ends one of several processes without taking its interpreter apart. The threads of a process group outlive the
+    group where anything still refers to it, as FSDP's meshes do; and one that then lets go of a tensor aborts the
+    process (https://github.com/pytorch/pytorch/pull/179291), which the launcher takes for a failure.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 if __name__ == "__main__":
     run, problem = None, None
     try:
@@ -887,3 +900,5 @@ if __name__ == "__main__":
         raise SystemExit(f"train_sft.py: {' '.join(message.split())}") from error
     except KeyboardInterrupt:  # the second
         raise SystemExit(130) from None
+    if run[0].args.world_size > 1:
+        leave()

@@ -330,6 +330,22 @@ def test_what_two_processes_leave_and_say(run, request):
     assert not re.search(r"Traceback|[Ww]arning: find_unused", output), output[-3000:]
 
 
+def test_a_process_of_several_leaves_its_interpreter_whole():
+    """What is registered for the end is done and what was printed comes out, but nothing is taken apart."""
+    code = """
+import atexit, train_sft
+class Thing:
+    def __del__(self):
+        print("taken apart", flush=True)
+thing = Thing()
+atexit.register(print, "at the end", end=".")
+print("printed", end=", ")
+train_sft.leave()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "printed, at the end."), done.stderr[-3000:]
+
+
 # from one number of processes to another
 
 

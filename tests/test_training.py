@@ -551,7 +551,7 @@ import json, os, sys
 from pathlib import Path
 
 from test_training import At, Killed, epochless, kill, watched
-from train_sft import prepare
+from train_sft import leave, prepare
 
 runs = []
 for recipe, killed_after, checkpoint in json.loads(sys.argv[1]):
@@ -566,7 +566,7 @@ for recipe, killed_after, checkpoint in json.loads(sys.argv[1]):
         pass
     runs.append({"batches": batches, "encoded": encoded, "logs": epochless(trainer.state.log_history)})
 Path(sys.argv[2], os.environ["RANK"]).write_text(json.dumps(runs))
-trainer.accelerator.end_training()
+leave()
 """
 
 
