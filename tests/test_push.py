@@ -47,12 +47,22 @@ FILES = {
 RUN = ("evaluation.json", "loss_by_chunk.png", "recipe.yaml", "results.json", "training_curve.png")
 
 # Runs the script once per line of its input, in a copy of itself: importing torch for each would take minutes.
+# With a second argument the copy also does itself what the script would have a new process do.
 RUNNER = """
-import json, os, runpy, sys
+import contextlib, io, json, os, runpy, sys
 
-script = sys.argv[1]
+script, *here = sys.argv[1:]
 sys.path[0] = os.path.dirname(script)
-import push_to_hub  # for what it imports; a run executes it again
+import eval_sft, push_to_hub  # for what it imports; a run executes it again
+
+def answer(folder, query, max_new_tokens):
+    sys.argv = ["-c", str(folder), json.dumps(query), str(max_new_tokens)]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        exec(eval_sft.LOAD_AND_ANSWER, {})
+    return json.loads(said.getvalue())
+
+if here:
+    eval_sft.answer_in_new_process = answer
 
 for line in sys.stdin:
     run = json.loads(line)
@@ -94,7 +104,8 @@ class Run:
 class Shell:
     """A user's shell with a Hub of its own."""
 
-    def __init__(self, folder: Path, fork: bool):
+    def __init__(self, folder: Path, *, fork: bool, load: bool = True):
+        """With `fork` no run imports anything, and without `load` none starts a process that loads what is staged."""
         folder.mkdir()
         self.hub = HubServer(users={ALICE: "alice", BOB: "bob"}, read_only={READER: "alice"}).start()
         self.folder, self.runs = folder, []
@@ -109,7 +120,7 @@ class Shell:
             "OMP_NUM_THREADS": "1",
         }
         self.runner = fork and subprocess.Popen(
-            [sys.executable, "-c", RUNNER, SCRIPT],
+            [sys.executable, "-c", RUNNER, SCRIPT, *(() if load else ("here",))],
             cwd=folder,
             env=self.environment,
             stdin=subprocess.PIPE,
@@ -154,7 +165,10 @@ def folder(tmp_path_factory) -> Path:
 def shells(folder):
     """Started before the models are made: the runners import meanwhile."""
     shells = {
-        name: Shell(folder / f"shell-{name}", fork=name != "alone") for name in ("story", "refusals", "dying", "alone")
+        "story": Shell(folder / "shell-story", fork=True),
+        "refusals": Shell(folder / "shell-refusals", fork=True, load=False),
+        "dying": Shell(folder / "shell-dying", fork=True, load=False),
+        "alone": Shell(folder / "shell-alone", fork=False),
     }
     yield shells
     for shell in shells.values():
