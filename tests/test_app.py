@@ -45,6 +45,7 @@ gradio = pytest.importorskip("gradio", reason="needs requirements-extra.txt")
 import app  # noqa: E402
 
 
+pytestmark = pytest.mark.extra
 ROOT = Path(__file__).parents[1]
 CHAT = [{"role": "user", "content": "Why is the sky blue?"}]
 

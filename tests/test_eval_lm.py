@@ -29,6 +29,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 import eval_lm  # noqa: E402
 
 
+pytestmark = pytest.mark.extra
 ROOT = Path(__file__).parent.parent
 BOS, EOS = 1, 59
 NEW_TOKENS = 10

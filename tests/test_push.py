@@ -47,11 +47,11 @@ FILES = {
 RUN = ("evaluation.json", "loss_by_chunk.png", "recipe.yaml", "results.json", "training_curve.png")
 
 # Runs the script once per line of its input, in a copy of itself: importing torch for each would take minutes.
-# With a second argument the copy also does itself what the script would have a new process do.
+# Without "load" the copy does itself what the script would have a new process do.
 RUNNER = """
 import contextlib, io, json, os, runpy, sys
 
-script, *here = sys.argv[1:]
+script = sys.argv[1]
 sys.path[0] = os.path.dirname(script)
 import eval_sft, push_to_hub  # for what it imports; a run executes it again
 
@@ -60,9 +60,6 @@ def answer(folder, query, max_new_tokens):
     with contextlib.redirect_stdout(io.StringIO()) as said:
         exec(eval_sft.LOAD_AND_ANSWER, {})
     return json.loads(said.getvalue())
-
-if here:
-    eval_sft.answer_in_new_process = answer
 
 for line in sys.stdin:
     run = json.loads(line)
@@ -74,6 +71,8 @@ else:
 os.environ.update(run["environment"])
 for number, name in enumerate([os.devnull, *run["output"]]):
     os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
+if not run["load"]:
+    eval_sft.answer_in_new_process = answer
 sys.argv = run["argv"]
 runpy.run_path(script, run_name="__main__")
 """
@@ -104,8 +103,7 @@ class Run:
 class Shell:
     """A user's shell with a Hub of its own."""
 
-    def __init__(self, folder: Path, *, fork: bool, load: bool = True):
-        """With `fork` no run imports anything, and without `load` none starts a process that loads what is staged."""
+    def __init__(self, folder: Path, fork: bool):
         folder.mkdir()
         self.hub = HubServer(users={ALICE: "alice", BOB: "bob"}, read_only={READER: "alice"}).start()
         self.folder, self.runs = folder, []
@@ -120,7 +118,7 @@ class Shell:
             "OMP_NUM_THREADS": "1",
         }
         self.runner = fork and subprocess.Popen(
-            [sys.executable, "-c", RUNNER, SCRIPT, *(() if load else ("here",))],
+            [sys.executable, "-c", RUNNER, SCRIPT],
             cwd=folder,
             env=self.environment,
             stdin=subprocess.PIPE,
@@ -129,13 +127,17 @@ class Shell:
             text=True,
         )
 
-    def push(self, model_dir, *flags, repo_id: str = REPO, token: str | None = ALICE, **environment: str) -> Run:
+    def push(
+        self, model_dir, *flags, repo_id: str = REPO, token: str | None = ALICE, load: bool = False, **environment: str
+    ) -> Run:
+        """A run. Where the shell forks, only with `load` does a new process load what is staged: it takes long."""
         argv = [SCRIPT, "--model_dir", str(model_dir), "--repo_id", repo_id, *map(str, flags)]
         environment |= {"HF_TOKEN": token} if token else {}
         before = len(self.hub.requests)
         if self.runner:
             output = [str(self.folder / f"{len(self.runs)}.{name}") for name in ("out", "err")]
-            json.dump({"argv": argv, "environment": environment, "output": output}, self.runner.stdin)
+            run = {"argv": argv, "environment": environment, "output": output, "load": load}
+            json.dump(run, self.runner.stdin)
             self.runner.stdin.write("\n")
             self.runner.stdin.flush()
             returncode = int(self.runner.stdout.readline())
@@ -165,10 +167,7 @@ def folder(tmp_path_factory) -> Path:
 def shells(folder):
     """Started before the models are made: the runners import meanwhile."""
     shells = {
-        "story": Shell(folder / "shell-story", fork=True),
-        "refusals": Shell(folder / "shell-refusals", fork=True, load=False),
-        "dying": Shell(folder / "shell-dying", fork=True, load=False),
-        "alone": Shell(folder / "shell-alone", fork=False),
+        name: Shell(folder / f"shell-{name}", fork=name != "alone") for name in ("story", "refusals", "dying", "alone")
     }
     yield shells
     for shell in shells.values():
@@ -264,8 +263,8 @@ def push_story(shell, models, staged) -> dict[str, Run]:
     first = (models["first"], *SHARDS)
     changes = ("--private", "--commit_message", "First release")
     return {
-        "dry": shell.push(*first, "--dry_run", "--output_dir", staged, token=None),
-        "first": shell.push(*first, *changes),
+        "dry": shell.push(*first, "--dry_run", "--output_dir", staged, token=None, load=True),
+        "first": shell.push(*first, *changes, load=True),
         "again": shell.push(*first, *changes),
         "changed": shell.push(models["second"]),
         "pr": shell.push(models["third"], "--create_pr"),

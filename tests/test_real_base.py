@@ -21,9 +21,12 @@ from modeling_phase15 import Phase15ForCausalLM
 
 
 REAL_BASE = os.environ.get("PHASE15_REAL_BASE")
-pytestmark = pytest.mark.skipif(
-    not REAL_BASE, reason="no real weights: the environment variable PHASE15_REAL_BASE does not name a GGUF file"
-)
+pytestmark = [
+    pytest.mark.extra,
+    pytest.mark.skipif(
+        not REAL_BASE, reason="no real weights: the environment variable PHASE15_REAL_BASE does not name a GGUF file"
+    ),
+]
 SLOTS, SINKS, CHUNK = 128, 4, 16
 TEXT = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips "

@@ -35,6 +35,7 @@ responses = pytest.importorskip("starlette.responses", reason="the same")
 serve = pytest.importorskip("serve", reason="the same")
 openai = pytest.importorskip("openai", reason="its client asks the server: pip install -r requirements-extra.txt")
 
+pytestmark = pytest.mark.extra
 ROOT = Path(__file__).parent.parent
 NAME = "saved/model"  # as in `--model_dir saved/model`
 PROMPTS = ["Hello", "Why is the sky blue?", "a", "What is the function os.path.join for?"]

@@ -32,6 +32,7 @@ from transformers import (
 from modeling_phase15 import Phase15ForCausalLM
 
 
+pytestmark = pytest.mark.extra
 ROOT = Path(__file__).parent.parent
 TEXTS = ["Why is the sky blue?", "Why?", "Light scatters most when the sky is blue"]
 CHAT = [{"role": "user", "content": "Why is the sky blue?"}]
