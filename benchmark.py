@@ -308,7 +308,7 @@ def long(args: argparse.Namespace) -> dict:
             clock = Clock(state, lengths)
             started = time.perf_counter()
             candidate.generate(
-                prompt, max_new_tokens=lengths[-1], streamer=clock, past_key_values=cache, **options, **kwargs
+                prompt, max_new_tokens=lengths[-1], streamer=clock, cache=cache, **options, **kwargs
             )
             clock.times[0] = started
             clocks[name].append(clock)

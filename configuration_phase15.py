@@ -7,6 +7,12 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
 
+try:  # inside a package: how transformers loads this file from a Hub repository or a saved folder
+    from .compat_phase15 import CACHE_NAMES
+except ImportError:  # at the root of this repository
+    from compat_phase15 import CACHE_NAMES
+
+
 # TinyLlama-1.1B (Zhang et al. 2024, arXiv 2401.02385): what `Phase15Config()` wraps when it is given no `text_config`.
 TINYLLAMA = {
     "model_type": "llama",
@@ -80,7 +86,7 @@ class Phase15Config(PreTrainedConfig):
     model_type = "phase15"
     sub_configs = {"text_config": AutoConfig}
     keys_to_ignore_at_inference = [
-        "past_key_values",
+        *CACHE_NAMES,
         "last_hidden_state",
         "soft_prompt",
         "chunk_losses",

@@ -22,7 +22,6 @@ from torch import nn
 from transformers import Cache, LogitsProcessorList
 from transformers.generation import (
     EosTokenCriteria,
-    GenerateDecoderOnlyOutput,
     MaxLengthCriteria,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -31,6 +30,11 @@ from transformers.generation import (
 )
 from transformers.utils import logging
 
+
+try:  # inside a package: how transformers loads this file from a Hub repository or a saved folder
+    from .compat_phase15 import CACHE_NAME, Phase15GenerateOutput
+except ImportError:  # at the root of this repository
+    from compat_phase15 import CACHE_NAME, Phase15GenerateOutput
 
 logger = logging.get_logger(__name__)
 
@@ -77,8 +81,8 @@ def call_llm(model, inputs_embeds, position_ids, visible: torch.BoolTensor, cach
         inputs_embeds=inputs_embeds,
         position_ids=position_ids,
         attention_mask=mask,
-        past_key_values=cache,
         use_cache=True,
+        **{CACHE_NAME: cache},
     )
     return outputs.last_hidden_state
 
@@ -235,7 +239,7 @@ def obstacle(
     model_kwargs: dict,
 ) -> str | None:
     """What keeps a call of `generate` from the fast path, if anything; `num_new`: tokens a used cache has not seen."""
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE_NAME)
     rope = getattr(model.config.text_config, "rope_parameters", None) or {}
     modules, parameters = list(model.modules()), list(model.parameters())
     reasons = {
@@ -302,7 +306,7 @@ def decode(
     generation_config,
     streamer=None,
     insist: bool = True,
-) -> GenerateDecoderOnlyOutput | torch.LongTensor | None:
+) -> Phase15GenerateOutput | torch.LongTensor | None:
     """
     Answers after a message that `soft_prompt` has read; arguments and result are those of `GenerationMixin._sample`.
     Where the steps cannot be compiled (no compiler, no memory) and nobody insists, warns and returns None.
@@ -352,7 +356,7 @@ def decode(
     sequences = torch.cat([input_ids, answer], dim=1)
     if not generation_config.return_dict_in_generate:
         return sequences
-    return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
+    return Phase15GenerateOutput(sequences=sequences, cache=cache)
 
 
 def give_back(decoder: Phase15Decoder, model, cache, heard: int):

@@ -42,9 +42,11 @@ from transformers.utils import can_return_tuple
 
 
 try:  # inside a package: how transformers loads this file from a Hub repository or a saved folder
+    from .compat_phase15 import CACHE_NAME, CACHE_NAMES, both_cache_names, give_both_cache_names, one_cache, pop_cache
     from .configuration_phase15 import Phase15Config
     from .decoding_phase15 import decode, is_compiled
 except ImportError:  # at the root of this repository
+    from compat_phase15 import CACHE_NAME, CACHE_NAMES, both_cache_names, give_both_cache_names, one_cache, pop_cache
     from configuration_phase15 import Phase15Config
     from decoding_phase15 import decode, is_compiled
 
@@ -263,6 +265,10 @@ class Phase15Cache(Cache):
     def is_croppable(self) -> bool:
         return False
 
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False]  # it has no layers; of none, all would be linear attention, whose positions generate ignores
+
     def crop(self, tokens_to_remove: int):
         raise ValueError("A Phase15Cache cannot be cropped: the recursion does not keep what it has replaced.")
 
@@ -285,6 +291,7 @@ class Phase15Cache(Cache):
 # ----------------------------------------------------------------------------------------------- the language model
 
 
+@both_cache_names
 @dataclass
 class Phase15CausalLMOutputWithPast(CausalLMOutputWithPast):
     """
@@ -295,7 +302,8 @@ class Phase15CausalLMOutputWithPast(CausalLMOutputWithPast):
             Cross-entropy in nats, summed over target tokens and divided by their number or by `num_items_in_batch`.
         logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*):
             Scores of the token after each position; zeros at positions inside the query and at padding.
-        past_key_values (`Phase15Cache`, *optional*): the cache given, or made because of `use_cache=True`.
+        cache (`Phase15Cache`, *optional*):
+            The cache given, or made because of `use_cache=True`; `past_key_values` is the same.
         last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
             What the output embeddings turn into `logits`; not returned with `labels` and `skip_logits`.
         hidden_states, attentions (`tuple(torch.Tensor)`, *optional*):
@@ -331,7 +339,7 @@ class Phase15PreTrainedModel(PreTrainedModel):
     base_model_prefix = "phase15"  # no attribute: recursion and LLM are one, and `base_model` is the model itself
     supports_gradient_checkpointing = True
     _no_split_modules = ["HyperNetwork"]  # it adds what its parts give
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _keep_in_fp32_modules = ["hypernet"]  # in float16; and quantizers convert the LLM alone
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -504,8 +512,8 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             position_ids=position,
             attention_mask=visible,
-            past_key_values=llm_cache,
             use_cache=llm_cache is not None,
+            **{CACHE_NAME: llm_cache},
             **kwargs,
         )
         return outputs.last_hidden_state.gather(1, predicting[..., None].expand(-1, -1, hidden_size)), outputs
@@ -529,12 +537,13 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         query_lengths: torch.LongTensor | None = None,
-        past_key_values: Phase15Cache | None = None,
+        cache: Phase15Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
         bptt_chunks: int | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        past_key_values: Phase15Cache | None = None,
         **kwargs,
     ) -> Phase15CausalLMOutputWithPast:
         r"""
@@ -554,7 +563,7 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
             query_lengths (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
                 How many tokens of each row are its query, padding not counted; goes before what `labels` say. Without
                 both the query is the first token (none, if the cache has seen tokens): a causal LM over any text.
-            past_key_values (`Phase15Cache`, *optional*):
+            cache (`Phase15Cache`, *optional*):
                 State to continue from, updated in place. Its rows must have equally many answer tokens.
             use_cache (`bool`, *optional*): make a `Phase15Cache` when none is given; unlike elsewhere not the default.
             logits_to_keep (`int` or `torch.Tensor` of shape `(num_columns,)`, defaults to 0):
@@ -564,6 +573,7 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
             bptt_chunks (`int`, *optional*): stop the gradient through the recursion after every so many chunks.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
                 Divisor of the loss: the target tokens of the whole accumulated batch. Defaults to this batch's.
+            past_key_values (`Phase15Cache`, *optional*): the same as `cache`, which is its name since transformers 5.24.
             kwargs: go to the LLM (`output_hidden_states`, `output_attentions`).
 
         Raises:
@@ -575,13 +585,13 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
             raise ValueError("`inputs_embeds` cannot be given: the recursion reads `input_ids`.")
         if kwargs.pop("position_ids", None) is not None:
             raise ValueError("`position_ids` cannot be given: a row is one text, so packed data cannot be read.")
-        cache = past_key_values
+        cache = one_cache(cache, past_key_values)
         if cache is None and use_cache:
             cache = Phase15Cache(self.config)
         if cache is not None and not isinstance(cache, Phase15Cache):
-            raise ValueError(f"`past_key_values` must be a Phase15Cache, not a {type(cache).__name__}.")
+            raise ValueError(f"`cache` must be a Phase15Cache, not a {type(cache).__name__}.")
         if cache is not None and labels is not None:
-            raise ValueError("`labels` cannot be given with `past_key_values` or `use_cache=True`.")
+            raise ValueError("`labels` cannot be given with `cache` or `use_cache=True`.")
         seen_tokens, vocab_size = 0 if cache is None else cache.seen_tokens, self.config.text_config.vocab_size
         rows = compact(input_ids, attention_mask, labels, query_lengths, seen_tokens, vocab_size)
         kept = torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -636,7 +646,7 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         return Phase15CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=cache,
+            cache=cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             last_hidden_state=last_hidden_state,
@@ -759,9 +769,10 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         Args:
             inputs (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
                 Prompts, padded on the left (an `attention_mask` tells) if their lengths differ.
-            past_key_values (`Phase15Cache`, *optional*):
+            cache (`Phase15Cache`, *optional*):
                 Cache of an earlier call, which `return_dict_in_generate=True` returned; `inputs` are then the whole
-                conversation, and what the cache has not seen is read as the next message.
+                conversation, and what the cache has not seen is read as the next message. `past_key_values` is the
+                same.
             compile (`bool`, *optional*):
                 Greedy search and sampling on static buffers with compiled steps, on CUDA as CUDA graphs: by default
                 on CUDA where nothing forbids it. The first call compiles, which takes about a minute. True insists
@@ -785,9 +796,9 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         kwargs["compile"] = False if compile is None and setting("disable_compile") else compile
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         num_columns = 1 if input_ids is None else input_ids.shape[-1]  # the library starts from a BOS token
-        cache = kwargs.get("past_key_values")
+        cache = pop_cache(kwargs)
         if cache is not None and not isinstance(cache, Phase15Cache):
-            raise ValueError(f"`past_key_values` must be a Phase15Cache, not a {type(cache).__name__}.")
+            raise ValueError(f"`cache` must be a Phase15Cache, not a {type(cache).__name__}.")
         if cache is not None and num_columns <= cache.seen_tokens:
             raise ValueError(
                 f"`inputs` has {num_columns} columns, but the cache has already seen {cache.seen_tokens}; give the "
@@ -800,10 +811,12 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
                 "last column: pad `inputs` on the left, and in a conversation give every row a message or none."
             )
         if cache is None and setting("use_cache") is not False:
-            kwargs["past_key_values"] = Phase15Cache(self.config)
-        elif cache is None:
+            cache = Phase15Cache(self.config)
+        if cache is None:
             kwargs["prompt_length"] = num_columns
-        return super().generate(inputs, generation_config, *args, **kwargs)
+        else:
+            kwargs[CACHE_NAME] = cache
+        return give_both_cache_names(super().generate(inputs, generation_config, *args, **kwargs))
 
     def _sample(
         self,
@@ -818,7 +831,7 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
     ):
         """Greedy search and sampling: the library's loop, or the fast path of decoding_phase15.py."""
         parts = (logits_processor, stopping_criteria, generation_config)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         num_new = None if cache is None or not cache.seen_tokens else input_ids.shape[1] - cache.seen_tokens
         output = None
         if is_compiled(compile, self, *parts, synced_gpus, num_new, model_kwargs):
@@ -837,7 +850,6 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
-        past_key_values: Phase15Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         query_lengths: torch.LongTensor | None = None,
         prompt_length: int | None = None,
@@ -846,17 +858,18 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> dict:
         """As the library's; besides, says which tokens are the query: the prompt, read once if there is a cache."""
+        cache = pop_cache(kwargs)
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             is_first_iteration=is_first_iteration,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
         input_ids = model_inputs["input_ids"]
-        if past_key_values is None:
+        if cache is None:
             query_columns = slice(prompt_length)
-        elif not is_first_iteration or (past_key_values.seen_tokens and input_ids.shape[1] == 1):
+        elif not is_first_iteration or (cache.seen_tokens and input_ids.shape[1] == 1):
             return model_inputs  # one more token of the answer
         else:
             query_columns = slice(-input_ids.shape[1], None)
@@ -963,7 +976,7 @@ def load_whole(load: Callable, name: str | os.PathLike, *args, **kwargs) -> tupl
 def check_base(llm: PreTrainedModel):
     """Raises a ValueError that names a base which cannot be given a soft prompt."""
     arguments = inspect.signature(llm.base_model.forward).parameters
-    missing = [name for name in ("inputs_embeds", "position_ids", "past_key_values") if name not in arguments]
+    missing = [name for name in ("inputs_embeds", "position_ids", CACHE_NAME) if name not in arguments]
     if missing:
         raise ValueError(f"{type(llm).__name__} cannot be a base of Phase15: it takes no {', '.join(missing)}.")
     with torch.no_grad():

@@ -333,7 +333,7 @@ def test_continuous_batching_is_refused(tiny, method):
 
 
 def test_a_foreign_cache_is_refused(tiny):
-    with pytest.raises(ValueError, match="`past_key_values`.* DynamicCache"):
+    with pytest.raises(ValueError, match="`cache`.* DynamicCache"):
         generate(tiny, [PROMPTS[0]], max_new_tokens=4, past_key_values=DynamicCache())
 
 

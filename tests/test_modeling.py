@@ -597,7 +597,7 @@ def test_output_as_a_tuple(tiny):
         ({"query_lengths": torch.tensor([3, 7])}, "Row 1 has 6 tokens and a query of 7"),
         ({"query_lengths": torch.tensor([0, 7])}, "Row 0 has 6 tokens and a query of 0"),
         ({"labels": torch.full((2, 6), -100), "skip_logits": True}, "no target"),
-        ({"past_key_values": DynamicCache()}, "`past_key_values`.* DynamicCache"),
+        ({"past_key_values": DynamicCache()}, "`cache`.* DynamicCache"),
         ({"labels": random_ids(2, 6), "use_cache": True}, "`labels` cannot be given with .*cache"),
         ({"use_cache": True, "query_lengths": torch.tensor([3, 4])}, r"rows have .*\[3, 2\] tokens"),
     ],
@@ -626,7 +626,7 @@ SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 1, "num_at
     "config, message",
     [
         (BloomConfig(**SMALL), "BloomForCausalLM cannot be a base of Phase15: .*takes no position_ids"),
-        (MambaConfig(**SMALL), "MambaForCausalLM cannot be .* takes no position_ids, past_key_values"),
+        (MambaConfig(**SMALL), "MambaForCausalLM cannot be .* takes no position_ids"),
         (
             Gemma2Config(**SMALL, head_dim=16, num_key_value_heads=1, intermediate_size=32),  # caps its logits
             "Gemma2ForCausalLM cannot be .* its logits are ",

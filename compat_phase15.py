@@ -1,0 +1,122 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""
+What differs between the releases of transformers that this code runs on. Every such name stands here and nowhere else.
+
+| name | release that brought it | goes when |
+|---|---|---|
+| `cache` for `past_key_values`, in `generate`, in every `forward` and in the outputs | 5.24 | OLDEST is 5.24: then
+  `CACHE_NAME` is "cache". `past_key_values` stays an alias in this model's own `forward`, `generate` and outputs for
+  as long as tools pass it; transformers drops its own alias from `forward` in 5.40 and from `generate` in 6.0 |
+
+OLDEST and NEWEST are the ends of the range under which this code has passed its tests; requirements.txt has the same
+bounds.
+"""
+
+import re
+from dataclasses import dataclass
+
+import transformers
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from transformers.utils import logging
+
+
+OLDEST, NEWEST = (5, 17), (5, 24)  # minor releases of transformers
+logger = logging.get_logger("phase15")  # one name for all copies of this file, so that a warning is given once
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The minor release that a version belongs to: (5, 24) for "5.24.1" and for "5.24.0.dev0"."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+def untested_version(version: str) -> str | None:
+    """What to tell the user of a transformers outside the tested range; None for one inside."""
+    installed, (oldest, newest) = release(version), (".".join(map(str, end)) for end in (OLDEST, NEWEST))
+    if OLDEST <= installed <= NEWEST:
+        return None
+    bound = f"<{NEWEST[0]}.{NEWEST[1] + 1}" if installed > NEWEST else f">={oldest}"
+    return (
+        f"This Phase15 code was tested with transformers {oldest} to {newest}, but {version} is installed. If something "
+        f'fails: pip install "transformers{bound}", or load the newest revision of the model, whose code may know '
+        f"transformers {version}."
+    )
+
+
+if message := untested_version(transformers.__version__):
+    logger.warning_once(message)
+
+# What the installed transformers calls the cache.
+CACHE_NAME = "cache" if release(transformers.__version__) >= (5, 24) else "past_key_values"
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+def one_cache(cache=None, past_key_values=None):
+    """
+    The cache that was given, under whichever name.
+
+    Raises:
+        ValueError: if two were given.
+    """
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("`cache` and `past_key_values` are two names of one argument: give one of them.")
+    return past_key_values if cache is None else cache
+
+
+def pop_cache(kwargs: dict):
+    """As `one_cache`, of keyword arguments, from which it is taken."""
+    return one_cache(**{name: kwargs.pop(name, None) for name in CACHE_NAMES})
+
+
+def both_cache_names(cls: type) -> type:
+    """Class decorator: an output that takes and gives its cache as `cache` and as `past_key_values`."""
+    init, get_item, set_item = cls.__init__, cls.__getitem__, cls.__setitem__
+    contains, get = cls.__contains__, cls.get
+    alias = next(name for name in CACHE_NAMES if name != CACHE_NAME)
+
+    def to_field(key):
+        return CACHE_NAME if key == alias else key
+
+    def __init__(self, *args, **kwargs):
+        if (cache := pop_cache(kwargs)) is not None:
+            kwargs[CACHE_NAME] = cache
+        init(self, *args, **kwargs)
+
+    cls.__init__ = __init__
+    cls.__getitem__ = lambda self, key: get_item(self, to_field(key))
+    cls.__setitem__ = lambda self, key, value: set_item(self, to_field(key), value)
+    cls.__contains__ = lambda self, key: contains(self, to_field(key))
+    cls.get = lambda self, key, default=None: get(self, to_field(key), default)
+    values = property(lambda self: getattr(self, CACHE_NAME), lambda self, cache: setattr(self, CACHE_NAME, cache))
+    setattr(cls, alias, values)
+    return cls
+
+
+@both_cache_names
+@dataclass
+class Phase15GenerateOutput(GenerateDecoderOnlyOutput):
+    """What `generate` returns of greedy search and sampling with `return_dict_in_generate=True`."""
+
+
+@both_cache_names
+@dataclass
+class Phase15GenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
+    """What `generate` returns of beams with `return_dict_in_generate=True`."""
+
+
+def give_both_cache_names(output):
+    """A result of the library's `generate` as one that gives its cache under both names."""
+    ours = {GenerateDecoderOnlyOutput: Phase15GenerateOutput, GenerateBeamDecoderOnlyOutput: Phase15GenerateBeamOutput}
+    return ours[type(output)](**output) if type(output) in ours else output
+
+
+__all__ = [
+    "CACHE_NAME",
+    "CACHE_NAMES",
+    "Phase15GenerateBeamOutput",
+    "Phase15GenerateOutput",
+    "both_cache_names",
+    "give_both_cache_names",
+    "one_cache",
+    "pop_cache",
+    "untested_version",
+]
