@@ -36,6 +36,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 import decoding_phase15
+from compat_phase15 import CACHE_NAME
 from configuration_phase15 import TINYLLAMA, Phase15Config
 from modeling_phase15 import Phase15Cache, Phase15ForCausalLM
 from train_sft import compile_layers
@@ -308,7 +309,7 @@ def long(args: argparse.Namespace) -> dict:
             clock = Clock(state, lengths)
             started = time.perf_counter()
             candidate.generate(
-                prompt, max_new_tokens=lengths[-1], streamer=clock, cache=cache, **options, **kwargs
+                prompt, max_new_tokens=lengths[-1], streamer=clock, **{CACHE_NAME: cache}, **options, **kwargs
             )
             clock.times[0] = started
             clocks[name].append(clock)
