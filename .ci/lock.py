@@ -1,0 +1,56 @@
+"""
+requirements.lock: exact versions of everything that requirements.txt, requirements-extra.txt and requirements-test.txt
+bring, for Python 3.10 to 3.13. It is a file of constraints (`pip install -r requirements.txt -c requirements.lock`), so
+a package that an installation does not need is not installed: the CUDA packages beside a CPU build of torch.
+
+    python .ci/lock.py make     writes it anew, from the newest releases inside the ranges; needs uv and the registry
+    python .ci/lock.py check    fails unless every installation with it is inside the ranges and wholly inside the lock
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+LOCK = "requirements.lock"
+RANGES = ["requirements.txt", "requirements-extra.txt", "requirements-test.txt"]
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+LINUX, OTHERS = "x86_64-manylinux_2_28", ["aarch64-manylinux_2_28", "aarch64-apple-darwin", "x86_64-pc-windows-msvc"]
+# The release of torch that the figures in docs/ were measured with; newer ones inside the range pass the tests too.
+TORCH = "torch==2.13.0\n"
+
+
+def uv(*arguments: str, stdin: str | None = None) -> str:
+    # torch has wheels for macOS 14 and newer
+    environment = os.environ | {"MACOSX_DEPLOYMENT_TARGET": "14.0"}
+    command = ["uv", "pip", "compile", "-q", *arguments]
+    done = subprocess.run(command, input=stdin, text=True, capture_output=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"uv pip compile {' '.join(arguments)}: {done.stderr}")
+    return done.stdout
+
+
+def make():
+    command = ["--custom-compile-command", "python .ci/lock.py make", "--no-annotate"]
+    uv("--universal", "--python-version", PYTHONS[0], *RANGES, "-c", "-", "-o", LOCK, "--upgrade", *command, stdin=TORCH)
+
+
+def pins(text: str) -> set[str]:
+    """`name==version` of each line, whatever its markers."""
+    lines = (line.split("#")[0].split(";")[0].strip() for line in text.splitlines())
+    return {line for line in lines if line}
+
+
+def check():
+    locked = pins(Path(LOCK).read_text(encoding="utf-8"))
+    for python, platform in [*((python, LINUX) for python in PYTHONS), *((PYTHONS[-1], other) for other in OTHERS)]:
+        arguments = ["--python-version", python, "--python-platform", platform, "--no-header", "--no-annotate"]
+        loose = pins(uv(*RANGES, "-c", LOCK, *arguments)) - locked
+        if loose:
+            raise SystemExit(f"{LOCK} leaves out, for Python {python} on {platform}: {', '.join(sorted(loose))}")
+    print(f"{LOCK}: {len(locked)} pins, inside the ranges and closed for Python {', '.join(PYTHONS)}")
+
+
+if __name__ == "__main__":
+    {"make": make, "check": check}[sys.argv[1]]()
