@@ -16,11 +16,12 @@ import re
 from dataclasses import dataclass
 
 import transformers
-from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from transformers import generation
 from transformers.utils import logging
 
 
 OLDEST, NEWEST = (5, 17), (5, 24)  # minor releases of transformers
+TESTED = "{}.{} to {}.{}".format(*OLDEST, *NEWEST)
 logger = logging.get_logger("phase15")  # one name for all copies of this file, so that a warning is given once
 
 
@@ -31,18 +32,17 @@ def release(version: str) -> tuple[int, ...]:
 
 def untested_version(version: str) -> str | None:
     """What to tell the user of a transformers outside the tested range; None for one inside."""
-    installed, (oldest, newest) = release(version), (".".join(map(str, end)) for end in (OLDEST, NEWEST))
+    installed = release(version)
     if OLDEST <= installed <= NEWEST:
         return None
-    bound = f"<{NEWEST[0]}.{NEWEST[1] + 1}" if installed > NEWEST else f">={oldest}"
+    bound = f"<{NEWEST[0]}.{NEWEST[1] + 1}" if installed > NEWEST else f">={OLDEST[0]}.{OLDEST[1]}"
     return (
-        f"This Phase15 code was tested with transformers {oldest} to {newest}, but {version} is installed. If something "
-        f'fails: pip install "transformers{bound}", or load the newest revision of the model, whose code may know '
-        f"transformers {version}."
+        f"This Phase15 code was tested with transformers {TESTED}, but {version} is installed. If something fails: "
+        f'pip install "transformers{bound}", or load the newest revision of the model, whose code may know {version}.'
     )
 
 
-if message := untested_version(transformers.__version__):
+if message := untested_version(transformers.__version__):  # before anything that an untested version may lack
     logger.warning_once(message)
 
 # What the installed transformers calls the cache.
@@ -93,25 +93,30 @@ def both_cache_names(cls: type) -> type:
 
 @both_cache_names
 @dataclass
-class Phase15GenerateOutput(GenerateDecoderOnlyOutput):
+class Phase15GenerateOutput(generation.GenerateDecoderOnlyOutput):
     """What `generate` returns of greedy search and sampling with `return_dict_in_generate=True`."""
 
 
 @both_cache_names
 @dataclass
-class Phase15GenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
+class Phase15GenerateBeamOutput(generation.GenerateBeamDecoderOnlyOutput):
     """What `generate` returns of beams with `return_dict_in_generate=True`."""
 
 
 def give_both_cache_names(output):
     """A result of the library's `generate` as one that gives its cache under both names."""
-    ours = {GenerateDecoderOnlyOutput: Phase15GenerateOutput, GenerateBeamDecoderOnlyOutput: Phase15GenerateBeamOutput}
-    return ours[type(output)](**output) if type(output) in ours else output
+    for ours in (Phase15GenerateOutput, Phase15GenerateBeamOutput):
+        if type(output) is ours.__base__:
+            return ours(**output)
+    return output
 
 
 __all__ = [
     "CACHE_NAME",
     "CACHE_NAMES",
+    "NEWEST",
+    "OLDEST",
+    "TESTED",
     "Phase15GenerateBeamOutput",
     "Phase15GenerateOutput",
     "both_cache_names",

@@ -267,12 +267,14 @@ def obstacle(
 def decoder_of(model, batch_size: int, processors: LogitsProcessorList, criteria: list, generation_config):
     """The model's decoder for these settings, made if there is none whose weights are still in their places."""
     eos_token_id = next((c.eos_token_id for c in criteria if isinstance(c, EosTokenCriteria)), None)
-    pad_token_id, do_sample = generation_config._pad_token_tensor, generation_config.do_sample
+    pad_token_id, do_sample = generation_config.pad_token_id, generation_config.do_sample
+    if pad_token_id is None and eos_token_id is not None:  # as in the library
+        pad_token_id = int(eos_token_id[0])
     key = (
         batch_size,
         do_sample,
         tuple((type(processor), *sorted(vars(processor).items())) for processor in processors),
-        None if eos_token_id is None else (*eos_token_id.tolist(), int(pad_token_id)),
+        None if eos_token_id is None else (*eos_token_id.tolist(), pad_token_id),
         tuple((tensor.data_ptr(), tensor.dtype) for tensor in (*model.parameters(), *model.buffers())),
     )
     decoders = _DECODERS.setdefault(model, {})
@@ -291,7 +293,7 @@ def decoder_of(model, batch_size: int, processors: LogitsProcessorList, criteria
         del decoders[next(iter(decoders))]
     if eos_token_id is not None:
         eos_token_id = eos_token_id.to(model.device)
-        pad_token_id = pad_token_id.to(model.device)
+        pad_token_id = torch.tensor(pad_token_id, device=model.device)
     decoders[key] = Phase15Decoder(model, batch_size, pick, eos_token_id, pad_token_id)
     return decoders[key]
 

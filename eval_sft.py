@@ -494,7 +494,8 @@ def generate(
 ) -> list[list[int]]:
     """Greedy answers to queries, up to their end token; before `min_new_tokens` there is none."""
     ends, answers = tokenizer.eos_token_id, []
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+    is_prompt = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+    if is_prompt:
         batch_size = 1  # PEFT puts virtual tokens in front of the padding, which then counts as positions
     for start in tqdm(range(0, len(queries), batch_size), desc=f"{name}, answering"):
         batch = queries[start : start + batch_size]
@@ -507,6 +508,7 @@ def generate(
             min_new_tokens=min_new_tokens,
             do_sample=False,
             num_beams=1,
+            use_cache=not is_prompt,  # PEFT 0.21 does not find transformers 5.24's, and puts them before every token
             eos_token_id=ends,
             pad_token_id=ends,
         )

@@ -415,7 +415,7 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         llm, _ = load_whole(AutoModelForCausalLM.from_pretrained, base, **kwargs)
         check_base(llm)
         if os.path.isdir(base):
-            llm.config._name_or_path = ""  # a path says nothing where the model is loaded later
+            llm.config.name_or_path = ""  # a path says nothing where the model is loaded later
         attention = llm.config._attn_implementation
         model = cls(Phase15Config(text_config=llm.config, attn_implementation=attention, **config_kwargs), llm=llm)
         embeddings = llm.get_input_embeddings().weight
@@ -573,7 +573,7 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
             bptt_chunks (`int`, *optional*): stop the gradient through the recursion after every so many chunks.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
                 Divisor of the loss: the target tokens of the whole accumulated batch. Defaults to this batch's.
-            past_key_values (`Phase15Cache`, *optional*): the same as `cache`, which is its name since transformers 5.24.
+            past_key_values (`Phase15Cache`, *optional*): the same as `cache`; its name before transformers 5.24.
             kwargs: go to the LLM (`output_hidden_states`, `output_attentions`).
 
         Raises:

@@ -43,6 +43,7 @@ from huggingface_hub.utils import get_session, hf_raise_for_status, validate_rep
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
 import eval_sft
+from compat_phase15 import TESTED
 from configuration_phase15 import Phase15Config
 from data_sft import BUILDERS, DOCSTRINGS, load_tokenizer
 from modeling_phase15 import Phase15ForCausalLM
@@ -267,6 +268,7 @@ def model_card(
         is_trained=bool(model.hypernet.alpha.any()),
         has_chat_template=tokenizer.chat_template is not None,
         transformers_version=transformers.__version__,
+        tested_versions=TESTED,
         recipe=recipe,
         recipe_text=recipe_text,
         fence=eval_sft.fence_of(recipe_text, 3),

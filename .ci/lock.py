@@ -1,7 +1,7 @@
 """
-requirements.lock: exact versions of everything that requirements.txt, requirements-extra.txt and requirements-test.txt
-bring, for Python 3.10 to 3.13. It is a file of constraints (`pip install -r requirements.txt -c requirements.lock`), so
-a package that an installation does not need is not installed: the CUDA packages beside a CPU build of torch.
+requirements.lock: exact versions of everything that requirements.txt, requirements-extra.txt and
+requirements-test.txt bring, for Python 3.10 to 3.13. It is a file of constraints (`pip install -r requirements.txt -c
+requirements.lock`): an installation leaves out what it does not need, as CUDA packages beside a CPU build of torch.
 
     python .ci/lock.py make     writes it anew, from the newest releases inside the ranges; needs uv and the registry
     python .ci/lock.py check    fails unless every installation with it is inside the ranges and wholly inside the lock
@@ -32,8 +32,9 @@ def uv(*arguments: str, stdin: str | None = None) -> str:
 
 
 def make():
-    command = ["--custom-compile-command", "python .ci/lock.py make", "--no-annotate"]
-    uv("--universal", "--python-version", PYTHONS[0], *RANGES, "-c", "-", "-o", LOCK, "--upgrade", *command, stdin=TORCH)
+    header = ["--no-annotate", "--custom-compile-command", "python .ci/lock.py make"]
+    every = ["--universal", "--python-version", PYTHONS[0], "--upgrade"]
+    uv(*RANGES, "-c", "-", "-o", LOCK, *every, *header, stdin=TORCH)
 
 
 def pins(text: str) -> set[str]:

@@ -575,7 +575,9 @@ def test_every_damage_is_recognised(damage, folder):
     for path in files:
         data = path.read_bytes()
         DAMAGES[damage](path)
-        assert path.name in problem_of(checkpoint)
+        problem = problem_of(checkpoint)
+        # another bit in a digest of the manifest speaks against the file that it is of
+        assert path.name in problem or (damage == "changed" and path.name == MANIFEST)
         if damage != "changed":
             assert path.name in problem_of(checkpoint, contents=False)
         path.write_bytes(data)

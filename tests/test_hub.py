@@ -111,7 +111,7 @@ def test_another_process_has_the_remote_classes(generations, kind, process):
 def test_a_saved_folder_holds_code_safetensors_and_auto_map(generations, kind, process):
     folder, models = generations
     saved = folder / process / kind
-    for name in ("configuration_phase15.py", "decoding_phase15.py", "modeling_phase15.py"):
+    for name in ("compat_phase15.py", "configuration_phase15.py", "decoding_phase15.py", "modeling_phase15.py"):
         assert (saved / name).read_text() == (ROOT / name).read_text()
     assert not list(saved.glob("*.bin")) and not list(saved.glob("train_*.py"))
     config = json.loads((saved / "config.json").read_text())

@@ -36,6 +36,7 @@ FILES = {
     "evaluation.json",
     "generation_config.json",
     "loss_by_chunk.png",
+    "compat_phase15.py",
     "decoding_phase15.py",
     "modeling_phase15.py",
     "recipe.yaml",

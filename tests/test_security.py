@@ -20,7 +20,7 @@ from modeling_phase15 import Phase15ForCausalLM
 
 
 ROOT = Path(__file__).parents[1]
-CODE = {"configuration_phase15.py", "modeling_phase15.py", "decoding_phase15.py"}
+CODE = {"compat_phase15.py", "configuration_phase15.py", "modeling_phase15.py", "decoding_phase15.py"}
 
 
 # the code of a saved folder
