@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -368,6 +369,14 @@ def test_lora(recipe, tmp_path, capfd):
     with torch.no_grad():
         assert_close(merged(**batch).logits, expected, atol=1e-4, rtol=1e-4)
     assert re.search(r"^A: ", capfd.readouterr().out, re.M)
+
+
+def test_the_units_of_fsdp_are_the_llms_layers(tiny, tmp_path):
+    """Not the HyperNetwork's, which processes call in different numbers."""
+    trainer, plugin = trainer_of(tiny, tmp_path), SimpleNamespace(mixed_precision_policy=None)
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    trainer._prepare_fsdp()
+    assert plugin.transformer_cls_names_to_wrap == ["LlamaDecoderLayer"]
 
 
 class Killed(Exception):
