@@ -576,7 +576,9 @@ def test_every_damage_is_recognised(damage, folder):
     for path in files:
         data = path.read_bytes()
         DAMAGES[damage](path)
-        assert path.name in problem_of(checkpoint)
+        problem = problem_of(checkpoint)
+        # a bit of the manifest can be one of another file's digest or size, which then is told
+        assert problem and (path.name in problem or (path.name, damage) == (MANIFEST, "changed"))
         if damage != "changed":
             assert path.name in problem_of(checkpoint, contents=False)
         path.write_bytes(data)
