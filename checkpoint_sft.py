@@ -185,11 +185,12 @@ def check_safe(folder: Path):
 @contextmanager
 def loading(folder: str):
     """
-    What is loaded inside is a checkpoint's, and no pickle: torch.distributed.checkpoint would read plain values among
-    its shards as pickles.
+    While this is open, torch loads tensors and plain values only. torch.distributed.checkpoint would load the plain
+    values among its shards as pickles, which can run code.
 
     Raises:
-        Phase15CheckpointError: if it cannot, as for values among the shards that are code.
+        Phase15CheckpointError: if shards cannot be loaded, as when they hold code. Errors of saving them are
+            `writing`'s.
     """
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)

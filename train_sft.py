@@ -45,12 +45,13 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProgressCallback,
     Trainer,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging
 
 import eval_sft
@@ -248,6 +249,7 @@ class Phase15Trainer(Trainer):
         if self.pop_callback(ProgressCallback):
             self.add_callback(Phase15ProgressCallback)
         self.meters = self._new_meters()
+        self.steps_before = 0
         if self.is_fsdp_enabled:
             self._prepare_fsdp()
         for module in self.model.modules():
@@ -262,7 +264,8 @@ class Phase15Trainer(Trainer):
         """
         plugin = self.accelerator.state.fsdp_plugin
         model = next(module for module in self.model.modules() if isinstance(module, Phase15ForCausalLM))
-        plugin.transformer_cls_names_to_wrap = list(model.llm._no_split_modules)
+        layers = [module for module in model.llm.modules() if isinstance(module, GradientCheckpointingLayer)]
+        plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})
         if policy := plugin.mixed_precision_policy:
             # accelerate's rounds gradients that are summed, the loss, and the number of tokens that divides it
             plugin.mixed_precision_policy = MixedPrecisionPolicy(
@@ -361,29 +364,36 @@ class Phase15Trainer(Trainer):
             )
         return self.optimizer
 
-    def _run_epoch(self, *args, **kwargs):
-        """As Trainer's, which would take one more step when it resumes where the last one was taken."""
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
+        """Overrides Trainer to load no checkpoint as a pickle, and to take no step if the checkpoint has them all."""
+        output_dir, folder = self.args.output_dir, resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(output_dir)
+        before = TrainerState.load_from_json(Path(folder, "trainer_state.json")) if folder else TrainerState()
+        self.steps_before = before.global_step
+        with loading(folder or output_dir):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        with loading(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def set_initial_training_values(self, *args, **kwargs) -> tuple:
+        """
+        Overrides Trainer to go through no epoch if the checkpoint has all steps. Trainer would take one more where an
+        epoch is left: in the middle of one, and on a stream, for which it counts epochs without end.
+        """
+        num_train_epochs, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
+        if self.steps_before >= max_steps:
+            num_train_epochs = 0
+        return num_train_epochs, *others, max_steps
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        with loading(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
-        """As Trainer's, without its arguments: a pickle, which nothing reads."""
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink()
+    def save_model(self, output_dir: str | None = None, *args, **kwargs):
+        """Overrides Trainer to leave out its arguments: a pickle, which nothing reads."""
+        super().save_model(output_dir, *args, **kwargs)
+        if self.args.should_save:  # FSDP's checkpoints do not have it
+            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _save_checkpoint(self, model, trial):
         """As Trainer's, with a manifest that makes it complete. Only then are older ones removed."""
         args, wait = self.args, self.accelerator.wait_for_everyone
-        output_dir = Path(self._get_output_dir(trial))
+        output_dir = Path(args.output_dir)
         folder = output_dir / f"checkpoint-{self.state.global_step}"
         with writing(output_dir, folder):
             if folder.exists() and args.should_save:
@@ -798,7 +808,8 @@ def save_final_model(trainer: Phase15Trainer, output_dir: Path):
             trainer.save_model(str(half))
         elif model := trainer.gather_model():
             trainer.model = model
-            trainer._save(str(half))
+            model.save_pretrained(half)
+            trainer.processing_class.save_pretrained(half)
         if trainer.args.should_save:
             for path in half.iterdir():
                 sync(path)

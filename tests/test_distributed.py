@@ -5,9 +5,11 @@ from one number of processes to another, and what happens when something goes wr
 about the launch; other runs are forked from a server that has imported everything, which is most of so short a run.
 """
 
+import io
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import runpy
@@ -21,14 +23,17 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
 from accelerate.utils.other import get_free_port
 from conftest import CHUNK, SIZES
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import eval_sft
+from checkpoint_sft import write_manifest
 from train_sft import prepare
 
 
@@ -319,6 +324,7 @@ def test_what_two_processes_leave_and_say(run, request):
     )
     assert not any(info.values()) and model.config.architectures == ["Phase15ForCausalLM"]
     assert all((run.folder / name).is_file() for name in ("modeling_phase15.py", "configuration_phase15.py"))
+    assert (run.folder / "tokenizer.json").is_file() and not list(run.folder.rglob("training_args.bin"))
     assert results["processes"] == 2 and results["records"] == {"training": RECORDS, "validation": VALIDATION}
     evaluated = [entry["eval_loss"] for entry in log_of(run.folder) if "eval_loss" in entry][-1]
     assert_close(results["validation"]["the model"]["loss"], evaluated, atol=1e-4, rtol=1e-4)
@@ -369,6 +375,36 @@ def test_sharded_checkpoints_resume_on_any_number_of_processes(forked, fsdp, one
         run_forked(forked, "fsdp2", processes, write(recipe, folder, processes, max_steps=FSDP_STEPS))
         assert_same_run(folder / "run", one, FSDP_STEPS, checkpoint)
         checkpoint = folder / "run" / f"checkpoint-{2 * SAVE}"
+
+
+class Payload:
+    """Whoever loads this with pickle makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_code_among_the_shards_is_refused(forked, fsdp, recipe, tmp_path):
+    """In one line. It stands for a plain value of the optimizer, and torch would load it as a pickle."""
+    checkpoint = from_checkpoint(tmp_path, fsdp.folder / f"checkpoint-{SAVE}") / "run" / f"checkpoint-{SAVE}"
+    shards = checkpoint / "optimizer_0"
+    metadata = dcp.FileSystemReader(shards).read_metadata()
+    kinds, places = metadata.state_dict_metadata, metadata.storage_data
+    place = next(place for index, place in places.items() if isinstance(kinds[index.fqn], BytesStorageMetadata))
+    torch.save(Payload(tmp_path / "ran"), code := io.BytesIO())
+    file = shards / place.relative_path
+    place.offset, place.length = file.stat().st_size, len(code.getvalue())
+    file.write_bytes(file.read_bytes() + code.getvalue())
+    (shards / ".metadata").write_bytes(pickle.dumps(metadata))
+    write_manifest(checkpoint)  # whoever can write the one can write the other
+    status, output = forked("fsdp2", 1, write(recipe, tmp_path, 1, max_steps=FSDP_STEPS))
+    told = [line for line in output.splitlines() if line.startswith("train_sft.py: ")]
+    assert status == 1 and len(told) == 1 and "Traceback" not in output, output[-3000:]
+    assert re.search(rf"cannot resume from {checkpoint}: its shards .* could run code\.$", told[0])
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("kind", ["tied", "hypernet"])

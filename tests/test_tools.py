@@ -47,8 +47,7 @@ def base(chat_tokenizer, tmp_path_factory) -> str:
     """Folder of a tiny Llama."""
     folder = str(tmp_path_factory.mktemp("base"))
     torch.manual_seed(0)
-    # on CPUs with AVX512-BF16 bitsandbytes packs 4-bit weights in blocks of 64, and fails on narrower ones
-    config = LlamaConfig(**LLM_SIZES | {"vocab_size": len(chat_tokenizer), "hidden_size": 64, "intermediate_size": 64})
+    config = LlamaConfig(**LLM_SIZES | {"vocab_size": len(chat_tokenizer)})
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
@@ -409,8 +408,25 @@ QUANTISED = {
     "bitsandbytes-int8": lambda: bitsandbytes_config(load_in_8bit=True),
     "bitsandbytes-nf4": lambda: bitsandbytes_config(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
 }
-# of the logits' norm; measured: 0.020, 0.032, 0.348 (a random model of 32 channels suffers more than a real one)
-TOLERANCE = {"torchao-int8": 0.04, "bitsandbytes-int8": 0.06, "bitsandbytes-nf4": 0.5}
+# of the logits' norm; measured: 0.020, 0.032, 0.500 (a random model of so few channels suffers more than a real one)
+TOLERANCE = {"torchao-int8": 0.04, "bitsandbytes-int8": 0.06, "bitsandbytes-nf4": 0.7}
+
+
+@pytest.fixture(scope="module")
+def wide(chat_tokenizer, tmp_path_factory) -> tuple[str, str]:
+    """`base` and `saved` with 64 channels."""
+    base, saved = (str(tmp_path_factory.mktemp(name)) for name in ("wide_base", "wide_saved"))
+    torch.manual_seed(0)
+    config = LlamaConfig(**LLM_SIZES | {"vocab_size": len(chat_tokenizer), "hidden_size": 64, "intermediate_size": 64})
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    randomise_alpha(Phase15ForCausalLM.from_base(base, **SIZES)).save_pretrained(saved)
+    return base, saved
+
+
+@pytest.fixture
+def folders(kind, base, saved, wide) -> tuple[str, str]:
+    """On CPUs with AVX512-BF16 bitsandbytes packs 4-bit weights in blocks of 64, and fails on narrower ones."""
+    return wide if kind == "bitsandbytes-nf4" else (base, saved)
 
 
 def is_quantised(linear: torch.nn.Linear) -> bool:
@@ -422,12 +438,13 @@ def linears(module) -> dict[str, torch.nn.Linear]:
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
-def test_only_the_llm_is_quantised(kind, saved, model, ids, tmp_path):
+def test_only_the_llm_is_quantised(kind, folders, ids, tmp_path):
     """No module needs to be named; saving and loading again changes nothing."""
+    _, saved = folders
     quantised = load(saved, quantization_config=QUANTISED[kind]())
     assert {name for name, linear in linears(quantised.llm).items() if not is_quantised(linear)} == {"lm_head"}
     assert not any(is_quantised(linear) for linear in linears(quantised.hypernet).values())
-    expected, logits = logits_of(model, ids), logits_of(quantised, ids)
+    expected, logits = logits_of(load(saved), ids), logits_of(quantised, ids)
     error = (logits - expected).norm() / expected.norm()
     assert 0 < error < TOLERANCE[kind]
     tokens = {"input_ids": ids[:, :9], "attention_mask": torch.ones_like(ids[:, :9]), "pad_token_id": 1, **GREEDY}
@@ -439,8 +456,9 @@ def test_only_the_llm_is_quantised(kind, saved, model, ids, tmp_path):
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
-def test_a_quantised_base_is_wrapped_trained_around_and_saved(kind, base, ids, tmp_path):
+def test_a_quantised_base_is_wrapped_trained_around_and_saved(kind, folders, ids, tmp_path):
     """Equal to its base as ever; the HyperNetwork learns in full precision."""
+    base, _ = folders
     config = QUANTISED[kind]()
     llm = AutoModelForCausalLM.from_pretrained(base, quantization_config=config)
     model = Phase15ForCausalLM.from_base(base, quantization_config=QUANTISED[kind](), **SIZES)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -370,6 +371,14 @@ def test_lora(recipe, tmp_path, capfd):
     assert re.search(r"^A: ", capfd.readouterr().out, re.M)
 
 
+def test_the_units_of_fsdp_are_the_llms_layers(tiny, tmp_path):
+    """Not the HyperNetwork's, which processes call in different numbers."""
+    trainer, plugin = trainer_of(tiny, tmp_path), SimpleNamespace(mixed_precision_policy=None)
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    trainer._prepare_fsdp()
+    assert plugin.transformer_cls_names_to_wrap == ["LlamaDecoderLayer"]
+
+
 class Killed(Exception):
     pass
 
@@ -391,6 +400,29 @@ def test_a_stage_resumes(stage, recipe, tmp_path):
         killed.train()
     resumed, *_ = prepare([path])
     resumed.train(resume_from_checkpoint=True)
+    assert not changed(state(whole.model), state(resumed.model))
+    assert losses_of(resumed.state.log_history) == losses_of(whole.state.log_history)
+
+
+class NoEpoch(TrainerCallback):
+    """Fails where a run without end would begin, too."""
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        raise AssertionError("an epoch begins")
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_a_run_that_has_all_its_steps_takes_no_more(kind, recipe, tmp_path):
+    """If it was stopped between its last step and its end, which is in the middle of an epoch."""
+    recipe |= STREAM if kind == "stream" else {}
+    path = write(recipe, tmp_path, max_steps=2, save_steps=2)
+    whole, *_ = prepare([path])
+    whole.train()
+    resumed, *_ = prepare([path])
+    batches = watched(resumed)
+    resumed.add_callback(NoEpoch)
+    result = resumed.train(resume_from_checkpoint=True)
+    assert not batches and result.global_step == resumed.state.global_step == 2
     assert not changed(state(whole.model), state(resumed.model))
     assert losses_of(resumed.state.log_history) == losses_of(whole.state.log_history)
 
