@@ -528,6 +528,11 @@ def check_values(arguments):
             raise ValueError(f"`{name}` is {value}, but it must be {least} or more.")
     if arguments.max_steps < 1 and not arguments.num_train_epochs > 0:
         raise ValueError(f"`num_train_epochs` is {arguments.num_train_epochs}, but it must be above 0.")
+    if arguments.push_to_hub:
+        raise ValueError(
+            "`push_to_hub` would upload the arguments as a pickle, the token among them; when the run has ended: "
+            f"python push_to_hub.py --model_dir {arguments.output_dir} --repo_id USER/NAME."
+        )
     eval_sft.check_dtype(arguments.dtype)
     if arguments.output_dir is not None:
         eval_sft.check_output_dir(arguments.output_dir)

@@ -200,6 +200,7 @@ CASES = {
     "no batch": train("`per_device_train_batch_size` is 0", "1 or more", recipe={"per_device_train_batch_size": 0}),
     "no accumulation": train("`gradient_accumulation_steps` is 0", recipe={"gradient_accumulation_steps": 0}),
     "bptt below 1": train("`bptt_chunks` is -1", "1 or more", recipe={"bptt_chunks": -1}),
+    "pickled arguments": train("`push_to_hub`", "the token", "push_to_hub.py --model_dir", flags=["--push_to_hub"]),
     "no epoch": train("`num_train_epochs` is -1", "above 0", recipe={"num_train_epochs": -1, "max_steps": -1}),
     "negative records": train("`max_validation_records` is -3", recipe={"max_validation_records": -3}),
     "chunk of nothing": train("`chunk_length` is 0", "positive integer", recipe={"chunk_length": 0}),
