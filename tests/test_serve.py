@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,7 +32,6 @@ from modeling_phase15 import Phase15ForCausalLM
 
 pytest.importorskip("uvicorn", reason="serving needs pip install -r requirements-extra.txt")
 fastapi = pytest.importorskip("fastapi", reason="the same")
-Middleware = pytest.importorskip("starlette.middleware", reason="the same").Middleware
 serve = pytest.importorskip("serve", reason="the same")
 openai = pytest.importorskip("openai", reason="its client asks the server: pip install -r requirements-extra.txt")
 
@@ -283,7 +283,7 @@ def test_the_server_listens_on_the_loopback_address_alone(client):
 def test_an_answer_ends_with_its_client_whenever_that_leaves(length):
     """Starlette alone leaves some generators, which would cancel, to the garbage collector."""
 
-    async def ask(delay: int, middleware: list) -> bool:
+    async def ask(delay: int, is_ours: bool) -> bool:
         """Whether the answer has been cancelled when the response of a client that leaves after `delay` has ended."""
         is_cancelled = False
 
@@ -298,7 +298,7 @@ def test_an_answer_ends_with_its_client_whenever_that_leaves(length):
                 is_cancelled = True
                 raise
 
-        app = fastapi.FastAPI(middleware=middleware)
+        app = fastapi.FastAPI()
 
         @app.middleware("http")  # the library's server has one
         async def pass_on(request, call_next):
@@ -308,6 +308,9 @@ def test_an_answer_ends_with_its_client_whenever_that_leaves(length):
         async def respond(body: dict):
             return fastapi.responses.StreamingResponse(answer())
 
+        if is_ours:
+            server = SimpleNamespace(config=SimpleNamespace(app=app), run=lambda: None)
+            serve.command_for(NAME).start_server(SimpleNamespace(server=server))
         messages = iter([{"type": "http.request", "body": b"{}"}])
 
         async def receive():
@@ -327,8 +330,8 @@ def test_an_answer_ends_with_its_client_whenever_that_leaves(length):
 
     gc.disable()
     try:
-        alone = [asyncio.run(ask(delay, [])) for delay in range(40)]
-        ours = [asyncio.run(ask(delay, [Middleware(serve.EndWithTheClient)])) for delay in range(40)]
+        alone = [asyncio.run(ask(delay, False)) for delay in range(40)]
+        ours = [asyncio.run(ask(delay, True)) for delay in range(40)]
     finally:
         gc.enable()
     assert all(ours)
@@ -353,8 +356,9 @@ def test_a_request_that_is_cut_off_ends_at_once():
 # under load
 
 REQUESTS, CLIENTS = 200, 16
-# what the log may hold once the server is up: a line per answer and a line per request that was read
-ALLOWED = re.compile(r"INFO: .*|\[transformers\] \[Request received\] Model: saved/model@main, CB: False")
+# what the log may hold once the server is up: a line per answer and a line per request that was read (a folder has had
+# no revision since transformers 5.24)
+ALLOWED = re.compile(r"INFO: .*|\[transformers\] \[Request received\] Model: saved/model(@main)?, CB: False")
 
 
 @dataclass(frozen=True)
