@@ -15,15 +15,16 @@ token, and lm_eval cuts what is longer than the base's `max_position_embeddings`
 """
 
 import argparse
+import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import find_executable_batch_size
-from lm_eval._cli.run import Run
+from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
@@ -52,35 +53,52 @@ class Phase15LM(HFLM):
     AUTO_MODEL_CLASS = Phase15ForCausalLM
     max_length = 10**12  # the recursion reads a context of any length: nothing is cut, no window rolls
 
-    def _get_backend(self, *args, **kwargs):
-        pass  # it is "causal", but lm_eval knows that of transformers' own classes only
-
-    def _create_tokenizer(self, *args, **kwargs):
-        super()._create_tokenizer(*args, **kwargs)
+    def __init__(self, *args, **kwargs):
+        # lm_eval knows of transformers' own classes only that they are causal
+        super().__init__(*args, **kwargs | {"backend": "causal"})
         if self.tokenizer.eos_token_id is None:
             raise ValueError(
                 f"The tokenizer of {self.tokenizer.name_or_path} has no end token (`eos_token`): lm_eval ends answers "
                 "with it and, where there is no BOS token, puts it before text without a context."
             )
 
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        if not context.endswith("\n"):
-            return super()._encode_pair(context, continuation)
-        # lm_eval moves white space from the context's end into the continuation, where it may begin a word's token. A
-        # line break does not, and it ends the queries that chat templates make: there it stays, as in training.
-        query = self.tok_encode(context)
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        if self.enable_thinking:
+            raise ValueError("`enable_thinking` is for tasks that generate: here the continuation is given.")
+        progress = tqdm(requests, desc="Tokenizing inputs", disable=disable_tqdm)
+        return self.score([(request.args, *self.encode(*request.args)) for request in progress], disable_tqdm)
+
+    def encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if not context:
+            tokens, prefix = self.tok_encode(continuation, add_special_tokens=False), self.prefix_token_id
+            return (tokens[:1], tokens[1:]) if tokens[0] == prefix else ([prefix], tokens)
+        # White space at the context's end may begin a word's token: it goes to the continuation, as everywhere in
+        # lm_eval. A line break does not, and it ends the queries that chat templates make: it stays, as in training.
+        end = len(context) if context.endswith("\n") else len(context.rstrip())
+        query = self.tok_encode(context[:end])
         return query, self.tok_encode(context + continuation)[len(query) :]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         documents = [self.tok_encode(request.args[0]) for request in requests]
         rows = [(None, [self.prefix_token_id], tokens) for tokens in documents if tokens]
-        answers = iter(self._loglikelihood_tokens(rows, disable_tqdm))
+        answers = iter(self.score(rows, disable_tqdm))
         logprobs = [next(answers)[0] if tokens else 0.0 for tokens in documents]
         for request, logprob in zip(requests, logprobs, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, logprob)
         return logprobs
 
-    def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        is_auto = self.batch_size == "auto"
+        if is_auto:  # the memory that generation takes does not grow with the length; HFLM tries `max_length`
+            sizes = self.config.max_query_length, self.config.chunk_length
+            self.batch_size_per_gpu = self.largest_batch_size((None, *([0] * size for size in sizes)))
+        try:
+            return super().generate_until(requests, disable_tqdm)
+        finally:
+            if is_auto:
+                self.batch_size_per_gpu = "auto"
+
+    def score(self, requests: list[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         # Requests that differ in their last token alone share a row. HFLM would also if their queries ended elsewhere.
         order = Collator(
             requests,
@@ -89,7 +107,7 @@ class Phase15LM(HFLM):
             group_fn=lambda request: [*request[1], QUERY_END, *request[2][:-1]],
         )
         is_auto, self.batch_sizes = self.batch_size == "auto", {}  # found anew for the lengths of these requests
-        batches = order.get_batched(0 if is_auto else self.batch_size, self._batch_scheduler if is_auto else None)
+        batches = order.get_batched(0 if is_auto else self.batch_size, self.batch_size_at if is_auto else None)
         answers, progress = [], tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0)
         for batch in batches:
             for (strings, context, continuation), scores in zip(batch, self._score(batch), strict=True):
@@ -126,35 +144,48 @@ class Phase15LM(HFLM):
             is_greedy &= (best | ~is_target[:, kept]).all(dim=1)
         return zip(logprob, is_greedy, scores[:, -1], strict=True)
 
-    def _detect_batch_size(self, requests: list[Request] | None = None, pos: int = 0) -> int:
-        # without requests it is asked for generation, whose memory does not grow with the length
-        sizes = self.config.max_query_length, self.config.chunk_length
-        probe = requests[pos] if requests else (None, *([0] * size for size in sizes))
+    def batch_size_at(self, position: int, requests: Sequence[Request]) -> int:
+        """Found anew `batch_schedule` times, as the requests grow shorter."""
+        part = int(position * self.batch_schedule / len(requests))
+        if part not in self.batch_sizes:
+            self.batch_sizes[part] = self.largest_batch_size(requests[position])
+        return self.batch_sizes[part]
 
+    def largest_batch_size(self, request: Request) -> int:
         def fits(batch_size: int) -> int:
-            self._score([probe] * batch_size)
+            self._score([request] * batch_size)
             return batch_size
 
-        return find_executable_batch_size(fits, self.max_batch_size)()
+        size = find_executable_batch_size(fits, self.max_batch_size)()
+        logging.getLogger("lm_eval").info(f"Largest batch size: {size}")
+        return size
 
 
 def main(argv: list[str]):
-    commands = argparse.ArgumentParser().add_subparsers()
-    Run.create(commands)
-    parser = commands.choices["run"]
-    parser.usage, parser.epilog = "python eval_lm.py --model_dir DIR --tasks TASK … [options of lm_eval]", None
+    parser = argparse.ArgumentParser(
+        usage="python eval_lm.py --model_dir DIR --tasks TASK … [options of lm_eval]",
+        add_help=False,
+        allow_abbrev=False,
+    )
     parser.add_argument("--model_dir", required=True, metavar="DIR", help="Folder or Hub id of a Phase15 model")
-    args = parser.parse_args(argv)
-    if args.model is not None:
-        raise ValueError("`--model` cannot be given: it is phase15. For other models there is lm_eval itself.")
-    if not Path(args.model_dir).is_dir() and args.model_dir.count("/") != 1:
-        raise ValueError(f"{args.model_dir}: no such folder, and no USER/NAME on the Hub.")
-    model_type = Phase15Config.get_config_dict(args.model_dir)[0].get("model_type")
-    if model_type != Phase15Config.model_type:
-        raise ValueError(f"{args.model_dir} is no Phase15 model, but of model_type {model_type!r}.")
-    args.model, args.model_args = "phase15", {**(args.model_args or {}), "pretrained": args.model_dir}
-    del args.model_dir  # lm_eval knows no such field
-    args.func(args)
+    parser.add_argument("--model", "-M", help=argparse.SUPPRESS)
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        print("\noptions of lm_eval, of which --model is given already:\n")
+        flags = ["--help"]
+    else:
+        args, flags = parser.parse_known_args(argv)
+        if args.model is not None:
+            raise ValueError("`--model` cannot be given: it is phase15. For other models there is lm_eval itself.")
+        if not Path(args.model_dir).is_dir() and args.model_dir.count("/") != 1:
+            raise ValueError(f"{args.model_dir}: no such folder, and no USER/NAME on the Hub.")
+        model_type = Phase15Config.get_config_dict(args.model_dir)[0].get("model_type")
+        if model_type != Phase15Config.model_type:
+            raise ValueError(f"{args.model_dir} is no Phase15 model, but of model_type {model_type!r}.")
+        # as JSON, which lm_eval adds to the model_args in `flags` without parsing the folder's name
+        flags += ["--model", "phase15", "--model_args", json.dumps({"pretrained": args.model_dir})]
+    sys.argv = ["eval_lm.py", "run", *flags]  # where lm_eval's command reads its flags
+    cli_evaluate()
 
 
 if __name__ == "__main__":

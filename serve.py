@@ -16,41 +16,74 @@ has gone. Where others reach it, put a proxy before it that limits these.
 """
 
 import argparse
+import asyncio
 import signal
 import sys
-from contextvars import ContextVar
-from functools import partial
 
 import transformers
+from huggingface_hub import typer_factory
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.cli.serving.model_manager import ModelManager
-from transformers.cli.serving.utils import GenerateManager
-from transformers.cli.transformers import app
+from transformers.cli.serve import Serve
 from transformers.utils.import_utils import is_serve_available
 
 from configuration_phase15 import Phase15Config
 from modeling_phase15 import Phase15ForCausalLM
 
 
-STREAMERS: ContextVar[list] = ContextVar("STREAMERS")  # of the request
-
-
 class EndWithTheClient:
     """
-    Middleware that ends what a request has generated when its response ends. The library does so too, but not if the
-    client leaves before the response has begun, and then no other request is answered until that one's answer ends.
+    Middleware that tells the library that a client has left only while the response's generator waits for a token:
+    there the generator is cancelled, and ends what the request generates. One that Starlette cancels while it sends,
+    or before it starts, is left to the garbage collector, and no other request is answered until that answer ends.
     """
 
     def __init__(self, app):
         self.app = app
 
     async def __call__(self, scope, receive, send):
-        STREAMERS.set(streamers := [])
-        try:
-            await self.app(scope, receive, send)
-        finally:
-            for streamer in streamers:
-                streamer.cancel()
+        is_read = has_left = False
+        waiting = asyncio.Event()  # for the next message of the response
+
+        async def receive_in_time():
+            nonlocal is_read, has_left
+            message = await receive()
+            if message["type"] == "http.disconnect" and is_read:  # a request that was cut off gets no response
+                has_left = True
+                await waiting.wait()
+            is_read = is_read or (message["type"] == "http.request" and not message.get("more_body", False))
+            return message
+
+        async def send_if_here(message):
+            waiting.clear()
+            if not has_left or message["type"] != "http.response.body":
+                await send(message)
+            waiting.set()  # the caller goes on to its generator, and no other task runs until that waits
+
+        await self.app(scope, receive_in_time, send_if_here)
+
+
+def command_for(model_dir: str) -> type[Serve]:
+    """The class that is `transformers serve`, for this model alone."""
+
+    class ServeOne(Serve):
+        def start_server(self):
+            """What the library calls, if asked not to block, to run the server that it has built."""
+            from starlette.middleware import Middleware
+
+            config = self.server.config
+            app = config.app
+            # Anybody who reaches the server could have it load other models, or drop this one. Its list of models
+            # was, before transformers 5.24, the Hub's cache, which it refuses to serve beside the one it was given.
+            replaced = "/load_model", "/reset", "/v1/models"
+            app.router.routes[:] = [route for route in app.routes if route.path not in replaced]
+            models = [{"id": model_dir, "object": "model", "created": 0, "owned_by": ""}]
+            app.add_api_route("/v1/models", lambda: {"object": "list", "data": models}, methods=["GET", "OPTIONS"])
+            app.user_middleware.append(Middleware(EndWithTheClient))  # the innermost, next to the generator
+            # Without a limit it ends with its last answer, and an answer has no end that is sure to come.
+            config.timeout_graceful_shutdown = 3
+            self.server.run()
+
+    return ServeOne
 
 
 def main(argv: list[str]):
@@ -69,44 +102,17 @@ def main(argv: list[str]):
         config, _ = Phase15Config.get_config_dict(repository, revision=revision or "main")
         if config.get("model_type") != Phase15Config.model_type:
             raise ValueError(f"it has no config.json with the model_type {Phase15Config.model_type!r}")
-        prepare(model_dir)
-        app(["serve", model_dir, "--host", args.host, "--port", args.port, *rest])
+        # The server looks a model's class up by its name, in transformers itself.
+        AutoConfig.register(Phase15Config.model_type, Phase15Config)
+        AutoModelForCausalLM.register(Phase15Config, Phase15ForCausalLM)
+        transformers.Phase15ForCausalLM = Phase15ForCausalLM
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # as SIGTERM: Python's way out aborts if a thread is generating
+        cli = typer_factory(help="Phase15")
+        cli.command(name="serve")(command_for(model_dir))
+        # not to block is what has it call start_server
+        cli(["serve", model_dir, "--host", args.host, "--port", args.port, *rest, "--non-blocking"])
     except (OSError, ValueError) as error:  # about the model: the server answers for itself
         raise SystemExit(f"serve.py: cannot serve {model_dir!r}: {' '.join(str(error).split())}") from error
-
-
-def prepare(model_dir: str):
-    """Puts the model where the server looks, and sets what none of its flags does."""
-    import uvicorn
-    from transformers.cli.serving import server
-
-    # It looks a model's class up by its name, in transformers itself.
-    AutoConfig.register(Phase15Config.model_type, Phase15Config)
-    AutoModelForCausalLM.register(Phase15Config, Phase15ForCausalLM)
-    transformers.Phase15ForCausalLM = Phase15ForCausalLM
-    # Its list of models is what lies in the Hub's cache, which it refuses to serve beside the one it was given.
-    ModelManager.get_gen_models = lambda self: [{"id": model_dir, "object": "model", "created": 0, "owned_by": ""}]
-    # Anybody who reaches the server could have it load other models, or drop this one.
-    build_server = server.build_server
-
-    def build_without(*args, **kwargs):
-        built = build_server(*args, **kwargs)
-        built.router.routes[:] = [route for route in built.routes if route.path not in ("/load_model", "/reset")]
-        built.add_middleware(EndWithTheClient)
-        return built
-
-    server.build_server = build_without
-    generate_streaming = GenerateManager.generate_streaming
-
-    def generate_for_the_request(self, *args, **kwargs):
-        queue, streamer = generate_streaming(self, *args, **kwargs)
-        STREAMERS.get().append(streamer)
-        return queue, streamer
-
-    GenerateManager.generate_streaming = generate_for_the_request
-    # Without a limit it ends with its last answer, and an answer has no end that is sure to come.
-    uvicorn.Config = partial(uvicorn.Config, timeout_graceful_shutdown=3)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as SIGTERM: Python's own way out aborts if a thread is generating
 
 
 if __name__ == "__main__":

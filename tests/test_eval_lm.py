@@ -230,7 +230,7 @@ def test_requests_that_differ_in_their_last_token_share_a_row(folders, monkeypat
     assert len(rows) == 2 * len(DOCUMENTS)  # one for the three choices of one token, and one for the long choice
 
 
-def test_an_automatic_batch_size_fits_in_memory_and_changes_no_score(trained, folders, pairs, monkeypatch):
+def test_an_automatic_batch_size_fits_in_memory_and_changes_no_answer(trained, folders, pairs, answers, monkeypatch):
     model, sizes = load(folders["trained"], batch_size="auto", max_batch_size=5), []
     score = model._score
 
@@ -246,7 +246,12 @@ def test_an_automatic_batch_size_fits_in_memory_and_changes_no_score(trained, fo
     documents = [document["document"] for document in DOCUMENTS]
     rolling = model.loglikelihood_rolling(requests_of("loglikelihood_rolling", *((text,) for text in documents)))
     close(rolling, [logprob for logprob, _ in reference_scores(trained, [("", text) for text in documents])])
-    assert model._detect_batch_size() == 3
+    sizes.clear()
+    requests = [(document["context"], {"max_gen_toks": NEW_TOKENS, "do_sample": False}) for document in DOCUMENTS]
+    encode, batches = model.tok_batch_encode, []
+    monkeypatch.setattr(model, "tok_batch_encode", lambda x, **kwargs: batches.append(len(x)) or encode(x, **kwargs))
+    assert model.generate_until(requests_of("generate_until", *requests)) == answers
+    assert (sizes, batches, model.batch_size) == ([3], [3, len(DOCUMENTS) - 3], "auto")
 
 
 def test_scores_of_a_new_model_are_those_of_its_base(folders, manager):
@@ -318,6 +323,22 @@ def test_a_tokenizer_without_an_end_token_is_refused(trained, tokenizer, tmp_pat
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no end token"):
         load(str(tmp_path))
+
+
+@pytest.mark.parametrize("context", ["A B ", "A B \n", " ", "A\n\nB"])
+def test_a_line_break_alone_stays_at_the_end_of_a_context(folders, monkeypatch, context):
+    """White space that ends a context goes to the continuation otherwise, as everywhere in lm_eval."""
+    model = load(folders["trained"])
+    monkeypatch.setattr(model, "tok_encode", lambda string, **kwargs: list(map(ord, string)))
+    query, continuation = model.encode(context, "C")
+    assert query + continuation == list(map(ord, context + "C"))
+    assert len(query) == (len(context) if context.endswith("\n") else len(context.rstrip()))
+
+
+def test_thinking_is_refused_where_the_continuation_is_given(folders):
+    model = load(folders["trained"], enable_thinking=True, think_end_token="Z")
+    with pytest.raises(ValueError, match="`enable_thinking` is for tasks that generate"):
+        model.loglikelihood(requests_of("loglikelihood", ("A", "B")))
 
 
 # the command lines
@@ -405,6 +426,7 @@ def test_a_missing_folder_ends_in_one_line():
 
 
 def test_an_unknown_task_and_a_model_that_is_no_phase15_are_named(folders, monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)  # main replaces it
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     with pytest.raises(ValueError, match="Tasks not found: nonsense"):
         eval_lm.main(["--model_dir", folders["trained"], "--tasks", "nonsense"])
@@ -412,3 +434,31 @@ def test_an_unknown_task_and_a_model_that_is_no_phase15_are_named(folders, monke
         eval_lm.main(["--model_dir", folders["base"], "--tasks", "nonsense"])
     with pytest.raises(ValueError, match="`--model` cannot be given"):
         eval_lm.main(["--model_dir", folders["trained"], "--tasks", "nonsense", "--model", "hf"])
+    with pytest.raises(ValueError, match="`--model` cannot be given"):
+        eval_lm.main([f"--model_dir={folders['trained']}", "--tasks", "nonsense", "-M", "hf"])
+
+
+def test_the_models_arguments_are_lm_evals_beside_the_folder(monkeypatch, tmp_path):
+    """Also a folder whose name lm_eval would take for several arguments."""
+    folder = tmp_path / "a,dtype=b [c"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "phase15"}))
+    given = []
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr("lm_eval.simple_evaluate", lambda **kwargs: given.append(kwargs))
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"task": "mine", **TASKS["choice"], "dataset_path": "json"}))
+    options = ["--tasks", "mine", "--include_path", str(tmp_path), "--model_args", "dtype=bfloat16", "--limit", "2"]
+    eval_lm.main([*options[:4], "--model_dir", str(folder), *options[4:]])
+    (given,) = given
+    assert given["model"] == "phase15" and given["limit"] == 2 and given["tasks"] == ["mine"]
+    assert given["model_args"] == {"dtype": "bfloat16", "pretrained": str(folder)}
+
+
+def test_help_shows_the_flags_of_both(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    with pytest.raises(SystemExit) as raised:
+        eval_lm.main(["--help"])
+    said = capsys.readouterr().out
+    assert raised.value.code == 0 and "usage: python eval_lm.py --model_dir DIR" in said
+    assert all(flag in said for flag in ("--model_dir", "--tasks", "--batch_size", "--output_path"))
