@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 # Of Python itself; and `_auto_class`, which the public `register_for_auto_class` sets.
-NOT_COUNTED = {"_exit", "_replace", "_run_exitfuncs", "_asdict", "_fields", "_auto_class"}
+NOT_COUNTED = {"_exit", "_replace", "_run_exitfuncs", "_asdict", "_fields", "_abc_impl", "sys.argv", "_auto_class"}
 
 
 def is_private(name: str) -> bool:
@@ -91,7 +91,7 @@ def private_names(root: Path) -> dict[str, set[str]]:
                 names |= {name} if isinstance(name, str) and is_private(name) and name not in own else set()
         if path.parent == root:
             names |= overridden(importlib.import_module(path.stem), modules)
-        for name in names:
+        for name in names - NOT_COUNTED:
             found.setdefault(name, set()).add(path.relative_to(root).as_posix())
     return found
 
