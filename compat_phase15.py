@@ -1,15 +1,15 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """
-What differs between the releases of transformers that this code runs on. Every such name stands here and nowhere else.
+What differs between the releases of transformers that this code runs on. Such names stand here and nowhere else.
 
-| name | release that brought it | goes when |
-|---|---|---|
-| `cache` for `past_key_values`, in `generate`, in every `forward` and in the outputs | 5.24 | OLDEST is 5.24: then
-  `CACHE_NAME` is "cache". `past_key_values` stays an alias in this model's own `forward`, `generate` and outputs for
-  as long as tools pass it; transformers drops its own alias from `forward` in 5.40 and from `generate` in 6.0 |
+5.24    renamed `past_key_values` to `cache`, in `generate`, in every `forward` and in the outputs. CACHE_NAME goes
+        when OLDEST is 5.24. `past_key_values` stays an alias in this model's own `forward`, `generate` and outputs as
+        long as tools pass it: transformers takes it in `forward` until 5.40 and in `generate` until 6.0.
+5.23    renamed `gradient_checkpointing` to `activation_checkpointing`. The recipes use the old name, which every
+        release up to 6.0 takes. They can use the new one when OLDEST is 5.23.
 
 OLDEST and NEWEST are the ends of the range under which this code has passed its tests; requirements.txt has the same
-bounds.
+bounds, and .ci/canary tries what is newer.
 """
 
 import re

@@ -3,7 +3,7 @@
 lm-evaluation-harness for a Phase15 model, in the form it was trained in: the context is the query, read into the soft
 prompt, and the continuation is predicted from there, chunk by chunk.
 
-    pip install -r requirements-extra.txt
+    pip install -r requirements-extra.txt -c requirements.lock
     python eval_lm.py --model_dir outputs/quickstart --tasks hellaswag --limit 100 --batch_size 8
     python eval_lm.py --model_dir outputs/quickstart --tasks mine --include_path FOLDER --output_path results
     python eval_lm.py --help                              every flag: all but --model_dir are lm_eval's own

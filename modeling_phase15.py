@@ -42,11 +42,11 @@ from transformers.utils import can_return_tuple
 
 
 try:  # inside a package: how transformers loads this file from a Hub repository or a saved folder
-    from .compat_phase15 import CACHE_NAME, CACHE_NAMES, both_cache_names, give_both_cache_names, one_cache, pop_cache
+    from .compat_phase15 import CACHE_NAME, both_cache_names, give_both_cache_names, one_cache, pop_cache
     from .configuration_phase15 import Phase15Config
     from .decoding_phase15 import decode, is_compiled
 except ImportError:  # at the root of this repository
-    from compat_phase15 import CACHE_NAME, CACHE_NAMES, both_cache_names, give_both_cache_names, one_cache, pop_cache
+    from compat_phase15 import CACHE_NAME, both_cache_names, give_both_cache_names, one_cache, pop_cache
     from configuration_phase15 import Phase15Config
     from decoding_phase15 import decode, is_compiled
 
@@ -339,7 +339,6 @@ class Phase15PreTrainedModel(PreTrainedModel):
     base_model_prefix = "phase15"  # no attribute: recursion and LLM are one, and `base_model` is the model itself
     supports_gradient_checkpointing = True
     _no_split_modules = ["HyperNetwork"]  # it adds what its parts give
-    _skip_keys_device_placement = list(CACHE_NAMES)
     _keep_in_fp32_modules = ["hypernet"]  # in float16; and quantizers convert the LLM alone
     _supports_flash_attn = True
     _supports_sdpa = True

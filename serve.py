@@ -2,7 +2,7 @@
 """
 An OpenAI-compatible server for a Phase15 model: `transformers serve`, told where the model's class is.
 
-    pip install -r requirements-extra.txt
+    pip install -r requirements-extra.txt -c requirements.lock
     python serve.py                                          outputs/quickstart, at http://127.0.0.1:8000/v1
     python serve.py --model_dir DIR_OR_HUB_ID --port 8001    other flags go on: see transformers serve --help
 

@@ -1,4 +1,5 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+import contextlib
 import copy
 
 import pytest
@@ -654,7 +655,7 @@ def test_from_base_keeps_the_bases_weights_config_and_generation_config(bases, t
 # training aids, dtypes, devices
 
 
-def enable_checkpointing(model):  # transformers renames it in v6
+def enable_checkpointing(model):  # transformers 5.23 renamed it
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
@@ -753,6 +754,15 @@ def test_attention_implementations_agree(tiny, tmp_path, implementation):
 def test_attention_implementations_are_the_bases(tiny):
     tiny.set_attn_implementation("flex_attention")
     assert tiny.llm.config._attn_implementation == "flex_attention" and tiny.is_backend_compatible()
+
+
+@pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2"])
+def test_the_models_class_refuses_no_attention_implementation(tiny, tmp_path, implementation):
+    """A class without the library's flag for it is a ValueError; an ImportError says that a package is missing."""
+    tiny.save_pretrained(tmp_path)
+    with contextlib.suppress(ImportError):
+        loaded = Phase15ForCausalLM.from_pretrained(tmp_path, attn_implementation=implementation)
+        assert loaded.llm.config._attn_implementation == implementation
 
 
 @pytest.mark.parametrize("base", ["llama", "llama-tied"])
