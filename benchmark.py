@@ -211,6 +211,13 @@ def decode(args: argparse.Namespace) -> dict:
     return {"ceilings": limits, "results": results}
 
 
+def compile_everywhere() -> CompileConfig:
+    """Has the library compile a model on a CPU too; it compiles on GPUs alone unless told so."""
+    config = CompileConfig()
+    config._compile_all_devices = True
+    return config
+
+
 def decode_batch(args: argparse.Namespace, model, base, limits: dict[str, float], batch_size: int) -> dict[str, dict]:
     config = model.config
     prompt = torch.randint(5, config.text_config.vocab_size, (batch_size, args.prompt_length), device=args.device)
@@ -220,15 +227,13 @@ def decode_batch(args: argparse.Namespace, model, base, limits: dict[str, float]
         "do_sample": args.sample,
         "pad_token_id": 0,
     }
-    everywhere = CompileConfig()
-    everywhere._compile_all_devices = True  # the library compiles on GPUs alone, unless told so
     variants = {
         BASE: lambda: base.generate(prompt, **options),
         PLAIN: lambda: model.generate(prompt, compile=False, **options),
     }
     if args.compile:
         variants[BASE_COMPILED] = lambda: base.generate(
-            prompt, cache_implementation="static", compile_config=everywhere, **options
+            prompt, cache_implementation="static", compile_config=compile_everywhere(), **options
         )
         variants[COMPILED] = lambda: model.generate(prompt, compile=True, **options)
     medians = {name: statistics.median(times) for name, times in rounds(variants, args.rounds).items()}

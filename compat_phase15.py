@@ -1,12 +1,15 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """
-What differs between the releases of transformers that this code runs on. Such names stand here and nowhere else.
+What differs between the releases of transformers that this code runs on, with the day on which each can go.
 
 5.24    renamed `past_key_values` to `cache`, in `generate`, in every `forward` and in the outputs. CACHE_NAME goes
         when OLDEST is 5.24. `past_key_values` stays an alias in this model's own `forward`, `generate` and outputs as
         long as tools pass it: transformers takes it in `forward` until 5.40 and in `generate` until 6.0.
 5.23    renamed `gradient_checkpointing` to `activation_checkpointing`. The recipes use the old name, which every
         release up to 6.0 takes. They can use the new one when OLDEST is 5.23.
+5.24    takes a cache without layers for one of linear attention: `Phase15Cache.is_linear` says otherwise, and stays.
+5.24    with PEFT 0.21 loses the cache of prompt tuning: `use_cache=` in eval_sft.py goes when peft 0.22 is required.
+before 5.24  `transformers serve` lists other models: the route in serve.py goes when OLDEST is 5.24.
 
 OLDEST and NEWEST are the ends of the range under which this code has passed its tests; requirements.txt has the same
 bounds, and .ci/canary tries what is newer.
@@ -22,7 +25,7 @@ from transformers.utils import logging
 
 OLDEST, NEWEST = (5, 17), (5, 24)  # minor releases of transformers
 TESTED = "{}.{} to {}.{}".format(*OLDEST, *NEWEST)
-logger = logging.get_logger("phase15")  # one name for all copies of this file, so that a warning is given once
+logger = logging.get_logger("transformers.phase15")  # one name for all copies of this file: they warn once
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -63,7 +66,7 @@ def one_cache(cache=None, past_key_values=None):
 
 
 def pop_cache(kwargs: dict):
-    """As `one_cache`, of keyword arguments, from which it is taken."""
+    """Removes the cache from keyword arguments, under either name, and returns it."""
     return one_cache(**{name: kwargs.pop(name, None) for name in CACHE_NAMES})
 
 
@@ -81,7 +84,7 @@ def both_cache_names(cls: type) -> type:
             kwargs[CACHE_NAME] = cache
         init(self, *args, **kwargs)
 
-    cls.__init__ = __init__
+    type.__setattr__(cls, "__init__", __init__)  # 5.24's metaclass would wrap it, and complain of the old name first
     cls.__getitem__ = lambda self, key: get_item(self, to_field(key))
     cls.__setitem__ = lambda self, key, value: set_item(self, to_field(key), value)
     cls.__contains__ = lambda self, key: contains(self, to_field(key))
@@ -94,13 +97,13 @@ def both_cache_names(cls: type) -> type:
 @both_cache_names
 @dataclass
 class Phase15GenerateOutput(generation.GenerateDecoderOnlyOutput):
-    """What `generate` returns of greedy search and sampling with `return_dict_in_generate=True`."""
+    """What `generate` returns for greedy search and sampling with `return_dict_in_generate=True`."""
 
 
 @both_cache_names
 @dataclass
 class Phase15GenerateBeamOutput(generation.GenerateBeamDecoderOnlyOutput):
-    """What `generate` returns of beams with `return_dict_in_generate=True`."""
+    """What `generate` returns for beams with `return_dict_in_generate=True`."""
 
 
 def give_both_cache_names(output):

@@ -67,7 +67,7 @@ def command_for(model_dir: str) -> type[Serve]:
 
     class ServeOne(Serve):
         def start_server(self):
-            """What the library calls, if asked not to block, to run the server that it has built."""
+            """`Serve` calls this under `--non-blocking`, when it has built the server."""
             from starlette.middleware import Middleware
 
             config = self.server.config
@@ -79,7 +79,7 @@ def command_for(model_dir: str) -> type[Serve]:
             models = [{"id": model_dir, "object": "model", "created": 0, "owned_by": ""}]
             app.add_api_route("/v1/models", lambda: {"object": "list", "data": models}, methods=["GET", "OPTIONS"])
             app.user_middleware.append(Middleware(EndWithTheClient))  # the innermost, next to the generator
-            # Without a limit it ends with its last answer, and an answer has no end that is sure to come.
+            # Without a limit the server waits for the running answer, which may never end.
             config.timeout_graceful_shutdown = 3
             self.server.run()
 
@@ -109,7 +109,7 @@ def main(argv: list[str]):
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # as SIGTERM: Python's way out aborts if a thread is generating
         cli = typer_factory(help="Phase15")
         cli.command(name="serve")(command_for(model_dir))
-        # not to block is what has it call start_server
+        # `--non-blocking` makes `Serve` call `start_server`
         cli(["serve", model_dir, "--host", args.host, "--port", args.port, *rest, "--non-blocking"])
     except (OSError, ValueError) as error:  # about the model: the server answers for itself
         raise SystemExit(f"serve.py: cannot serve {model_dir!r}: {' '.join(str(error).split())}") from error

@@ -265,6 +265,8 @@ class Phase15Trainer(Trainer):
         plugin = self.accelerator.state.fsdp_plugin
         model = next(module for module in self.model.modules() if isinstance(module, Phase15ForCausalLM))
         layers = [module for module in model.llm.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not layers:
+            raise ValueError(f"FSDP shards `GradientCheckpointingLayer`s, but {type(model.llm).__name__} has none.")
         plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})
         if policy := plugin.mixed_precision_policy:
             # accelerate's rounds gradients that are summed, the loss, and the number of tokens that divides it
@@ -391,7 +393,7 @@ class Phase15Trainer(Trainer):
             Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _save_checkpoint(self, model, trial):
-        """As Trainer's, with a manifest that makes it complete. Only then are older ones removed."""
+        """Overrides Trainer to complete the checkpoint by a manifest before older ones are removed."""
         args, wait = self.args, self.accelerator.wait_for_everyone
         output_dir = Path(args.output_dir)
         folder = output_dir / f"checkpoint-{self.state.global_step}"

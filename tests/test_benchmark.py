@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from conftest import CHUNK, QUERY, random_ids
+from transformers import AutoModelForCausalLM
 
 import benchmark
 
@@ -30,6 +31,15 @@ def test_decode(capsys):
             assert rate == pytest.approx(1e9 * row["gb_per_second"])
             assert row["tokens_per_second"] == pytest.approx(1e3 * int(name[-1]) / row["ms_per_token"])
     assert "not measured" in text or torch.cuda.is_available()  # memory on a CPU
+
+
+def test_the_base_is_compiled_on_a_cpu_too(bases, monkeypatch):
+    """Or `benchmark.py decode --compile` would time a base that is not."""
+    base, calls = AutoModelForCausalLM.from_pretrained(bases["llama"]), []
+    monkeypatch.setattr(type(base), "get_compiled_call", lambda self, config: calls.append(config) or self.__call__)
+    config = benchmark.compile_everywhere()
+    base.generate(random_ids(1, 5), max_new_tokens=3, cache_implementation="static", compile_config=config)
+    assert calls == [config]
 
 
 def test_json_alone(capsys):

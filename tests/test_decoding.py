@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from conftest import BASES, CHUNK, SIZES, SLOTS, randomise_alpha
 from peft import LoraConfig, get_peft_model
 from test_generation import LONG_PROMPTS, PROMPTS, generate
@@ -342,6 +343,9 @@ def test_models_that_forbid_it_are_named(tiny):
     hook = tiny.hypernet.register_forward_hook(lambda *args: None)
     refused("forward hooks")
     hook.remove()
+    add_hook_to_module(tiny.hypernet, ModelHook())  # as accelerate's offloading does
+    refused("forward hooks")
+    remove_hook_from_module(tiny.hypernet)
     with torch.autocast("cpu", torch.bfloat16):
         refused("autocast")
     tiny.llm.set_attn_implementation("flex_attention")

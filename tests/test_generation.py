@@ -16,7 +16,7 @@ from conftest import (
     reference_read,
     reference_step,
 )
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, TextStreamer
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, LogitsProcessor, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_phase15 import Phase15Cache
@@ -355,3 +355,9 @@ def test_a_row_that_ends_in_padding_is_refused(tiny, compile):
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     with pytest.raises(ValueError, match="Row 1 of `attention_mask` ends in padding"):
         tiny.generate(random_ids(2, 3), attention_mask=mask, pad_token_id=0, max_new_tokens=3, compile=compile)
+
+
+def test_the_library_itself_refuses_to_roll_the_model_back(tiny):
+    """`generate` refuses before; tools that ask the class, as transformers' own tests do, are told the same."""
+    with pytest.raises(ValueError, match="stateful"):
+        GenerationMixin.generate(tiny, PROMPTS[0][None], max_new_tokens=4, prompt_lookup_num_tokens=2)

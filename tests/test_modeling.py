@@ -756,6 +756,14 @@ def test_attention_implementations_are_the_bases(tiny):
     assert tiny.llm.config._attn_implementation == "flex_attention" and tiny.is_backend_compatible()
 
 
+def test_loading_initialises_nothing_that_the_file_fills(tiny, tmp_path, monkeypatch):
+    tiny.save_pretrained(tmp_path)
+    initialised = []
+    monkeypatch.setattr(Phase15ForCausalLM, "_init_weights", lambda self, module: initialised.append(module))
+    Phase15ForCausalLM.from_pretrained(tmp_path)
+    assert not initialised
+
+
 @pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2"])
 def test_the_models_class_refuses_no_attention_implementation(tiny, tmp_path, implementation):
     """A class without the library's flag for it is a ValueError; an ImportError says that a package is missing."""
