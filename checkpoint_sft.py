@@ -189,8 +189,8 @@ def loading(folder: str):
     values among its shards as pickles, which can run code.
 
     Raises:
-        Phase15CheckpointError: if shards cannot be loaded, as when they hold code. Errors of saving them are
-            `writing`'s.
+        Phase15CheckpointError: if shards cannot be loaded, as when they hold code. `writing` reports errors of
+            saving.
     """
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)

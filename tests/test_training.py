@@ -413,7 +413,7 @@ class NoEpoch(TrainerCallback):
 
 @pytest.mark.parametrize("kind", ["file", "stream"])
 def test_a_run_that_has_all_its_steps_takes_no_more(kind, recipe, tmp_path):
-    """If it was stopped between its last step and its end, which is in the middle of an epoch."""
+    """The run was stopped after its last step, in the middle of an epoch."""
     recipe |= STREAM if kind == "stream" else {}
     path = write(recipe, tmp_path, max_steps=2, save_steps=2)
     whole, *_ = prepare([path])
