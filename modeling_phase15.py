@@ -587,8 +587,7 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         cache = one_cache(cache, past_key_values)
         if cache is None and use_cache:
             cache = Phase15Cache(self.config)
-        if cache is not None and not isinstance(cache, Phase15Cache):
-            raise ValueError(f"`cache` must be a Phase15Cache, not a {type(cache).__name__}.")
+        check_cache(cache)
         if cache is not None and labels is not None:
             raise ValueError("`labels` cannot be given with `cache` or `use_cache=True`.")
         seen_tokens, vocab_size = 0 if cache is None else cache.seen_tokens, self.config.text_config.vocab_size
@@ -796,8 +795,7 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, GenerationMixin):
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         num_columns = 1 if input_ids is None else input_ids.shape[-1]  # the library starts from a BOS token
         cache = pop_cache(kwargs)
-        if cache is not None and not isinstance(cache, Phase15Cache):
-            raise ValueError(f"`cache` must be a Phase15Cache, not a {type(cache).__name__}.")
+        check_cache(cache)
         if cache is not None and num_columns <= cache.seen_tokens:
             raise ValueError(
                 f"`inputs` has {num_columns} columns, but the cache has already seen {cache.seen_tokens}; give the "
@@ -935,6 +933,15 @@ def compact(
         )
     labels = None if labels is None else labels.gather(1, column)
     return Rows(input_ids.gather(1, column), column, length, query_length, labels)
+
+
+def check_cache(cache: Cache | None):
+    """Raises a ValueError for a cache of another class, or of another copy of this file."""
+    if cache is not None and not isinstance(cache, Phase15Cache):
+        raise ValueError(
+            f"`cache` (or `past_key_values`) must be a Phase15Cache of {Phase15Cache.__module__}, not a "
+            f"{type(cache).__name__} of {type(cache).__module__}."
+        )
 
 
 def query_lengths_of(labels: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
