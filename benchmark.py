@@ -227,13 +227,14 @@ def decode_batch(args: argparse.Namespace, model, base, limits: dict[str, float]
         "do_sample": args.sample,
         "pad_token_id": 0,
     }
+    everywhere = compile_everywhere()
     variants = {
         BASE: lambda: base.generate(prompt, **options),
         PLAIN: lambda: model.generate(prompt, compile=False, **options),
     }
     if args.compile:
         variants[BASE_COMPILED] = lambda: base.generate(
-            prompt, cache_implementation="static", compile_config=compile_everywhere(), **options
+            prompt, cache_implementation="static", compile_config=everywhere, **options
         )
         variants[COMPILED] = lambda: model.generate(prompt, compile=True, **options)
     medians = {name: statistics.median(times) for name, times in rounds(variants, args.rounds).items()}
