@@ -16,11 +16,9 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import torch
 import transformers
-import yaml
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -42,14 +40,18 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
-import eval_sft
 from compat_phase15 import TESTED
 from configuration_phase15 import Phase15Config
-from data_sft import BUILDERS, DOCSTRINGS, load_tokenizer
 from modeling_phase15 import Phase15ForCausalLM
+from phase15.arguments import check_output_dir
+from phase15.models import load_tokenizer
+from phase15.quickstart import DOCSTRINGS
+from phase15.records import BUILDERS
+from phase15.reports import cell, fence_of, table
+from phase15.runs import Run, answer_in_new_process, as_yaml, read_run
 
 
-CARD = Path(__file__).parent / "model_card.md.jinja"
+CARD = Path(__file__).parent / "phase15" / "model_card.md.jinja"
 PICTURES = ("training_curve.png", "loss_by_chunk.png")
 OURS = (  # what a push may leave on the Hub, and a later one may have no more; anything else there is not touched
     "*.safetensors",
@@ -107,7 +109,7 @@ def check_arguments(args: PushArguments):
     if args.dry_run != (args.output_dir is not None):
         raise ValueError("`dry_run` and `output_dir` go together: the folder to which a dry run writes.")
     if args.output_dir is not None:
-        eval_sft.check_output_dir(args.output_dir)
+        check_output_dir(args.output_dir)
     if args.create_pr and args.revision is not None:
         raise ValueError("`create_pr` and `revision` exclude each other: a pull request is always against main.")
     if not args.commit_message.strip():
@@ -126,42 +128,6 @@ def check_arguments(args: PushArguments):
     model_type = Phase15Config.get_config_dict(source)[0].get("model_type")
     if model_type != Phase15Config.model_type:
         raise ValueError(f"{source} is not the folder of a Phase15 model: its model_type is {model_type!r}.")
-
-
-class Run(NamedTuple):
-    """What train_sft.py and eval_sft.py left in a model's folder; empty where they did not run."""
-
-    recipes: list[dict]  # of this run and of those before it, this one first
-    results: dict
-    evaluation: dict
-
-
-def read_run(folder: Path) -> Run:
-    """Reads a run's files. Absolute paths are cut to their last part: they are private, and good for nobody else."""
-    recipes = read_documents(folder / "recipe.yaml", {"dataset_name"})
-    recipes += read_documents(folder / "recipes_before.yaml", {"dataset_name"})
-    for recipe in recipes:
-        for name, value in recipe.items():
-            if isinstance(value, str) and Path(value).is_absolute():
-                recipe[name] = Path(value).name
-    results = read_documents(folder / "results.json", {"train", "steps", "records", "validation"})
-    if results and not recipes:
-        raise ValueError(f"{folder} holds results.json, but not the recipe.yaml that says of what.")
-    keys = {"dataset", "evaluated", "records", "validation", "context_recovery"}
-    evaluation = read_documents(folder / "evaluation.json", keys, "eval_sft.py")
-    return Run(recipes, results[0] if results else {}, evaluation[0] if evaluation else {})
-
-
-def read_documents(path: Path, keys: set[str], script: str = "train_sft.py") -> list[dict]:
-    """The documents of a YAML file (JSON is YAML), none if it is not there; each must have the keys."""
-    try:
-        documents = list(yaml.safe_load_all(path.read_text("utf-8"))) if path.is_file() else []
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    for document in documents:
-        if not isinstance(document, dict) or not keys <= set(document):
-            raise ValueError(f"{path} was not written by {script}, which writes {', '.join(sorted(keys))}.")
-    return documents
 
 
 def stage(args: PushArguments, folder: Path):
@@ -200,7 +166,7 @@ def stage(args: PushArguments, folder: Path):
     except FloatingPointError as error:
         raise FloatingPointError(f"{source}: {error}") from error
     try:
-        there = eval_sft.answer_in_new_process(folder, query, max_new_tokens)
+        there = answer_in_new_process(folder, query, max_new_tokens)
     except ValueError as error:  # the staged folder is gone when this is read
         raise ValueError(str(error).replace(str(folder), f"{source}, as staged,")) from error
     if there != here:
@@ -271,23 +237,15 @@ def model_card(
         tested_versions=TESTED,
         recipe=recipe,
         recipe_text=recipe_text,
-        fence=eval_sft.fence_of(recipe_text, 3),
+        fence=fence_of(recipe_text, 3),
         has_recipes_before=len(run.recipes) > 1,
         data=data,
         results=run.results,
         evaluated=run.evaluation.get("evaluated"),
-        table=eval_sft.table(measured) if validation else "",
-        cell=eval_sft.cell,
+        table=table(measured) if validation else "",
+        cell=cell,
         pictures=pictures,
     )
-
-
-def as_yaml(documents: list[dict]) -> str:
-    """YAML that reads as it is: letters of any script, but what cannot be seen as its escape."""
-    text = yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True)
-    if text.replace("\n", "").isprintable():
-        return text
-    return yaml.safe_dump_all(documents, sort_keys=False)
 
 
 def is_hub_dataset(name: str) -> bool:

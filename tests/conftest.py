@@ -16,8 +16,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from data_sft import train_tokenizer
 from modeling_phase15 import Phase15ForCausalLM, SoftPrompt
+from phase15.quickstart import train_tokenizer
 
 
 torch.set_num_threads(1)

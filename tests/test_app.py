@@ -42,7 +42,7 @@ from modeling_phase15 import Phase15ForCausalLM
 
 gradio = pytest.importorskip("gradio", reason="needs requirements-extra.txt")
 
-import app  # noqa: E402
+from scripts import app  # noqa: E402
 
 
 pytestmark = pytest.mark.extra
@@ -322,7 +322,7 @@ def test_a_folder_that_is_not_a_phase15_model_is_named(bases, tmp_path):
 def test_bad_input_ends_in_one_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["app.py", "--model_dir", "no/such/folder"])
     with pytest.raises(SystemExit, match=r"^app\.py: .*no/such/folder.*") as ended:
-        runpy.run_path(str(ROOT / "app.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "scripts" / "app.py"), run_name="__main__")
     assert "\n" not in ended.value.code  # a text is printed, and the exit status is 1
 
 
@@ -335,7 +335,7 @@ def started(folder: Path, model_dir: str, *flags: str):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shutil.copy(ROOT / "app.py", folder)
+    shutil.copy(ROOT / "scripts" / "app.py", folder)
     settings = {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1"}
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
@@ -656,5 +656,7 @@ def test_the_app_listens_on_the_loopback_address_alone_and_takes_and_gives_no_fi
 
 def test_the_card_of_the_space():
     card = SpaceCard.load(ROOT / "docs" / "space.md")
-    assert (card.data.sdk, card.data.app_file) == ("gradio", "app.py") and (ROOT / card.data.app_file).is_file()
+    assert (card.data.sdk, card.data.app_file) == ("gradio", "scripts/app.py") and (
+        ROOT / card.data.app_file
+    ).is_file()
     assert card.data.sdk_version.split(".")[0] == gradio.__version__.split(".")[0]

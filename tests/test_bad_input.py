@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import os
 import runpy
 import shutil
 import subprocess
@@ -23,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from configuration_phase15 import Phase15Config
-from data_sft import load_records, stream_records, train_tokenizer
 from modeling_phase15 import Phase15Cache, Phase15ForCausalLM
+from phase15.quickstart import train_tokenizer
+from phase15.records import load_records, stream_records
 
 
 ROOT = Path(__file__).parents[1]
@@ -479,9 +481,12 @@ def tree(folder: Path) -> dict[str, tuple]:
 
 def run(case: Case, argv: list[str], monkeypatch) -> tuple[int, list[str]]:
     """Exit code of the command and its lines on stderr; without `process` it is run in this one."""
-    path = str(ROOT / case.command)
+    folder = "" if (ROOT / case.command).exists() else "scripts"
+    path = str(ROOT / ("benchmarks/__main__.py" if case.command == "benchmark.py" else f"{folder}/{case.command}"))
     if case.process:
-        done = subprocess.run([sys.executable, path, *argv], capture_output=True, text=True, timeout=300)
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, path, *argv]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         return done.returncode, done.stderr.splitlines()
     monkeypatch.setattr(sys, "argv", [path, *argv])
     said = io.StringIO()

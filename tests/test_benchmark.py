@@ -8,7 +8,10 @@ import torch
 from conftest import CHUNK, QUERY, random_ids
 from transformers import AutoModelForCausalLM
 
-import benchmark
+from benchmarks import __main__ as benchmark
+from benchmarks import decode as decode_benchmark
+from benchmarks import harness
+from benchmarks import train as train_benchmark
 
 
 def report_of(*argv: str, capsys) -> tuple[dict, str]:
@@ -25,7 +28,7 @@ def test_decode(capsys):
     report, text = report_of(*argv, capsys=capsys)
     assert list(report["results"]) == ["batch 1", "batch 3"]
     for name, rows in report["results"].items():
-        assert list(rows) == [benchmark.BASE, benchmark.PLAIN] and name in text
+        assert list(rows) == [harness.BASE, harness.PLAIN] and name in text
         for row in rows.values():
             rate = report["ceilings"]["bytes_per_second"] * row["share_of_copy"]
             assert rate == pytest.approx(1e9 * row["gb_per_second"])
@@ -37,7 +40,7 @@ def test_the_base_is_compiled_on_a_cpu_too(bases, monkeypatch):
     """Or `benchmark.py decode --compile` would time a base that is not."""
     base, calls = AutoModelForCausalLM.from_pretrained(bases["llama"]), []
     monkeypatch.setattr(type(base), "get_compiled_call", lambda self, config: calls.append(config) or self.__call__)
-    config = benchmark.compile_everywhere()
+    config = decode_benchmark.compile_everywhere()
     base.generate(random_ids(1, 5), max_new_tokens=3, cache_implementation="static", compile_config=config)
     assert calls == [config]
 
@@ -51,13 +54,13 @@ def test_long(capsys, tmp_path):
     picture = tmp_path / "folder" / "long.png"
     report, text = report_of("long", "--new_tokens", "600", "--picture", str(picture), capsys=capsys)
     assert report["lengths"] == [256, 512] and picture.read_bytes().startswith(b"\x89PNG")
-    base, ours = (report["results"][name] for name in (benchmark.BASE, benchmark.PLAIN))
+    base, ours = (report["results"][name] for name in (harness.BASE, harness.PLAIN))
     assert ours["growth"]["state_mb"] == 1
     head_bytes = 4 * 2 * 2 * 2 * 16  # float32, keys and values, layers, heads of keys, their width
     # after 256 answers the last token is in no cache
     assert base["256"]["state_mb"] == (256 + 256 - 1) * head_bytes / 2**20
     assert base["growth"]["state_mb"] == pytest.approx((256 + 512 - 1) / (256 + 256 - 1))
-    assert benchmark.BASE in text
+    assert harness.BASE in text
 
 
 def test_train(capsys):
@@ -88,7 +91,10 @@ def test_the_naive_loss_is_the_models_own(tiny):
     labels = ids.clone()
     labels[:, : QUERY + 2] = -100
     gradients = []
-    for loss in (benchmark.chunk_by_chunk(tiny, ids, QUERY + 2), tiny(ids, labels=labels, skip_logits=True).loss):
+    for loss in (
+        train_benchmark.chunk_by_chunk(tiny, ids, QUERY + 2),
+        tiny(ids, labels=labels, skip_logits=True).loss,
+    ):
         tiny.zero_grad()
         loss.backward()
         gradients.append([loss, *(parameter.grad.clone() for parameter in tiny.parameters())])

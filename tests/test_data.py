@@ -14,18 +14,10 @@ import torch
 from datasets import Dataset, load_dataset
 from tokenizers.processors import TemplateProcessing
 
-import data_sft
-from data_sft import (
-    FORMATS,
-    Phase15DataCollator,
-    Phase15RecordError,
-    docstring_records,
-    load_records,
-    split_stream,
-    stream_encoder,
-    stream_records,
-    tokenize,
-)
+from phase15 import examples, records
+from phase15.examples import FORMATS, Phase15DataCollator, split_stream, stream_encoder, tokenize
+from phase15.quickstart import docstring_records
+from phase15.records import Phase15RecordError, load_records, stream_records
 
 
 USER, ASSISTANT = "<|user|>\n{}<|end|>\n", "<|assistant|>\n"
@@ -348,7 +340,7 @@ def test_a_stream_is_read_as_it_is_needed(chat_tokenizer, monkeypatch, tmp_path)
             given.append(number)
             yield PAIR
 
-    monkeypatch.setitem(data_sft.READERS, ".jsonl", endless)
+    monkeypatch.setitem(records.READERS, ".jsonl", endless)
     rows = stream_records(write(tmp_path / "data.jsonl", [PAIR]))
     stream_encoder(rows, chat_tokenizer, 64)
     assert given == [1]
@@ -409,7 +401,7 @@ def test_a_shuffled_stream(monkeypatch, tmp_path):
     assert len(set(map(tuple, [*passes, sorted(passes[0])]))) == 4
     assert numbers_of(training, 120) == numbers_of(split_stream(rows, 2, shuffle_seed=0)[0], 120) == order
     assert numbers_of(split_stream(rows, 2, shuffle_seed=1)[0], 40) != passes[0]
-    monkeypatch.setattr(data_sft, "SHUFFLE_BUFFER", 8)
+    monkeypatch.setattr(examples, "SHUFFLE_BUFFER", 8)
     order = numbers_of(split_stream(rows, 0, shuffle_seed=0)[0], 42)
     assert sorted(order) == list(range(1, 43)) != order
     assert all(number <= place + 8 for place, number in enumerate(order, start=1))
@@ -433,7 +425,7 @@ def test_a_stream_from_the_hub(chat_tokenizer, monkeypatch, tmp_path):
         asked.append((name, config, split, streaming))
         return load_dataset("json", data_files=files, split="train", streaming=True)
 
-    monkeypatch.setattr(data_sft, "load_dataset", hub)
+    monkeypatch.setattr(records, "load_dataset", hub)
     rows = stream_records("me/data", "main", "test")
     assert asked == [("me/data", "main", "test", True)]
     encode = stream_encoder(rows, chat_tokenizer, 64, "me/data")

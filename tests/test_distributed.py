@@ -32,8 +32,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-import eval_sft
-from checkpoint_sft import write_manifest
+from phase15 import runs
+from phase15.checkpoints import write_manifest
 from train_sft import prepare
 
 
@@ -240,7 +240,7 @@ def work(rank: int, processes: int, port: int, config: str, recipe: Path, log: P
     if "fsdp_config" in settings:  # which the launcher gives to the script in the same way
         os.environ["ACCELERATE_USE_FSDP"] = "true"
         os.environ |= {name.upper(): str(value).lower() for name, value in settings["fsdp_config"].items()}
-    eval_sft.answer_in_new_process = lambda folder, query, max_new_tokens: query  # slow, and done in the launched runs
+    runs.answer_in_new_process = lambda folder, query, max_new_tokens: query  # slow, and done in the launched runs
     sys.argv = [SCRIPTS[config], str(recipe), *FLAGS[config]]
     runpy.run_path(str(ROOT / SCRIPTS[config]), run_name="__main__")
 

@@ -26,7 +26,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-import eval_lm  # noqa: E402
+from scripts import eval_lm  # noqa: E402
 
 
 pytestmark = pytest.mark.extra
@@ -350,14 +350,14 @@ def runs(folders, task_folder, tmp_path_factory) -> dict[str, tuple[Path, str]]:
     commands = {
         "hf": ["-m", "lm_eval", "--model", "hf", "--model_args"]
         + [f"pretrained={folders['trained']},trust_remote_code=True,max_length=1000"],
-        "phase15": [str(ROOT / "eval_lm.py"), "--model_dir", folders["trained"]],
+        "phase15": ["-m", "scripts.eval_lm", "--model_dir", folders["trained"]],
     }
     processes = {}
     for name, command in commands.items():
         folder = tmp_path_factory.mktemp(name)
         paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) != ROOT]
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONPATH": os.pathsep.join([*paths, str(ROOT)] if name == "phase15" else paths),
             "HF_HOME": str(folder / "hf"),
             "HF_MODULES_CACHE": str(folder / "modules"),
             "OMP_NUM_THREADS": "1",
@@ -419,8 +419,8 @@ def test_plain_lm_eval_takes_the_first_token_as_query(runs, trained, answers):
 
 
 def test_a_missing_folder_ends_in_one_line():
-    command = [sys.executable, str(ROOT / "eval_lm.py"), "--model_dir", "nowhere", "--tasks", "choice"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "scripts.eval_lm", "--model_dir", "nowhere", "--tasks", "choice"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == "eval_lm.py: nowhere: no such folder, and no USER/NAME on the Hub."
 

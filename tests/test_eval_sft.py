@@ -35,10 +35,12 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-import eval_sft
-from data_sft import Phase15DataCollator
-from eval_sft import EvaluationArguments, Losses, Record
 from modeling_phase15 import Phase15ForCausalLM
+from phase15 import evaluation, reports
+from phase15.evaluation import Losses, Record
+from phase15.examples import Phase15DataCollator
+from scripts import eval_sft
+from scripts.eval_sft import EvaluationArguments
 from train_sft import prepare
 
 
@@ -151,7 +153,7 @@ def assert_rows(losses: Losses, rows: list[torch.Tensor]):
 def test_compare_equals_naive_references(kind, bases):
     model, data = randomise_alpha(Phase15ForCausalLM.from_base(bases[kind], **SIZES)).train(), records()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    results = eval_sft.compare(model, batches_of(data))["validation"]
+    results = evaluation.compare(model, batches_of(data))["validation"]
     expected = [naive_variants(model, *pair) for pair in zip(data, data[1:] + data[:1], strict=True)]
     assert list(results) == ROWS
     for variant, result in results.items():
@@ -167,7 +169,7 @@ def test_compare_equals_naive_references(kind, bases):
 
 def test_every_record_has_its_own_losses(tiny):
     data = records()
-    for variant, losses in eval_sft.variants(tiny, data, 2).items():
+    for variant, losses in evaluation.variants(tiny, data, 2).items():
         expected = [naive_variants(tiny, *pair)[variant] for pair in zip(data, data[1:] + data[:1], strict=True)]
         assert_rows(losses, expected)
 
@@ -177,31 +179,31 @@ def test_the_models_losses_are_those_of_its_training_form(tiny):
     batch.pop("records")
     with torch.no_grad():
         outputs = tiny(**batch, skip_logits=True)
-    nats, tokens = (values.sum(0) for values in eval_sft.variants(tiny, records(), 5)["the model"])
+    nats, tokens = (values.sum(0) for values in evaluation.variants(tiny, records(), 5)["the model"])
     close(nats.float(), outputs.chunk_losses)
     assert torch.equal(tokens, outputs.chunk_tokens)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])  # of five records
 def test_losses_do_not_depend_on_the_batch_size(batch_size, tiny):
-    expected, actual = (eval_sft.variants(tiny, records(), size) for size in (5, batch_size))
+    expected, actual = (evaluation.variants(tiny, records(), size) for size in (5, batch_size))
     for variant in ROWS:
         close(actual[variant], expected[variant])
 
 
 def test_the_soft_prompt_of_an_equal_record_is_as_good(tiny):
-    losses = eval_sft.variants(tiny, records()[3:4] * 3, 2)
+    losses = evaluation.variants(tiny, records()[3:4] * 3, 2)
     close(losses["another record's soft prompt"], losses["the model"])
     close(losses["another record's Δ"], losses["the model"])
 
 
 def test_one_record_has_no_other(tiny):
-    assert list(eval_sft.variants(tiny, records()[2:3], 2)) == [name for name in ROWS if "another" not in name]
+    assert list(evaluation.variants(tiny, records()[2:3], 2)) == [name for name in ROWS if "another" not in name]
 
 
 def test_no_delta_restores_alpha_after_an_error(tiny):
     alpha = tiny.hypernet.alpha.detach().clone()
-    with pytest.raises(KeyError), eval_sft.no_delta(tiny):
+    with pytest.raises(KeyError), evaluation.no_delta(tiny):
         assert not tiny.hypernet.alpha.any()
         raise KeyError
     assert torch.equal(tiny.hypernet.alpha, alpha)
@@ -218,13 +220,13 @@ def test_virtual_tokens_of_an_adapter_shift_no_target(bases):
         embeds = base.get_input_embeddings()(torch.tensor(record.query + record.answer))
         logits = base(inputs_embeds=torch.cat([virtual, embeds])[None]).logits[0]
         expected.append(naive(logits[3 + len(record.query) - 1 : -1], record.answer))
-    losses = eval_sft.measure("adapter", 2, lambda batch: eval_sft.llm_losses(tuned, batch, CHUNK), data)
+    losses = evaluation.measure("adapter", 2, lambda batch: evaluation.llm_losses(tuned, batch, CHUNK), data)
     assert_rows(losses, expected)
 
 
 def test_a_rivals_chunks_are_those_of_the_evaluated_model(tiny):
     """Whatever its own are."""
-    losses = eval_sft.rival_losses("rival", tiny, records(), 2, 6)
+    losses = evaluation.rival_losses("rival", tiny, records(), 2, 6)
     expected = [naive_variants(tiny, record, record)["the model"] for record in records()]
     for nats, tokens, row in zip(*losses, expected, strict=True):
         close(nats.tolist()[: math.ceil(len(row) / 6)], [chunk.sum().item() for chunk in row.split(6)])
@@ -261,7 +263,7 @@ def test_losses_behind_the_models_own_words(tiny):
     end = naive_greedy(tiny, data[2].query, 1, -1)[0]  # which it would say at once
     answers = eval_sft.generate("", tiny, Tokenizer(end), [r.query for r in data], 2, longest, min_new_tokens=longest)
     assert answers == [naive_greedy(tiny, record.query, longest, end) for record in data]
-    losses = eval_sft.own_words(tiny, data, answers, 2)
+    losses = evaluation.own_words(tiny, data, answers, 2)
     expected = {name: [] for name in ("the model", "Δ = 0", "full context")}
     for record, answer in zip(data, answers, strict=True):
         histories = [torch.tensor(record.query + answer[:i]) for i in range(0, len(record.answer), CHUNK)]
@@ -279,7 +281,7 @@ def test_losses_behind_the_models_own_words(tiny):
     assert list(losses) == ["the model", "Δ = 0", "full context"]
     for name, rows in expected.items():
         assert_rows(losses[name], rows)
-    references = eval_sft.variants(tiny, data, 5)
+    references = evaluation.variants(tiny, data, 5)
     for name in losses:
         assert not torch.equal(losses[name].nats, references[name].nats)
         close(losses[name].nats[:, 0], references[name].nats[:, 0])  # the first chunk has only the query before it
@@ -390,16 +392,16 @@ def test_the_interval_is_that_of_a_naive_loop(window, full_context):
         tokens = sum(int(window.tokens[i].sum()) for i in drawn)
         w, m, f = (value / tokens for value in nats)
         ratios.append((w - m) / (w - f))
-    result = eval_sft.context_recovery(window, model, full_context, samples=200, seed=7)
+    result = evaluation.context_recovery(window, model, full_context, samples=200, seed=7)
     assert_close(result["interval"], [float(np.percentile(ratios, 2.5)), float(np.percentile(ratios, 97.5))])
     low, high = result["interval"]
     assert low < result["recovery"] < high and high - low > 0.01
-    assert eval_sft.context_recovery(window, model, full_context, samples=200, seed=8)["interval"] != [low, high]
+    assert evaluation.context_recovery(window, model, full_context, samples=200, seed=8)["interval"] != [low, high]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0, 1.5, -1.0])
 def test_context_recovery_is_the_share_of_the_gap(share, window, full_context):
-    result = eval_sft.context_recovery(window, mixed(window, full_context, share), full_context)
+    result = evaluation.context_recovery(window, mixed(window, full_context, share), full_context)
     assert_close(result["recovery"], share, atol=1e-9, rtol=0)
     assert_close(result["interval"], [share, share], atol=1e-9, rtol=0)  # in every sample
 
@@ -408,17 +410,17 @@ def test_tokens_weigh_the_records():
     tokens = torch.tensor([[1], [9]])
     rows = [Losses(torch.tensor(nats, dtype=torch.float64)[:, None], tokens) for nats in ([2.0, 27], [1, 20], [1, 18])]
     window, model, full_context = rows
-    assert eval_sft.summary(window)["loss"] == 2.9
-    result = eval_sft.context_recovery(window, model, full_context)
+    assert evaluation.summary(window)["loss"] == 2.9
+    result = evaluation.context_recovery(window, model, full_context)
     assert_close((result["gap"], result["recovery"]), (1.0, 0.8))
 
 
 def test_equal_records_have_no_interval():
     rows = [losses_of(0, mean, num_records=1) for mean in (2, 1.2, 1)]
     rows = [Losses(*(values.repeat(9, 1) for values in row)) for row in rows]
-    result = eval_sft.context_recovery(*rows)
+    result = evaluation.context_recovery(*rows)
     assert_close(result["interval"], [result["recovery"]] * 2)
-    assert_close(eval_sft.interval(eval_sft.resampled_loss(rows[0])), [eval_sft.summary(rows[0])["loss"]] * 2)
+    assert_close(evaluation.interval(evaluation.resampled_loss(rows[0])), [evaluation.summary(rows[0])["loss"]] * 2)
 
 
 @pytest.mark.parametrize("gap", ["none", "negative", "not sure", "rounding"])
@@ -429,17 +431,17 @@ def test_no_recovery_where_full_context_is_not_better(gap, window, full_context)
         "rounding": mixed(window, full_context, 1e-5),
         "not sure": window._replace(nats=window.nats - 0.3 * window.tokens * (torch.arange(20) == 0)[:, None]),
     }[gap]
-    result = eval_sft.context_recovery(window, mixed(window, full_context, 0.5), full_context)
+    result = evaluation.context_recovery(window, mixed(window, full_context, 0.5), full_context)
     assert result["recovery"] is None and result["interval"] is None
     assert (result["gap"] > 0) == (gap in ("not sure", "rounding"))
-    (line,) = eval_sft.recovery_lines({"context_recovery": {"same LLM": result}})
+    (line,) = reports.recovery_lines({"context_recovery": {"same LLM": result}})
     assert "undefined: full context is not better than the window" in line and "%," not in line
 
 
 def test_the_table_keeps_what_a_folder_is_called_in_its_cell():
     row = {"loss": 1.0, "tokens_by_chunk": [1200], "interval": [0.5, 1.5]}
     match = {"correct": 1, "records": 8, "share": 0.125}
-    table = eval_sft.table({"validation": {"rival: a|b\n<b>": row}, "exact_match": {"rival: a|b\n<b>": match}})
+    table = reports.table({"validation": {"rival: a|b\n<b>": row}, "exact_match": {"rival: a|b\n<b>": match}})
     assert table.splitlines()[:3] == [
         "| validation, 1,200 answer tokens | nats per token | 95 % interval | exact match |",
         "|---|---|---|---|",
@@ -498,18 +500,18 @@ RIVALS = {"window": "window", "full_context": "other", "lora": "lora", "prompt_t
 
 
 @pytest.fixture(scope="module")
-def evaluation(home, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+def evaluated(home, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     """The command with everything."""
     folder = tmp_path_factory.mktemp("evaluation") / "new"
-    command = [sys.executable, str(ROOT / "eval_sft.py"), "--model_dir", str(home / "model"), "--dataset"]
+    command = [sys.executable, "-m", "scripts.eval_sft", "--model_dir", str(home / "model"), "--dataset"]
     command += [str(home / "data.jsonl"), "--base", str(home / "base"), "--output_dir", str(folder)]
     command += ["--rivals", *(str(home / name) for name in RIVALS.values()), "--generated_records", "3"]
     command += ["--max_new_tokens", "6", "--bootstrap_samples", "500", "--device", "cpu"]
-    return folder, subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return folder, subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def test_the_command_writes_and_prints_every_row(evaluation, home):
-    folder, done = evaluation
+def test_the_command_writes_and_prints_every_row(evaluated, home):
+    folder, done = evaluated
     assert done.returncode == 0, done.stderr[-3000:]
     assert {path.name for path in folder.iterdir()} == {"evaluation.json", "loss_by_chunk.png"}
     assert (folder / "loss_by_chunk.png").read_bytes()[:4] == b"\x89PNG"
@@ -540,8 +542,8 @@ def test_the_command_writes_and_prints_every_row(evaluation, home):
 
 
 @torch.no_grad()
-def test_the_rows_of_base_and_rivals_are_theirs(evaluation, home, chat_tokenizer):
-    rows = json.loads((evaluation[0] / "evaluation.json").read_text())["validation"]
+def test_the_rows_of_base_and_rivals_are_theirs(evaluated, home, chat_tokenizer):
+    rows = json.loads((evaluated[0] / "evaluation.json").read_text())["validation"]
     assert_close(rows["rival: window"], rows["Δ = 0"])  # the same weights without Δ
     close(rows["the untrained base, full context"], rows["full context"], atol=1e-5)  # α apart, it is not trained
     args = arguments(home, home)
@@ -555,8 +557,8 @@ def test_the_rows_of_base_and_rivals_are_theirs(evaluation, home, chat_tokenizer
     assert len({round(row["loss"], 4) for row in rows.values()}) == len(rows) - 2
 
 
-def test_context_recovery_takes_its_rows(evaluation):
-    results = json.loads((evaluation[0] / "evaluation.json").read_text())
+def test_context_recovery_takes_its_rows(evaluated):
+    results = json.loads((evaluated[0] / "evaluation.json").read_text())
     rows = {name: row["loss"] for name, row in results["validation"].items()}
     gaps = {name: result["gap"] for name, result in results["context_recovery"].items()}
     own = {name: row["loss"] for name, row in results["own_words"].items()}
@@ -599,7 +601,7 @@ def test_what_is_evaluated_is_what_the_run_held_out(settings, home, tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     args = arguments(home, tmp_path, model_dir=str(tmp_path))
     rows, where, _ = eval_sft.validation_records(args, trainer.processing_class, 256)
-    expected = [record for batch in trainer.get_eval_dataloader() for record in eval_sft.unbatch(batch)]
+    expected = [record for batch in trainer.get_eval_dataloader() for record in evaluation.unbatch(batch)]
     assert rows == expected and where.endswith("held them out")
     args.max_records, args.validation_split = 2, None
     assert eval_sft.validation_records(args, trainer.processing_class, 256)[0] == expected[:2]
@@ -639,7 +641,7 @@ def test_bad_input_is_named_before_anything_is_written(case, home, tmp_path):
 
 
 def test_bad_input_ends_the_command_in_one_line(home):
-    command = [sys.executable, str(ROOT / "eval_sft.py"), "--model_dir", str(home / "base"), "--dataset", "x.jsonl"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "scripts.eval_sft", "--model_dir", str(home / "base"), "--dataset", "x.jsonl"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert re.fullmatch(r"eval_sft\.py: .*Phase15 model.*", done.stderr.strip().splitlines()[-1])

@@ -34,9 +34,10 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import eval_sft
 import push_to_hub
-from checkpoint_sft import (
+from modeling_phase15 import Phase15ForCausalLM
+from phase15 import models, runs
+from phase15.checkpoints import (
     MANIFEST,
     Phase15CheckpointError,
     find_checkpoint,
@@ -46,7 +47,7 @@ from checkpoint_sft import (
     write_manifest,
     write_text,
 )
-from modeling_phase15 import Phase15ForCausalLM
+from scripts import eval_sft
 from train_sft import main, prepare
 
 
@@ -156,7 +157,7 @@ def work(recipe: Path, log: Path, prepare_process):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     # slow, and done in the runs of the real command
-    eval_sft.answer_in_new_process = lambda folder, query, max_new_tokens: query
+    runs.answer_in_new_process = lambda folder, query, max_new_tokens: query
     if prepare_process is not None:
         function, *arguments = prepare_process
         function(*arguments)
@@ -734,8 +735,8 @@ def test_pickled_weights_are_refused(bases, short, recipe, tmp_path):
         lambda: Phase15ForCausalLM.from_pretrained(model),
         lambda: AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True),
         lambda: push_to_hub.load(Path(model)),
-        lambda: eval_sft.load(model, arguments),
-        lambda: eval_sft.load(base, arguments),
+        lambda: models.load(model, arguments),
+        lambda: models.load(base, arguments),
         lambda: prepare([str(write(recipe, tmp_path, model_name_or_path=base))]),
         lambda: prepare([str(write(recipe, tmp_path, model_name_or_path=model))]),
     ]
@@ -746,6 +747,6 @@ def test_pickled_weights_are_refused(bases, short, recipe, tmp_path):
     assert isinstance(Phase15ForCausalLM.from_pretrained(model, use_safetensors=False), PreTrainedModel)
     adapter = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     get_peft_model(AutoModelForCausalLM.from_pretrained(bases["llama"]), adapter).save_pretrained(tmp_path / "lora")
-    assert isinstance(eval_sft.load(str(tmp_path / "lora"), arguments), PeftModel)
+    assert isinstance(models.load(str(tmp_path / "lora"), arguments), PeftModel)
     with pytest.raises(ValueError, match="no adapter_model.safetensors"):
-        eval_sft.load(pickled(tmp_path / "lora", tmp_path / "adapter", "adapter_model"), arguments)
+        models.load(pickled(tmp_path / "lora", tmp_path / "adapter", "adapter_model"), arguments)

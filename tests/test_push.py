@@ -18,9 +18,9 @@ from hub_server import Commit, HubServer, Request
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from eval_sft import EvaluationArguments
-from eval_sft import main as evaluate
 from modeling_phase15 import Phase15ForCausalLM
+from scripts.eval_sft import EvaluationArguments
+from scripts.eval_sft import main as evaluate
 from train_sft import main, prepare
 
 
@@ -54,12 +54,12 @@ import contextlib, io, json, os, runpy, sys
 
 script = sys.argv[1]
 sys.path[0] = os.path.dirname(script)
-import eval_sft, push_to_hub  # for what it imports; a run executes it again
+from phase15 import runs
 
 def answer(folder, query, max_new_tokens):
     sys.argv = ["-c", str(folder), json.dumps(query), str(max_new_tokens)]
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        exec(eval_sft.LOAD_AND_ANSWER, {})
+        exec(runs.LOAD_AND_ANSWER, {})
     return json.loads(said.getvalue())
 
 for line in sys.stdin:
@@ -73,7 +73,7 @@ os.environ.update(run["environment"])
 for number, name in enumerate([os.devnull, *run["output"]]):
     os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
 if not run["load"]:
-    eval_sft.answer_in_new_process = answer
+    runs.answer_in_new_process = answer
 sys.argv = run["argv"]
 runpy.run_path(script, run_name="__main__")
 """

@@ -15,8 +15,9 @@ from conftest import pad, reference_carry
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import benchmark
 import train_sft
+from benchmarks import __main__ as benchmark
+from benchmarks import load as load_benchmark
 from modeling_phase15 import Phase15ForCausalLM
 
 
@@ -208,5 +209,5 @@ def test_loading_costs_little_more_than_the_bases(real, tmp_path):
     model.save_pretrained(tmp_path / "phase15")
     base.save_pretrained(tmp_path / "base")
     folders = (str(tmp_path / "phase15"), str(tmp_path / "base"))
-    results = benchmark.load(benchmark.parse_args(["load", "--rounds", "12", "--folders", *folders]))["results"]
+    results = load_benchmark.load(benchmark.parse_args(["load", "--rounds", "12", "--folders", *folders]))["results"]
     assert results["phase15"]["fastest_ms"] < 1.5 * results["base"]["fastest_ms"], results

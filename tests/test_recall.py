@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import IterableDataset, default_collate
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-import eval_sft
-import train_sft
 from modeling_phase15 import Phase15ForCausalLM
+from phase15 import arguments, evaluation
+from phase15.trainer import Phase15Trainer
 
 
 SLOTS, SINKS, CHUNK = 16, 8, 16
@@ -141,7 +141,7 @@ def test_recall_over_512_tokens(base, tmp_path):
     assert accuracy(model, LONGEST) < 0.12
 
     stream = RecallStream(32, [32, 64, 128, 256, 512])
-    args = train_sft.Phase15TrainingArguments(
+    args = arguments.Phase15TrainingArguments(
         tmp_path,
         max_steps=1500,
         per_device_train_batch_size=32,
@@ -151,13 +151,13 @@ def test_recall_over_512_tokens(base, tmp_path):
         warmup_steps=50,
         **QUIET,
     )
-    trainer = train_sft.Phase15Trainer(model, args, train_dataset=stream, data_collator=default_collate)
+    trainer = Phase15Trainer(model, args, train_dataset=stream, data_collator=default_collate)
     trainer.add_callback(Curriculum(stream))
     trainer.train()
 
     assert all(torch.equal(value, frozen[name]) for name, value in model.llm.state_dict().items())
     share = accuracy(model, LONGEST, num_rows=512)
-    with eval_sft.no_delta(model):
+    with evaluation.no_delta(model):
         guessed = accuracy(model, LONGEST, num_rows=512)
     print(f"after {trainer.state.global_step} steps: {share:.1%}; without Δ {guessed:.1%}")
     assert share > 0.9

@@ -18,8 +18,10 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from modeling_phase15 import Phase15ForCausalLM
-from push_to_hub import PushArguments, model_card, read_run
-from train_sft import RIVALS, main, prepare
+from phase15.arguments import RIVALS
+from phase15.runs import read_run
+from push_to_hub import PushArguments, model_card
+from train_sft import main, prepare
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
-import eval_sft
 import push_to_hub
-import train_sft
 from modeling_phase15 import Phase15ForCausalLM
+from phase15 import arguments, evaluation, models, reports, runs
+from scripts import eval_sft
 
 
 ROOT = Path(__file__).parents[1]
@@ -52,11 +52,11 @@ def test_no_code_of_a_folder_is_run_unless_it_is_trusted(folder, auto_class, ans
 
 
 def train(folder: Path):
-    train_sft.load_model(train_sft.Phase15ModelArguments(model_name_or_path=str(folder)), None)
+    models.load_model(arguments.Phase15ModelArguments(model_name_or_path=str(folder)), None)
 
 
 def evaluate(folder: Path):
-    eval_sft.load(str(folder), eval_sft.EvaluationArguments(str(folder), "data.jsonl", device="cpu"))
+    models.load(str(folder), eval_sft.EvaluationArguments(str(folder), "data.jsonl", device="cpu"))
 
 
 @pytest.mark.parametrize("load", [train, evaluate, push_to_hub.load], ids=["train_sft", "eval_sft", "push_to_hub"])
@@ -168,7 +168,7 @@ def card_of(model, tokenizer, text: str, is_evaluated: bool) -> ModelCard:
     evaluation["exact_match"] = {"the model": {"correct": 1, "records": 2, "share": 0.5}}
     model.config.text_config._name_or_path = text
     arguments = push_to_hub.PushArguments(**ARGUMENTS, license=text)
-    run = push_to_hub.Run([recipe, recipe], results, evaluation if is_evaluated else {})
+    run = runs.Run([recipe, recipe], results, evaluation if is_evaluated else {})
     return push_to_hub.model_card(arguments, run, model, tokenizer, list(push_to_hub.PICTURES))
 
 
@@ -242,10 +242,10 @@ def test_a_name_that_the_hub_cannot_have_is_refused(flag, name):
 
 def test_words_stay_words_and_anything_else_is_code():
     words = "64 records of gsm8k_test.jsonl, from the last 9.5 %; the run held them out (Δ = 0, Intel Xeon @ 2 GHz)"
-    rows = (eval_sft.OTHER_SOFT_PROMPT, eval_sft.FIRST_SOFT_PROMPT, eval_sft.NOT_CARRIED, eval_sft.OWN_WORDS)
+    rows = (evaluation.OTHER_SOFT_PROMPT, evaluation.FIRST_SOFT_PROMPT, evaluation.NOT_CARRIED, evaluation.OWN_WORDS)
     for text in (words, "rival: café-1", *rows):
-        assert eval_sft.cell(text) == text
+        assert reports.cell(text) == text
     for text in ("http://evil.test", "www.evil.test", "me@evil.test", "@admin", ":octocat:", "_x_", "__x__"):
-        assert eval_sft.cell(text) == f"`{text}`"
-    assert eval_sft.cell(" a|`b``c \n") == "``` a¦`b``c ```"
-    assert eval_sft.cell("<b>") == "`<b>`" and eval_sft.cell("") == ""
+        assert reports.cell(text) == f"`{text}`"
+    assert reports.cell(" a|`b``c \n") == "``` a¦`b``c ```"
+    assert reports.cell("<b>") == "`<b>`" and reports.cell("") == ""

@@ -86,8 +86,8 @@ def free_port() -> int:
 
 def command(folder: Path, *flags: str) -> dict:
     """What subprocess needs to run serve.py in `folder` as a user does, whose Hub cache is empty."""
-    environment = os.environ | {"HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
-    return {"args": [sys.executable, str(ROOT / "serve.py"), *flags], "cwd": folder, "env": environment}
+    environment = os.environ | {"HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return {"args": [sys.executable, "-m", "scripts.serve", *flags], "cwd": folder, "env": environment}
 
 
 @contextmanager

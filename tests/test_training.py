@@ -38,9 +38,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainerCallback
 
-from data_sft import Phase15DataCollator
 from modeling_phase15 import Phase15ForCausalLM
-from train_sft import Phase15Trainer, Phase15TrainingArguments, main, parse_args, prepare, save_recipe
+from phase15.arguments import Phase15TrainingArguments, parse_args
+from phase15.examples import Phase15DataCollator
+from phase15.runs import save_recipe
+from phase15.trainer import Phase15Trainer
+from train_sft import main, prepare
 
 
 ROOT = Path(__file__).parent.parent
@@ -583,7 +586,8 @@ import json, os, sys
 from pathlib import Path
 
 from test_training import At, Killed, epochless, kill, watched
-from train_sft import leave, prepare
+from phase15.shutdown import leave
+from train_sft import prepare
 
 runs = []
 for recipe, killed_after, checkpoint in json.loads(sys.argv[1]):

@@ -3,8 +3,8 @@
 An OpenAI-compatible server for a Phase15 model: `transformers serve`, told where the model's class is.
 
     pip install -r requirements-extra.txt -c requirements.lock
-    python serve.py                                          outputs/quickstart, at http://127.0.0.1:8000/v1
-    python serve.py --model_dir DIR_OR_HUB_ID --port 8001    other flags go on: see transformers serve --help
+    python -m scripts.serve                                          outputs/quickstart, at http://127.0.0.1:8000/v1
+    python -m scripts.serve --model_dir DIR_OR_HUB_ID --port 8001    other flags go on: see transformers serve --help
 
 The model's name in requests is `--model_dir`, as /v1/models says. Requests are answered one after another, each with a
 cache of its own, and in at most 1024 tokens unless they set `max_tokens`; `temperature` is for models whose

@@ -4,9 +4,9 @@ lm-evaluation-harness for a Phase15 model, in the form it was trained in: the co
 prompt, and the continuation is predicted from there, chunk by chunk.
 
     pip install -r requirements-extra.txt -c requirements.lock
-    python eval_lm.py --model_dir outputs/quickstart --tasks hellaswag --limit 100 --batch_size 8
-    python eval_lm.py --model_dir outputs/quickstart --tasks mine --include_path FOLDER --output_path results
-    python eval_lm.py --help                              every flag: all but --model_dir are lm_eval's own
+    python -m scripts.eval_lm --model_dir outputs/quickstart --tasks hellaswag --limit 100 --batch_size 8
+    python -m scripts.eval_lm --model_dir outputs/quickstart --tasks mine --include_path FOLDER --output_path results
+    python -m scripts.eval_lm --help                              every flag: all but --model_dir are lm_eval's own
 
     lm_eval --model hf --model_args pretrained=DIR,trust_remote_code=True --tasks hellaswag
 
@@ -163,7 +163,7 @@ class Phase15LM(HFLM):
 
 def main(argv: list[str]):
     parser = argparse.ArgumentParser(
-        usage="python eval_lm.py --model_dir DIR --tasks TASK … [options of lm_eval]",
+        usage="python -m scripts.eval_lm --model_dir DIR --tasks TASK … [options of lm_eval]",
         add_help=False,
         allow_abbrev=False,
     )

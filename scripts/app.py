@@ -2,11 +2,11 @@
 """
 Chat with a Phase15 model and see what the recursion does while the answer grows; also a Hub Space as it is.
 
-    python app.py                                  outputs/quickstart, trained first if it is not there
-    python app.py --model_dir DIR_OR_HUB_ID        any Phase15 model, whose code is run: read it before
-    PHASE15_MODEL=HUB_ID python app.py             the same, as a Space says it
-    python app.py --port 8080                      or GRADIO_SERVER_PORT; GRADIO_SERVER_NAME=0.0.0.0 opens it to others
-    python app.py --help                           every flag, with the limits of what one visitor may ask
+    python -m scripts.app                                  outputs/quickstart, trained first if it is not there
+    python -m scripts.app --model_dir DIR_OR_HUB_ID        any Phase15 model, whose code is run: read it before
+    PHASE15_MODEL=HUB_ID python -m scripts.app             the same, as a Space says it
+    python -m scripts.app --port 8080                      or GRADIO_SERVER_PORT
+    python -m scripts.app --help                           every flag, with the limits of what one visitor may ask
 
 Needs no other file of this repository when it is given a model.
 """
@@ -37,7 +37,7 @@ from transformers import (
 )
 
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 QUICKSTART = HERE / "outputs" / "quickstart"
 MAX_CHARACTERS = 100_000  # of a conversation: 40 pages, some 100 steps of reading; the model itself has no limit
 MAX_WAITING = 16  # questions; one is answered at a time

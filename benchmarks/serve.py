@@ -3,7 +3,7 @@
 Time to the first token of an answer: through serve.py's endpoint, streamed to OpenAI's client, and by `generate` with
 a streamer in this process. In turn, so that whatever else the machine does hits both.
 
-    python benchmarks/serve_latency.py --model_dir outputs/quickstart --repetitions 15
+    python -m benchmarks.serve --model_dir outputs/quickstart --repetitions 15
 """
 
 import argparse
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 
-SERVE = Path(__file__).parent.parent / "serve.py"
+ROOT = Path(__file__).parent.parent
 CHAT = [{"role": "user", "content": "What is the function os.path.join for?"}]
 ANSWER_LENGTH = 2  # the rest of an answer is not measured
 
@@ -55,10 +55,10 @@ def main(model_dir: str, repetitions: int):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
-    command = [sys.executable, SERVE, "--model_dir", model_dir, "--port", port]
+    command = [sys.executable, "-m", "scripts.serve", "--model_dir", model_dir, "--port", port]
     model = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=True)
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
             client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=20)
             client.models.list()  # comes back when the server is up

@@ -1,0 +1,98 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""
+Speed and memory of Phase15 beside its rivals, in one process, with random weights at a named shape.
+
+    python -m benchmarks decode --shape tinyllama    ms per token, against the base under transformers' `generate`
+    python -m benchmarks long --shape tinyllama      the same, as the answer grows: a table and a curve
+    python -m benchmarks train --shape tinyllama     a step, against chunk by chunk and full-context fine-tuning
+    python -m benchmarks load --shape smollm2        `from_pretrained`, against the bare base
+
+Every variant runs once uncounted, then all take turns; figures are medians over the rounds. Ceilings are measured on
+the spot: bytes/s of a large copy, FLOP/s of a large matrix product. The last line is JSON; with --json, the only one.
+"""
+
+import argparse
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from benchmarks.decode import decode
+from benchmarks.harness import SHAPES, commit, device, device_name, quiet, shown, table
+from benchmarks.load import load
+from benchmarks.long import long
+from benchmarks.train import train
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    cuda = torch.cuda.is_available()
+    parser.add_argument("what", choices=["train", "decode", "long", "load"])
+    parser.add_argument("--shape", choices=list(SHAPES), default="tinyllama" if cuda else "smollm2")
+    parser.add_argument("--json", action="store_true", help="print the JSON line alone")
+    parser.add_argument("--rounds", type=int, help="counted calls of each variant (default 5; load 30; long 1)")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", help="rows (default: decode 1, on CUDA 1 64; train 8)")
+    parser.add_argument("--prompt_length", type=int, default=256, help="tokens of the prompt or query")
+    parser.add_argument("--new_tokens", type=int, help="tokens of the answer (default 256; long 8192)")
+    parser.add_argument("--sample", action="store_true", help="decode: sampling instead of greedy search")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="the compiled variants")
+    parser.add_argument("--stage", choices=["hypernet", "full"], default="full", help="train: what is trained")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="train: recompute the LLM's activations")
+    parser.add_argument("--folders", nargs=2, metavar=("PHASE15", "BASE"), help="load: these, not random weights")
+    parser.add_argument("--picture", type=Path, help="long: the curve (default outputs/long_SHAPE.png)")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16" if cuda else "float32")
+    parser.add_argument("--device", type=device, default=torch.device("cuda" if cuda else "cpu"))
+    args = parser.parse_args(argv)
+    for name in ("rounds", "batch_sizes", "prompt_length", "new_tokens"):
+        value = getattr(args, name)
+        if value is not None and min(value if isinstance(value, list) else [value]) < 1:
+            parser.error(f"argument --{name}: must be 1 or more, not {value}")
+    for folder in args.folders or ():
+        if not Path(folder, "config.json").is_file():
+            parser.error(f"argument --folders: {folder} is no folder of a model, it has no config.json")
+    args.dtype = getattr(torch, args.dtype)
+    args.rounds = args.rounds or {"load": 30, "long": 1}.get(args.what, 5)
+    args.new_tokens = args.new_tokens or (8192 if args.what == "long" else 256)
+    if args.batch_sizes is None:
+        args.batch_sizes = {"decode": [1, 64] if cuda else [1], "train": [8]}.get(args.what, [1])
+    args.picture = args.picture or Path("outputs") / f"long_{args.shape}.png"
+    return args
+
+
+def main(args: argparse.Namespace) -> dict:
+    with quiet():
+        report = {"train": train, "decode": decode, "long": long, "load": load}[args.what](args)
+    settings = {name: value for name, value in vars(args).items() if name not in ("json", "picture", "folders")}
+    settings |= {name: str(settings[name]).removeprefix("torch.") for name in ("dtype", "device")}
+    report = {
+        "benchmark": args.what,
+        "commit": commit(),
+        "device": device_name(args.device),
+        "versions": {package: version(package) for package in ("torch", "transformers")},
+        "settings": settings,
+        **report,
+    }
+    if not args.json:
+        print(f"{args.what}, {args.shape}, {settings['dtype']}, {report['device']}, commit {report['commit']}")
+        if limits := report.get("ceilings"):
+            rates = limits["bytes_per_second"] / 1e9, limits["flop_per_second"] / 1e12
+            print("ceilings: a large copy {:.0f} GB/s, a large matrix product {:.2f} TFLOP/s".format(*rates))
+        results = report["results"]
+        if args.what == "load":
+            results = {"": results}
+        for name, rows in results.items():
+            if args.what == "long":
+                found = rows.get("faster_than_base_from_token", "")
+                name += f"; whole answer faster than the base's from token: {shown(found)}" if found != "" else ""
+                rows = {key: row for key, row in rows.items() if isinstance(row, dict)}
+            print(f"\n{name}\n{table(rows)}")
+        print()
+    print(json.dumps(report))
+    return report
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,359 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""Loss by example and chunk for any model, its controls, and context recovery with bootstrap intervals."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from modeling_phase15 import HyperNetwork, Phase15ForCausalLM, SoftPrompt
+
+
+MODEL, WINDOW, FULL_CONTEXT = "the model", "Δ = 0", "full context"
+FIRST_SOFT_PROMPT = "soft prompt at sp_0"
+OTHER_SOFT_PROMPT, OTHER_DELTA = "another record's soft prompt", "another record's Δ"
+SAME_LLM, OWN_WORDS = "same LLM", "same LLM, behind the model's own words"
+NOT_CARRIED = "same LLM, with another record's Δ"
+OWN_RIVALS = "rivals fine-tuned on their own"
+RIVAL_WINDOW, RIVAL_FULL_CONTEXT = "rival: window", "rival: full_context"
+BOOTSTRAP_SAMPLES = 10_000
+LEAST_GAP = 1e-4  # nats per token: below it, what full context gives over the window may be rounding alone
+
+
+class Record(NamedTuple):
+    """The token ids of a query and of what follows it."""
+
+    query: list[int]
+    answer: list[int]
+
+
+class Losses(NamedTuple):
+    """
+    What each record's chunks cost; all intervals come from here.
+
+    nats (`torch.DoubleTensor` of shape `(num_records, num_chunks)`): cross-entropy, summed over the chunk's tokens.
+    tokens (`torch.LongTensor` of shape `(num_records, num_chunks)`): how many these are, 0 behind the answer's end.
+    """
+
+    nats: torch.Tensor
+    tokens: torch.Tensor
+
+
+@torch.no_grad()
+def compare(model: Phase15ForCausalLM, batches: Iterable[dict[str, torch.Tensor]]) -> dict[str, dict]:
+    """
+    Measures the six variants, with the model in evaluation mode.
+
+    Args:
+        model (`Phase15ForCausalLM`): the trained model.
+        batches (iterable of `dict`): of a [`Phase15DataCollator`].
+
+    Returns:
+        `dict`: `validation`, for each variant what `summary` says, and `context_recovery`, by the name of what is
+        compared.
+    """
+    batches = [unbatch(batch) for batch in batches]
+    losses = variants(model, [record for batch in batches for record in batch], max(map(len, batches)))
+    return {
+        "validation": {variant: summary(rows) for variant, rows in losses.items()},
+        "context_recovery": {
+            name: context_recovery(*(losses[row] for row in (WINDOW, candidate, FULL_CONTEXT)))
+            for name, candidate in ((SAME_LLM, MODEL), (NOT_CARRIED, OTHER_DELTA))
+            if candidate in losses
+        },
+    }
+
+
+def compare_rival(
+    model: PreTrainedModel | PeftModel, name: str, batches: Iterable[dict[str, torch.Tensor]], chunk_length: int
+) -> dict[str, dict]:
+    """As `compare`, of a rival alone: there is nothing that it recovers."""
+    batches = [unbatch(batch) for batch in batches]
+    records = [record for batch in batches for record in batch]
+    losses = rival_losses(name, model.eval(), records, max(map(len, batches)), chunk_length)
+    return {"validation": {name: summary(losses)}}
+
+
+def unbatch(batch: dict[str, torch.Tensor]) -> list[Record]:
+    rows = zip(*(batch[name] for name in ("input_ids", "attention_mask", "labels")), strict=True)
+    return [
+        Record(ids[mask.bool() & (labels == -100)].tolist(), ids[labels != -100].tolist())
+        for ids, mask, labels in rows
+    ]
+
+
+def variants(model: Phase15ForCausalLM, records: list[Record], batch_size: int) -> dict[str, Losses]:
+    """The rows that share the model's LLM. Without a second record there are no rows of another."""
+    model.eval()
+
+    def behind(name: str, histories: list[Record]) -> Losses:
+        return measure(name, batch_size, lambda *batch: phase15_losses(model, *batch), records, histories)
+
+    losses = {MODEL: behind(MODEL, records)}
+    with no_delta(model):
+        losses[WINDOW] = behind(WINDOW, records)
+    unanswered = [record._replace(answer=[]) for record in records]
+    losses[FIRST_SOFT_PROMPT] = behind(FIRST_SOFT_PROMPT, unanswered)
+    if len(records) > 1:
+        others = records[1:] + records[:1]
+        losses[OTHER_SOFT_PROMPT] = behind(OTHER_SOFT_PROMPT, others)
+        losses[OTHER_DELTA] = measure(
+            OTHER_DELTA, batch_size, lambda *batch: other_delta_losses(model, *batch), records, others
+        )
+    losses[FULL_CONTEXT] = measure(
+        FULL_CONTEXT, batch_size, lambda batch: llm_losses(model.llm, batch, model.config.chunk_length), records
+    )
+    return losses
+
+
+def own_words(
+    model: Phase15ForCausalLM, records: list[Record], answers: list[list[int]], batch_size: int
+) -> dict[str, Losses]:
+    """As `variants`, each chunk of a record behind the model's own answer, which is at least as long."""
+    histories = [Record(record.query, answer) for record, answer in zip(records, answers, strict=True)]
+
+    def behind_phase15(*batch) -> Losses:
+        return phase15_losses(model, *batch)
+
+    def behind_llm(batch: list[Record], histories: list[Record]) -> Losses:
+        return llm_losses_behind(model.llm, batch, histories, model.config.chunk_length)
+
+    losses = {MODEL: measure(f"{MODEL}, own words", batch_size, behind_phase15, records, histories)}
+    with no_delta(model):
+        losses[WINDOW] = measure(f"{WINDOW}, own words", batch_size, behind_phase15, records, histories)
+    losses[FULL_CONTEXT] = measure(f"{FULL_CONTEXT}, own words", batch_size, behind_llm, records, histories)
+    return losses
+
+
+@torch.no_grad()
+def measure(name: str, batch_size: int, losses_of: Callable[..., Losses], *lists: list[Record]) -> Losses:
+    """`losses_of` over the batches of lists that run side by side, with a progress bar."""
+    starts = tqdm(range(0, len(lists[0]), batch_size), desc=name)
+    parts = [losses_of(*(rows[start : start + batch_size] for rows in lists)) for start in starts]
+    num_chunks = max(part.nats.shape[1] for part in parts)
+    parts = [[F.pad(values, (0, num_chunks - values.shape[1])) for values in part] for part in parts]
+    losses = Losses(*map(torch.cat, zip(*parts, strict=True)))
+    if not torch.isfinite(losses.nats).all():
+        index = int((~torch.isfinite(losses.nats).all(dim=1)).nonzero()[0])
+        raise FloatingPointError(
+            f"{name}: the loss of validation record {index + 1} is not finite; the weights are damaged, or too large "
+            "for their dtype."
+        )
+    return losses
+
+
+@contextmanager
+def no_delta(model: Phase15ForCausalLM) -> Iterator[None]:
+    """Sets Δ to zero, exactly: only the window of `carry` is left."""
+    alphas = [module.alpha for module in model.modules() if isinstance(module, HyperNetwork)]
+    kept = [alpha.detach().clone() for alpha in alphas]
+    for alpha in alphas:
+        alpha.data.zero_()
+    try:
+        yield
+    finally:
+        for alpha, value in zip(alphas, kept, strict=True):
+            alpha.data.copy_(value)
+
+
+def pad(rows: list[list[int]], device: torch.device) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Token ids `(batch_size, longest)`, padded on the right, and the lengths `(batch_size,)`."""
+    ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
+    return ids.to(device), torch.tensor([len(row) for row in rows], device=device)
+
+
+def phase15_losses(
+    model: Phase15ForCausalLM, records: list[Record], histories: list[Record], chunk_length: int | None = None
+) -> Losses:
+    """
+    Chunk c of each record, predicted from sp_c of a history: the record itself, or what is to be put in its place. Of
+    a history with fewer chunks it is the last soft prompt that predicts one of them. `chunk_length` divides the
+    result, and is the model's own by default.
+    """
+    length, embed = model.config.chunk_length, model.get_input_embeddings()
+    (query, query_length), (history, history_length), (answer, answer_length) = (
+        pad(rows, model.device)
+        for rows in ([h.query for h in histories], [h.answer for h in histories], [r.answer for r in records])
+    )
+    soft_prompt = model.read(model.empty_soft_prompt(len(records)), query, query_length)
+    losses = torch.zeros(answer.shape, dtype=torch.float64, device=model.device)
+    for start in range(0, answer.shape[1], length):
+        chunk, has_chunk = answer[:, start : start + length], answer_length > start
+        seen = SoftPrompt(*(state[has_chunk] for state in soft_prompt))
+        hidden_states, _ = model.predict(seen, embed(chunk[has_chunk, :-1]))
+        is_target = torch.arange(start, start + chunk.shape[1], device=model.device) < answer_length[:, None]  # (B, K)
+        logits = model.get_output_embeddings()(hidden_states[is_target[has_chunk]])
+        losses[:, start : start + length][is_target] = cross_entropy(logits, chunk[is_target])
+        goes_on = history_length > start + length
+        if goes_on.any():
+            soft_prompt = model.step(soft_prompt, embed(history[:, start : start + length]), goes_on * length)
+    return by_chunk(losses, answer_length, chunk_length or length)
+
+
+def other_delta_losses(model: Phase15ForCausalLM, records: list[Record], others: list[Record]) -> Losses:
+    """
+    As `phase15_losses`, but at every step of a record's soft prompt Δ is the one of another record's recursion, which
+    runs beside it. Where that has ended, it is what Δ makes of its last soft prompt and no token.
+    """
+
+    def use_the_others(module, inputs, delta: torch.Tensor) -> torch.Tensor:
+        return delta[len(records) :].repeat(2, 1, 1)
+
+    hook = model.hypernet.register_forward_hook(use_the_others)
+    try:
+        losses = phase15_losses(model, records + others, records + others)
+    finally:
+        hook.remove()
+    return Losses(*(values[: len(records)] for values in losses))
+
+
+def llm_losses(llm: PreTrainedModel | PeftModel, records: list[Record], chunk_length: int) -> Losses:
+    """Each answer, predicted by a causal LM with the query and the answer so far in its context."""
+    ids, length = pad([record.query + record.answer for record in records], llm.device)
+    query_length = torch.tensor([len(record.query) for record in records], device=llm.device)
+    place = torch.arange(ids.shape[1], device=llm.device)
+    first = int(query_length.min())  # place of the first target
+    kept = ids.shape[1] - first + 1  # counted from the end, for adapters put virtual tokens in front
+    mask = (place < length[:, None]).long()
+    logits = llm(input_ids=ids, attention_mask=mask, logits_to_keep=kept, use_cache=False).logits[:, :-1]
+    is_target = (place >= query_length[:, None]) & (place < length[:, None])
+    losses = torch.zeros(ids.shape, dtype=torch.float64, device=llm.device)
+    losses[is_target] = cross_entropy(logits[is_target[:, first:]], ids[is_target])
+    answer_length = length - query_length
+    answer = query_length[:, None] + torch.arange(int(answer_length.max()), device=llm.device)
+    return by_chunk(losses.gather(1, answer.clamp(max=ids.shape[1] - 1)), answer_length, chunk_length)
+
+
+def sums_by_chunk(
+    logits: torch.Tensor, labels: torch.LongTensor, chunk_length: int
+) -> tuple[torch.Tensor, torch.LongTensor]:
+    """
+    Cross-entropy of an ordinary causal LM, by the index of the chunk that each answer token would be in.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, num_virtual_tokens + sequence_length, vocab_size)`):
+            Of `labels` behind the virtual tokens of prompt tuning, or behind none.
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): -100 for no target.
+        chunk_length (`int`): answer tokens of a chunk.
+
+    Returns:
+        sums in nats and numbers of answer tokens, each of shape `(num_chunks,)`.
+    """
+    logits, targets = logits[:, -labels.shape[1] : -1], labels[:, 1:]
+    is_target = targets != -100
+    losses = F.cross_entropy(logits[is_target].float(), targets[is_target], reduction="none")
+    chunk = ((is_target.cumsum(dim=1) - 1) // chunk_length)[is_target]
+    return losses.new_zeros(int(chunk.max()) + 1).index_add_(0, chunk, losses), torch.bincount(chunk)
+
+
+def llm_losses_behind(
+    llm: PreTrainedModel, records: list[Record], histories: list[Record], chunk_length: int
+) -> Losses:
+    """Chunk c of each record, predicted by a causal LM behind a history's query and first c chunks."""
+    parts = []
+    for start in range(0, max(len(record.answer) for record in records), chunk_length):
+        chunk = [
+            Record(history.query + history.answer[:start], record.answer[start : start + chunk_length])
+            for record, history in zip(records, histories, strict=True)
+        ]
+        parts.append(llm_losses(llm, chunk, chunk_length))
+    return Losses(*(torch.cat(kind, dim=1) for kind in zip(*parts, strict=True)))
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
+    """In nats, of each target `(num_targets,)`."""
+    return F.cross_entropy(logits.float(), targets, reduction="none").double()
+
+
+def by_chunk(losses: torch.Tensor, answer_length: torch.LongTensor, chunk_length: int) -> Losses:
+    """Sums over chunks of losses `(batch_size, longest)` that are left-aligned; none behind an answer's end."""
+    is_target = torch.arange(losses.shape[1], device=losses.device) < answer_length[:, None]
+    kinds = (losses * is_target, is_target.long())
+    padding = (0, -losses.shape[1] % chunk_length)
+    return Losses(*(F.pad(values, padding).unflatten(1, (-1, chunk_length)).sum(2).cpu() for values in kinds))
+
+
+def rival_losses(
+    name: str, rival: PreTrainedModel | PeftModel, records: list[Record], batch_size: int, chunk_length: int
+) -> Losses:
+    """A Phase15 rival is measured as such, any other with full context; chunks are those of the evaluated model."""
+    if isinstance(rival, Phase15ForCausalLM):
+        return measure(name, batch_size, lambda batch: phase15_losses(rival, batch, batch, chunk_length), records)
+    return measure(name, batch_size, lambda batch: llm_losses(rival, batch, chunk_length), records)
+
+
+def summary(losses: Losses) -> dict:
+    """`loss` (nats per answer token), `loss_by_chunk` (the same by chunk index) and `tokens_by_chunk`."""
+    nats, tokens = losses.nats.sum(dim=0), losses.tokens.sum(dim=0)
+    return {
+        "loss": (nats.sum() / tokens.sum()).item(),
+        "loss_by_chunk": (nats / tokens).tolist(),
+        "tokens_by_chunk": tokens.tolist(),
+    }
+
+
+def resampled_loss(losses: Losses, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0) -> np.ndarray:
+    """
+    The loss of `samples` data sets of as many records, drawn from these with replacement, of shape `(samples,)`. The
+    same seed draws the same records, so that differences of rows are paired.
+    """
+    nats, tokens = (values.sum(dim=1).numpy() for values in losses)
+    draws = np.random.default_rng(seed).integers(len(nats), size=(samples, len(nats)))
+    return nats[draws].sum(axis=1) / tokens[draws].sum(axis=1)
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """The middle 95 %."""
+    return np.quantile(values, [0.025, 0.975]).tolist()
+
+
+def context_recovery(
+    window: Losses, model: Losses, full_context: Losses, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0
+) -> dict:
+    """
+    The share of what full context gives over the window that the model gives too.
+
+    Returns:
+        `dict`: `recovery` and its `interval`, None where full context is not surely better than the window (by
+        `LEAST_GAP`); and the `gap` between these in nats per token, with its `gap_interval`.
+    """
+    rows = (window, model, full_context)
+    (window, model, full_context) = (summary(row)["loss"] for row in rows)
+    windows, models, full_contexts = (resampled_loss(row, samples, seed) for row in rows)
+    gap, gap_interval = window - full_context, interval(windows - full_contexts)
+    result = {"recovery": None, "interval": None, "gap": gap, "gap_interval": gap_interval}
+    if min(gap, *gap_interval) > LEAST_GAP:
+        with np.errstate(divide="ignore", invalid="ignore"):  # a few samples may have no gap
+            ratios = (windows - models) / (windows - full_contexts)
+        result |= {"recovery": (window - model) / gap, "interval": interval(ratios)}
+    return result
+
+
+def report(losses: dict[str, Losses], own_losses: dict[str, Losses], samples: int, seed: int) -> dict[str, dict]:
+    """The losses in numbers that JSON holds, and what follows from them."""
+
+    def recovery(rows: dict[str, Losses], *names: str) -> dict:
+        return context_recovery(*(rows[name] for name in names), samples, seed)
+
+    recoveries = {SAME_LLM: recovery(losses, WINDOW, MODEL, FULL_CONTEXT)}
+    if OTHER_DELTA in losses:
+        recoveries[NOT_CARRIED] = recovery(losses, WINDOW, OTHER_DELTA, FULL_CONTEXT)
+    if own_losses:
+        recoveries[OWN_WORDS] = recovery(own_losses, WINDOW, MODEL, FULL_CONTEXT)
+    if {RIVAL_WINDOW, RIVAL_FULL_CONTEXT} <= set(losses):
+        recoveries[OWN_RIVALS] = recovery(losses, RIVAL_WINDOW, MODEL, RIVAL_FULL_CONTEXT)
+    blocks = {
+        block: {
+            name: {**summary(row), "interval": interval(resampled_loss(row, samples, seed))}
+            for name, row in rows.items()
+        }
+        for block, rows in (("validation", losses), ("own_words", own_losses))
+    }
+    return {**blocks, "context_recovery": recoveries}

@@ -1,0 +1,111 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""Tables and plots."""
+
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+from phase15.evaluation import FIRST_SOFT_PROMPT, OTHER_SOFT_PROMPT
+
+
+WORDS = re.compile(r"[\w ',.;:%=()/+@-]*")  # what may stand in Markdown as it is, but for
+MARKUP = re.compile(r"(?<!\w)_|_(?!\w)|:(?! )|@\S|www\.", re.IGNORECASE)  # emphasis, addresses, mentions, :names:
+
+
+def table(results: dict[str, dict]) -> str:
+    """Losses, intervals and exact match where there are any, in Markdown, and below them the context recovery."""
+    rows, exact = results["validation"], results.get("exact_match")
+    has_interval = any("interval" in row for row in rows.values())
+    tokens = sum(next(iter(rows.values()))["tokens_by_chunk"])
+    header = [f"validation, {tokens:,} answer tokens", "nats per token"]
+    header += ["95 % interval"] * has_interval + ["exact match"] * bool(exact)
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for name, row in rows.items():
+        cells = [cell(name), f"{row['loss']:.4f}"]
+        if has_interval:
+            cells.append("[{:.4f}, {:.4f}]".format(*row["interval"]))
+        if exact:
+            match = exact.get(name)
+            cells.append(f"{match['correct']:d}/{match['records']:d} ({match['share']:.1%})" if match else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *recovery_lines(results)])
+
+
+def cell(text: str) -> str:
+    """
+    Text that may be anybody's, the name of a rival's folder say, as one line of Markdown: plain words as they are,
+    anything else as code, in which neither Markdown nor HTML means anything. In a table a bar would end even code.
+    """
+    text = " ".join(str(text).split()).replace("|", "¦")
+    text = "".join(character if character.isprintable() else "�" for character in text)
+    if WORDS.fullmatch(text) and not MARKUP.search(text):
+        return text
+    fence = fence_of(text, 1)
+    space = " " if "`" in text else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def fence_of(text: str, least: int) -> str:
+    """Backticks, `least` or more, that nothing in the text can close."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
+
+
+def recovery_lines(results: dict[str, dict]) -> list[str]:
+    """What each context recovery says, as items of a list in Markdown."""
+    lines = []
+    for name, result in results.get("context_recovery", {}).items():
+        if result["recovery"] is None:
+            low, high = result["gap_interval"]
+            value = "undefined: full context is not better than the window"
+            value += f" ({result['gap']:.4f} nats, 95 % interval [{low:.4f}, {high:.4f}])"
+        else:
+            low, high = result["interval"]
+            value = f"{result['recovery']:.1%}, 95 % interval [{low:.1%}, {high:.1%}]"
+        lines.append(f"- context recovery, {cell(name)}: {value}")
+    return lines
+
+
+def plot(results: dict[str, dict], path: str | Path):
+    """Draws the loss by chunk index into a picture file, without the two controls that are far above the rest."""
+    with picture(path) as axes:
+        for variant, result in results.items():
+            if variant in (FIRST_SOFT_PROMPT, OTHER_SOFT_PROMPT):
+                continue
+            axes.plot(
+                result["loss_by_chunk"],
+                marker="o",
+                markersize=3,
+                label=f"{variant} ({result['loss']:.3f})".replace("$", r"\$"),
+            )
+        axes.set(xlabel="chunk index", ylabel="nats per answer token", title="Validation loss by chunk")
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def plot_training(log_history: list[dict], path: str | Path):
+    """Draws the loss and the share of Δ in the soft prompt's norm, by step, into a picture file."""
+    logs = [log for log in log_history if "loss" in log and "delta_share" in log]
+    evaluations = [log for log in log_history if "eval_loss" in log]
+    with picture(path) as axes:
+        axes.plot([log["step"] for log in logs], [log["loss"] for log in logs], label="training loss")
+        if evaluations:
+            steps, losses = [log["step"] for log in evaluations], [log["eval_loss"] for log in evaluations]
+            axes.plot(steps, losses, marker="o", label="validation loss")
+        axes.set(xlabel="step", ylabel="nats per answer token", title="Training")
+        share = axes.twinx()
+        share.plot([log["step"] for log in logs], [log["delta_share"] for log in logs], "--", color="grey")
+        share.set(ylabel="share of Δ in the soft prompt's norm (dashed)", ylim=(0, None))
+        axes.legend(loc="center right")
+
+
+@contextmanager
+def picture(path: str | Path):
+    """The axes of a new picture, which is saved when the block ends; the same drawing gives the same bytes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    yield axes
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,262 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""`Phase15Trainer`, whose loss unrolls the chunks, its meters and its progress bar."""
+
+import math
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import (
+    ProgressCallback,
+    Trainer,
+    TrainerState,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
+
+from configuration_phase15 import Phase15Config
+from modeling_phase15 import HyperNetwork, Phase15ForCausalLM, SoftPrompt
+from phase15.checkpoints import loading, write_manifest, writing
+from phase15.evaluation import sums_by_chunk
+
+
+class Phase15ProgressCallback(ProgressCallback):
+    """Trainer's progress bar; the losses by chunk go to the trackers and `trainer_state.json` only."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        logs = {name: value for name, value in (logs or {}).items() if "loss_chunk" not in name}
+        super().on_log(args, state, control, logs=logs, **kwargs)
+
+
+class Phase15Meters:
+    """Sums over the steps since the last reading: loss by chunk index, norms of Δ and of the soft prompt."""
+
+    def __init__(self, num_chunks: int, device: torch.device):
+        self.chunk_losses = torch.zeros(num_chunks, device=device)
+        self.chunk_tokens = torch.zeros(num_chunks, device=device)
+        self.norms = torch.zeros(2, device=device)
+        self.started = time.perf_counter()
+
+    def add_loss(self, losses: torch.Tensor, tokens: torch.Tensor):
+        index = torch.arange(len(losses), device=losses.device).clamp(max=len(self.chunk_losses) - 1)
+        self.chunk_losses.index_add_(0, index, losses)
+        self.chunk_tokens.index_add_(0, index, tokens.float())
+
+    def add_delta(self, delta: torch.Tensor, carried: SoftPrompt, old: SoftPrompt, tokens, token_length):
+        """What a call of the HyperNetwork gave and was given; rows without a token do not step."""
+        reads = (token_length > 0)[:, None, None]
+        soft_prompt = carried.embeds.detach() + delta
+        # of each row, so that the sums do not depend on which rows a process has in a batch
+        norms = [(value * reads).float().flatten(1).norm(dim=1).sum() for value in (delta, soft_prompt)]
+        self.norms += torch.stack(norms)
+
+    def read(self, accelerator) -> dict[str, float]:
+        """The metrics, over all processes."""
+        losses, tokens, (delta, soft_prompt) = (
+            accelerator.reduce(meter, "sum").tolist() for meter in (self.chunk_losses, self.chunk_tokens, self.norms)
+        )
+        return {
+            "loss": sum(losses) / max(sum(tokens), 1),
+            **{f"loss_chunk_{i:02}": x / n for i, (x, n) in enumerate(zip(losses, tokens, strict=True)) if n},
+            "delta_share": delta / max(soft_prompt, 1e-12),
+            "target_tokens_per_second": round(sum(tokens) / (time.perf_counter() - self.started), 1),
+        }
+
+
+class Phase15Trainer(Trainer):
+    """
+    A [`~transformers.Trainer`] whose loss unrolls the chunks of the answers. HyperNetwork and LLM have their own
+    learning rates, and every log has the loss by chunk index (nats per answer token), the share of Δ in the soft
+    prompt's norm, and target tokens per second.
+
+    Args:
+        config (`Phase15Config`, *optional*): says how long chunks and answers are; the model's own by default.
+
+    Raises:
+        FloatingPointError: when the loss is not finite, naming the step and the records of the batch.
+    """
+
+    def __init__(self, *args, config: Phase15Config | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.config = self.model.config if config is None else config
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(Phase15ProgressCallback)
+        self.meters = self._new_meters()
+        self.steps_before = 0
+        if self.is_fsdp_enabled:
+            self._prepare_fsdp()
+        for module in self.model.modules():
+            if isinstance(module, HyperNetwork):
+                module.register_forward_hook(lambda _, inputs, delta: self.meters.add_delta(delta.detach(), *inputs))
+
+    def _prepare_fsdp(self):
+        """
+        Units are the LLM's layers alone. A unit gathers its parameters at every call, on all processes together, but
+        how often the HyperNetwork is called depends on the process's own batch: with the rest of the model, it is
+        gathered once for all steps.
+        """
+        plugin = self.accelerator.state.fsdp_plugin
+        model = next(module for module in self.model.modules() if isinstance(module, Phase15ForCausalLM))
+        layers = [module for module in model.llm.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not layers:
+            raise ValueError(f"FSDP shards `GradientCheckpointingLayer`s, but {type(model.llm).__name__} has none.")
+        plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})
+        if policy := plugin.mixed_precision_policy:
+            # accelerate's rounds gradients that are summed, the loss, and the number of tokens that divides it
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=policy.param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+
+    def gather_model(self) -> Phase15ForCausalLM | None:
+        """
+        The whole model, on the main process alone; all processes must call this. What FSDP has sharded cannot be saved
+        as it is: its class is one that torch made, and the code beside the weights would be torch's.
+        """
+        weights = self.accelerator.get_state_dict(self.model)
+        if not self.is_world_process_zero():
+            return None
+        config, dtype = self.model.config, self.model.dtype
+        model = Phase15ForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+        model.generation_config = self.model.generation_config
+        return model.to(self.args.device)
+
+    def _new_meters(self) -> Phase15Meters:
+        num_chunks = math.ceil(self.config.max_answer_length / self.config.chunk_length)
+        return Phase15Meters(num_chunks, self.args.device)
+
+    def model_kwargs(self, model) -> dict:
+        """What the model is given besides the batch."""
+        return {"skip_logits": True, "bptt_chunks": self.args.bptt_chunks if model.training else None}
+
+    def chunk_sums(self, labels: torch.LongTensor, outputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed loss and number of target tokens, each of shape `(num_chunks,)`, by chunk index."""
+        return outputs.chunk_losses, outputs.chunk_tokens
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {**inputs, **self.model_kwargs(model)}
+        records, labels = inputs.pop("records", None), inputs["labels"]
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if not torch.isfinite(loss):
+            numbers = "unknown" if records is None else ", ".join(map(str, records.tolist()))
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, in a batch of the records {numbers}"
+            )
+        self.meters.add_loss(*self.chunk_sums(labels, outputs))
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        if "loss" in logs:
+            logs = {**self.meters.read(self.accelerator), **logs}
+            self.meters = self._new_meters()
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As Trainer's, but the loss is the mean over answer tokens instead of over batches."""
+        training_meters, self.meters = self.meters, self._new_meters()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = self.meters.read(self.accelerator)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        self.meters = training_meters
+        return output
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """As Trainer's, without the records that accelerate repeats so that every process has a last batch."""
+        state, meters, num_rows = self.accelerator.gradient_state, self.meters, len(inputs["input_ids"])
+        if state.end_of_dataloader and state.remainder > 0:
+            first = self.args.process_index * self.args.eval_batch_size
+            num_rows = min(max(state.remainder - first, 0), num_rows)
+        if not num_rows:  # the others count theirs, and FSDP needs this process too
+            self.meters, num_rows = self._new_meters(), 1
+        inputs = {name: values[:num_rows] for name, values in inputs.items()}
+        output = super().prediction_step(model, inputs, *args, **kwargs)
+        self.meters = meters
+        return output
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """
+        HyperNetwork (or the prompt of prompt tuning), α and the LLM have learning rates of their own; weight decay
+        spares norms and α.
+        """
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            decays = set(self.get_decay_parameter_names(model))
+            groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+            for name, parameter in model.named_parameters():
+                if not parameter.requires_grad:
+                    continue
+                is_prompt = not {"hypernet", "prompt_encoder"}.isdisjoint(name.split("."))
+                is_alpha = name.endswith(".alpha")
+                rate = self.args.learning_rate if is_prompt else self.args.llm_learning_rate
+                rate = self.args.alpha_learning_rate if is_alpha else rate
+                decay = self.args.weight_decay if name in decays and not is_alpha else 0.0
+                groups.setdefault((rate, decay), []).append(parameter)
+            # Trainer logs the rate of the first group: the HyperNetwork's
+            ordered = sorted(groups.items(), key=lambda group: group[0][0] != self.args.learning_rate)
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(
+                [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in ordered],
+                **kwargs,
+            )
+        return self.optimizer
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
+        """Overrides Trainer to load no checkpoint as a pickle, and to take no step if the checkpoint has them all."""
+        output_dir, folder = self.args.output_dir, resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(output_dir)
+        before = TrainerState.load_from_json(Path(folder, "trainer_state.json")) if folder else TrainerState()
+        self.steps_before = before.global_step
+        with loading(folder or output_dir):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def set_initial_training_values(self, *args, **kwargs) -> tuple:
+        """
+        Overrides Trainer to go through no epoch if the checkpoint has all steps. Trainer would take one more where an
+        epoch is left: in the middle of one, and on a stream, for which it counts epochs without end.
+        """
+        num_train_epochs, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
+        if self.steps_before >= max_steps:
+            num_train_epochs = 0
+        return num_train_epochs, *others, max_steps
+
+    def save_model(self, output_dir: str | None = None, *args, **kwargs):
+        """Overrides Trainer to leave out its arguments: a pickle, which nothing reads."""
+        super().save_model(output_dir, *args, **kwargs)
+        if self.args.should_save:  # FSDP's checkpoints do not have it
+            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _save_checkpoint(self, model, trial):
+        """Overrides Trainer to complete the checkpoint by a manifest before older ones are removed."""
+        args, wait = self.args, self.accelerator.wait_for_everyone
+        output_dir = Path(args.output_dir)
+        folder = output_dir / f"checkpoint-{self.state.global_step}"
+        with writing(output_dir, folder):
+            if folder.exists() and args.should_save:
+                shutil.rmtree(folder)
+            wait()
+            limit, args.save_total_limit = args.save_total_limit, None  # Trainer would remove them before
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                args.save_total_limit = limit
+            wait()
+            if args.should_save:
+                write_manifest(folder)
+                rotate_checkpoints(str(output_dir), limit, self.state.best_model_checkpoint)
+            wait()
+
+
+class FullContextTrainer(Phase15Trainer):
+    """
+    Trains a rival without chunks, an ordinary causal LM or an adapter on one, with the library's own loss. It is a
+    [`Phase15Trainer`] so that logs, evaluation and learning rates are the same; needs that one's `config`.
+    """
+
+    def model_kwargs(self, model) -> dict:
+        return {}
+
+    def chunk_sums(self, labels: torch.LongTensor, outputs) -> tuple[torch.Tensor, torch.Tensor]:
+        return sums_by_chunk(outputs.logits.detach(), labels, self.config.chunk_length)
