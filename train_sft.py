@@ -6,7 +6,7 @@ Supervised fine-tuning of a Phase15 model, chunk by chunk with teacher forcing.
     python train_sft.py recipes/tinyllama_stage1.yaml     HyperNetwork alone, the LLM frozen
     python train_sft.py recipes/tinyllama_stage2.yaml     then both, starting from stage 1's output
     python train_sft.py recipes/smollm2_gsm8k.yaml --model_name_or_path FILE.gguf --dataset_name gsm8k_train.jsonl
-    python train_sft.py recipes/tinyllama_stage2.yaml --rival window      what the model has to beat, on the same data
+    python train_sft.py recipes/tinyllama_stage2.yaml --baseline window      what the model has to beat
     python train_sft.py --help                            every flag; flags override the recipe
     accelerate launch --config_file recipes/accelerate_ddp.yaml train_sft.py RECIPE     on several GPUs; or _fsdp2.yaml
 
@@ -35,9 +35,9 @@ from transformers.utils import logging
 
 from phase15.arguments import Phase15ModelArguments, check_processes, check_streaming, parse_args
 from phase15.checkpoints import Phase15CheckpointError, checkpoints_in, find_checkpoint, sync, write_text, writing
-from phase15.evaluation import compare, compare_rival
+from phase15.evaluation import compare, compare_baseline
 from phase15.examples import Phase15DataCollator, Phase15Stream, split_stream, stream_encoder, tokenize
-from phase15.models import compile_layers, load_model, make_rival
+from phase15.models import compile_layers, load_model, make_baseline
 from phase15.records import Phase15RecordError, load_records, stream_records
 from phase15.reports import plot, plot_training, table
 from phase15.runs import answer_in_new_process, save_recipe
@@ -80,8 +80,8 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dic
             dataset = tokenize(records, tokenizer, config.max_answer_length, name, config.text_config.vocab_size)
             if data_args.shuffle_records:  # after they were numbered
                 dataset = dataset.shuffle(seed=training_args.seed)
-    if model_args.rival:
-        model = make_rival(model, model_args)
+    if model_args.baseline:
+        model = make_baseline(model, model_args)
     if training_args.compile_layers:
         compile_layers(model)
     pad_token_id = next(x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if x is not None)
@@ -104,7 +104,7 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dic
         train_dataset = dataset.select(range(num_training))
         rest = range(num_training, num_training + num_validation)
         eval_dataset = dataset.select(rest) if num_validation else None
-    trainer_class = Phase15Trainer if model_args.rival in (None, "window") else FullContextTrainer
+    trainer_class = Phase15Trainer if model_args.baseline in (None, "window") else FullContextTrainer
     trainer = trainer_class(
         model=model,
         args=training_args,
@@ -204,8 +204,8 @@ def finish(trainer: Phase15Trainer, model_args: Phase15ModelArguments, result: T
     if trainer.eval_dataset is not None:
         loader = DataLoader(trainer.eval_dataset, args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
         with trainer.accelerator.autocast():
-            if name := model_args.rival:
-                results |= compare_rival(model, f"rival: {name}", loader, trainer.config.chunk_length)
+            if name := model_args.baseline:
+                results |= compare_baseline(model, f"baseline: {name}", loader, trainer.config.chunk_length)
             else:
                 results |= compare(model, loader)
         with writing(output_dir):
@@ -214,7 +214,7 @@ def finish(trainer: Phase15Trainer, model_args: Phase15ModelArguments, result: T
     with writing(output_dir):
         (output_dir / "evaluation.json").unlink(missing_ok=True)  # py's, of an earlier run's model
         write_text(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
-    if model_args.rival in (None, "window") and (model_args.stage != "lora" or model_args.merge_adapter):
+    if model_args.baseline in (None, "window") and (model_args.stage != "lora" or model_args.merge_adapter):
         print(f"Saved to {output_dir}. Loaded in a new process:")
         first = trainer.data_collator([next(iter(trainer.train_dataset))])
         query = first["input_ids"][first["labels"] == -100].tolist()

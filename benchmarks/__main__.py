@@ -1,6 +1,6 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """
-Speed and memory of Phase15 beside its rivals, in one process, with random weights at a named shape.
+Speed and memory of Phase15 beside its baselines, in one process, with random weights at a named shape.
 
     python -m benchmarks decode --shape tinyllama    ms per token, against the base under transformers' `generate`
     python -m benchmarks long --shape tinyllama      the same, as the answer grows: a table and a curve

@@ -21,7 +21,12 @@ from configuration_phase15 import Phase15Config
 
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
-RIVALS = {"window": "full", "full_context": "full", "prompt_tuning": "hypernet", "lora": "hypernet"}  # of which stage
+BASELINES = {
+    "window": "full",
+    "full_context": "full",
+    "prompt_tuning": "hypernet",
+    "lora": "hypernet",
+}  # of which stage
 
 
 @dataclass
@@ -44,13 +49,13 @@ class Phase15ModelArguments:
             "choices": ["hypernet", "full", "lora"],
         },
     )
-    rival: str | None = field(
+    baseline: str | None = field(
         default=None,
         metadata={
-            "help": "Train a rival of the stage's model instead. Of full: window (the LLM behind the sliding window, "
+            "help": "Train a baseline instead. Of stage full: window (the LLM behind the sliding window, "
             "Δ = 0) or full_context (the LLM as an ordinary causal LM). Of hypernet: prompt_tuning (num_soft_tokens "
             "virtual tokens, at learning_rate) or lora, both by PEFT with the full context.",
-            "choices": list(RIVALS),
+            "choices": list(BASELINES),
         },
     )
     lora_r: int = field(default=16, metadata={"help": "Rank of LoRA."})
@@ -154,7 +159,7 @@ def parse_args(
     arguments = parser.parse_args(argv)
     if arguments.stage not in ("hypernet", "full", "lora"):  # argparse does not check defaults, and so recipes
         raise ValueError(f"`stage` is {arguments.stage!r}, but it must be hypernet, full or lora.")
-    check_rival(arguments)
+    check_baseline(arguments)
     check_values(arguments)
     if not 0 <= arguments.validation_split < 1:
         raise ValueError(f"`validation_split` is {arguments.validation_split}, but it must be from 0 to below 1.")
@@ -241,18 +246,19 @@ def check_values(arguments):
         raise ValueError(f"`resume_from_checkpoint` is {checkpoint}, but that is no folder of a checkpoint.")
 
 
-def check_rival(args):
-    """Refuses a rival that is none of the stage's."""
-    if args.rival is None:
+def check_baseline(args):
+    """Refuses a baseline that is none of the stage's."""
+    if args.baseline is None:
         return
-    if args.rival not in RIVALS:
-        raise ValueError(f"`rival` is {args.rival!r}, but it must be {', '.join(RIVALS)}.")
-    if args.stage != RIVALS[args.rival]:
+    if args.baseline not in BASELINES:
+        raise ValueError(f"`baseline` is {args.baseline!r}, but it must be {', '.join(BASELINES)}.")
+    if args.stage != BASELINES[args.baseline]:
         raise ValueError(
-            f"`rival` is {args.rival}, which goes with stage {RIVALS[args.rival]}, but `stage` is {args.stage}."
+            f"`baseline` is {args.baseline}, which goes with stage {BASELINES[args.baseline]}, but `stage` is "
+            f"{args.stage}."
         )
     if args.merge_adapter:
-        raise ValueError("`merge_adapter` is for stage lora; a rival's adapter is saved as it is.")
+        raise ValueError("`merge_adapter` is for stage lora; a baseline's adapter is saved as it is.")
 
 
 def check_streaming(
@@ -290,8 +296,8 @@ def check_processes(model_args: Phase15ModelArguments, training_args: Phase15Tra
             raise ValueError("accelerate has no FSDP without GPUs; use recipes/accelerate_ddp.yaml.")
         if model_args.stage == "lora":
             raise ValueError("`stage` is lora, which is not supported under FSDP; use recipes/accelerate_ddp.yaml.")
-        if model_args.rival:
-            raise ValueError("`rival` is not supported under FSDP; use recipes/accelerate_ddp.yaml.")
+        if model_args.baseline:
+            raise ValueError("`baseline` is not supported under FSDP; use recipes/accelerate_ddp.yaml.")
 
 
 def check_dtype(name: str):

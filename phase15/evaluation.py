@@ -21,8 +21,8 @@ FIRST_SOFT_PROMPT = "soft prompt at sp_0"
 OTHER_SOFT_PROMPT, OTHER_DELTA = "another record's soft prompt", "another record's Δ"
 SAME_LLM, OWN_WORDS = "same LLM", "same LLM, behind the model's own words"
 NOT_CARRIED = "same LLM, with another record's Δ"
-OWN_RIVALS = "rivals fine-tuned on their own"
-RIVAL_WINDOW, RIVAL_FULL_CONTEXT = "rival: window", "rival: full_context"
+OWN_BASELINES = "baselines fine-tuned on their own"
+BASELINE_WINDOW, BASELINE_FULL_CONTEXT = "baseline: window", "baseline: full_context"
 BOOTSTRAP_SAMPLES = 10_000
 LEAST_GAP = 1e-4  # nats per token: below it, what full context gives over the window may be rounding alone
 
@@ -71,13 +71,13 @@ def compare(model: Phase15ForCausalLM, batches: Iterable[dict[str, torch.Tensor]
     }
 
 
-def compare_rival(
+def compare_baseline(
     model: PreTrainedModel | PeftModel, name: str, batches: Iterable[dict[str, torch.Tensor]], chunk_length: int
 ) -> dict[str, dict]:
-    """As `compare`, of a rival alone: there is nothing that it recovers."""
+    """As `compare`, of a baseline alone: there is nothing that it recovers."""
     batches = [unbatch(batch) for batch in batches]
     records = [record for batch in batches for record in batch]
-    losses = rival_losses(name, model.eval(), records, max(map(len, batches)), chunk_length)
+    losses = baseline_losses(name, model.eval(), records, max(map(len, batches)), chunk_length)
     return {"validation": {name: summary(losses)}}
 
 
@@ -280,13 +280,13 @@ def by_chunk(losses: torch.Tensor, answer_length: torch.LongTensor, chunk_length
     return Losses(*(F.pad(values, padding).unflatten(1, (-1, chunk_length)).sum(2).cpu() for values in kinds))
 
 
-def rival_losses(
-    name: str, rival: PreTrainedModel | PeftModel, records: list[Record], batch_size: int, chunk_length: int
+def baseline_losses(
+    name: str, baseline: PreTrainedModel | PeftModel, records: list[Record], batch_size: int, chunk_length: int
 ) -> Losses:
-    """A Phase15 rival is measured as such, any other with full context; chunks are those of the evaluated model."""
-    if isinstance(rival, Phase15ForCausalLM):
-        return measure(name, batch_size, lambda batch: phase15_losses(rival, batch, batch, chunk_length), records)
-    return measure(name, batch_size, lambda batch: llm_losses(rival, batch, chunk_length), records)
+    """A Phase15 baseline is measured as such, any other with full context; chunks are those of the evaluated model."""
+    if isinstance(baseline, Phase15ForCausalLM):
+        return measure(name, batch_size, lambda batch: phase15_losses(baseline, batch, batch, chunk_length), records)
+    return measure(name, batch_size, lambda batch: llm_losses(baseline, batch, chunk_length), records)
 
 
 def summary(losses: Losses) -> dict:
@@ -347,8 +347,8 @@ def report(losses: dict[str, Losses], own_losses: dict[str, Losses], samples: in
         recoveries[NOT_CARRIED] = recovery(losses, WINDOW, OTHER_DELTA, FULL_CONTEXT)
     if own_losses:
         recoveries[OWN_WORDS] = recovery(own_losses, WINDOW, MODEL, FULL_CONTEXT)
-    if {RIVAL_WINDOW, RIVAL_FULL_CONTEXT} <= set(losses):
-        recoveries[OWN_RIVALS] = recovery(losses, RIVAL_WINDOW, MODEL, RIVAL_FULL_CONTEXT)
+    if {BASELINE_WINDOW, BASELINE_FULL_CONTEXT} <= set(losses):
+        recoveries[OWN_BASELINES] = recovery(losses, BASELINE_WINDOW, MODEL, BASELINE_FULL_CONTEXT)
     blocks = {
         block: {
             name: {**summary(row), "interval": interval(resampled_loss(row, samples, seed))}

@@ -1,5 +1,5 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""Any folder, Hub id or .gguf file to a model and its tokenizer; rivals, LoRA, compiled layers."""
+"""Any folder, Hub id or .gguf file to a model and its tokenizer; baselines, LoRA, compiled layers."""
 
 import json
 import os
@@ -139,17 +139,17 @@ def lora_config(args: Phase15ModelArguments, **kwargs) -> LoraConfig:
     )
 
 
-def make_rival(model: Phase15ForCausalLM, args: Phase15ModelArguments) -> PreTrainedModel | PeftModel:
-    """The rival that `args` ask for, made of `model`'s own weights."""
-    if args.rival == "window":
+def make_baseline(model: Phase15ForCausalLM, args: Phase15ModelArguments) -> PreTrainedModel | PeftModel:
+    """The baseline that `args` ask for, made of `model`'s own weights."""
+    if args.baseline == "window":
         model.hypernet.requires_grad_(False)
         model.hypernet.alpha.data.zero_()
         # the Δ that α = 0 gives, without the work
         model.hypernet.forward = lambda carried, *_: torch.zeros_like(carried.embeds)
         return model
-    if args.rival == "full_context":
+    if args.baseline == "full_context":
         return model.llm
-    if args.rival == "lora":
+    if args.baseline == "lora":
         return get_peft_model(model.llm, lora_config(args, target_modules=r".*_proj"))
     prompt = PromptTuningConfig(
         task_type="CAUSAL_LM",

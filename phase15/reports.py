@@ -33,7 +33,7 @@ def table(results: dict[str, dict]) -> str:
 
 def cell(text: str) -> str:
     """
-    Text that may be anybody's, the name of a rival's folder say, as one line of Markdown: plain words as they are,
+    Text that may be anybody's, the name of a baseline's folder say, as one line of Markdown: plain words as they are,
     anything else as code, in which neither Markdown nor HTML means anything. In a table a bar would end even code.
     """
     text = " ".join(str(text).split()).replace("|", "¦")

@@ -251,7 +251,7 @@ class Phase15Trainer(Trainer):
 
 class FullContextTrainer(Phase15Trainer):
     """
-    Trains a rival without chunks, an ordinary causal LM or an adapter on one, with the library's own loss. It is a
+    Trains a baseline without chunks, an ordinary causal LM or an adapter on one, with the library's own loss. It is a
     [`Phase15Trainer`] so that logs, evaluation and learning rates are the same; needs that one's `config`.
     """
 

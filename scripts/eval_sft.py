@@ -16,11 +16,12 @@ and of them **context recovery**, with 95 % intervals from a bootstrap over the 
 
 The same with another record's Δ is what Δ does for any text, as a static prompt could; only the rest was carried.
 
-train_sft.py ends with these. The command adds the untrained base, rivals that were fine-tuned on their own, R behind
-the model's own words, and exact match where answers end in `#### 72`, and writes evaluation.json and the picture:
+train_sft.py ends with these. The command adds the untrained base, baselines that were fine-tuned on their own, R
+behind the model's own words, and exact match where answers end in `#### 72`, and
+writes evaluation.json and the picture:
 
     python -m scripts.eval_sft --model_dir DIR --dataset gsm8k_train.jsonl
-    python -m scripts.eval_sft --model_dir DIR --dataset gsm8k_train.jsonl --base BASE --rivals WINDOW LORA
+    python -m scripts.eval_sft --model_dir DIR --dataset gsm8k_train.jsonl --base BASE --baselines WINDOW LORA
     python -m scripts.eval_sft --help                             every flag
 
 **Behind the model's own words**: the model answers each query greedily, without an end token, and chunk c of the
@@ -57,11 +58,11 @@ from phase15.evaluation import (
     WINDOW,
     Losses,
     Record,
+    baseline_losses,
     no_delta,
     own_words,
     pad,
     report,
-    rival_losses,
     variants,
 )
 from phase15.examples import stream_encoder, tokenize
@@ -78,7 +79,7 @@ class EvaluationArguments:
     base: str | None = field(
         default=None, metadata={"help": "The untrained base (Hub id, folder or .gguf file); adapters go on it too."}
     )
-    rivals: list[str] = field(
+    baselines: list[str] = field(
         default_factory=list,
         metadata={"help": "Folders of models trained on the same records: Phase15, causal LM or PEFT adapter."},
     )
@@ -108,7 +109,7 @@ class EvaluationArguments:
 
 def main(args: EvaluationArguments):
     """Measures everything, and then writes."""
-    rivals = check_arguments(args)
+    baselines = check_arguments(args)
     config = Phase15Config.from_pretrained(args.model_dir)
     tokenizer = load_tokenizer(args.model_dir, config=config)
     records, where, seed = validation_records(args, tokenizer, config.max_answer_length, config.text_config.vocab_size)
@@ -121,11 +122,11 @@ def main(args: EvaluationArguments):
         return generate(name, model, tokenizer, queries, args.batch_size, args.max_new_tokens)
 
     losses, own_losses, answers = measure_model(args, records, asked, tokenizer, answer)
-    for name, folder in rivals.items():
-        rival = load(folder, args)
-        losses[name] = rival_losses(name, rival, records, args.batch_size, config.chunk_length)
-        answers[name] = answer(name, rival)
-        del rival  # before the next is loaded
+    for name, folder in baselines.items():
+        baseline = load(folder, args)
+        losses[name] = baseline_losses(name, baseline, records, args.batch_size, config.chunk_length)
+        answers[name] = answer(name, baseline)
+        del baseline  # before the next is loaded
     results = {
         "model": Path(args.model_dir).resolve().name,
         "dataset": Path(args.dataset).name if os.path.isabs(args.dataset) else args.dataset,
@@ -148,7 +149,7 @@ def main(args: EvaluationArguments):
 
 
 def check_arguments(args: EvaluationArguments) -> dict[str, str]:
-    """Refuses what cannot be evaluated; returns where the base and the rivals are, by the names of their rows."""
+    """Refuses what cannot be evaluated; returns where the base and the baselines are, by the names of their rows."""
     for name, least in {"batch_size": 1, "generated_records": 0, "max_new_tokens": 1, "bootstrap_samples": 1}.items():
         if getattr(args, name) < least:
             raise ValueError(f"`{name}` is {getattr(args, name)}, but it must be {least} or more.")
@@ -158,7 +159,7 @@ def check_arguments(args: EvaluationArguments) -> dict[str, str]:
     except (RuntimeError, AssertionError) as error:  # not the name of a device, or one that is not here
         reason = str(error).partition("\n")[0]
         raise ValueError(f"`device` is {args.device!r}, which cannot be used: {reason}") from error
-    for folder in (args.model_dir, *args.rivals):
+    for folder in (args.model_dir, *args.baselines):
         if not Path(folder).is_dir():
             raise ValueError(f"{folder}: no such folder.")
     if (kind := kind_of(args.model_dir)) != PHASE15:
@@ -168,8 +169,8 @@ def check_arguments(args: EvaluationArguments) -> dict[str, str]:
     if args.output_dir:
         check_output_dir(args.output_dir)
     rows = {"the untrained base, full context": args.base} if args.base else {}
-    for folder in args.rivals:
-        name = f"rival: {read_recipe(folder).get('rival') or Path(folder).resolve().name}"
+    for folder in args.baselines:
+        name = f"baseline: {read_recipe(folder).get('baseline') or Path(folder).resolve().name}"
         if name in rows:
             raise ValueError(f"{rows[name]} and {folder} would both be called {name!r}.")
         rows[name] = folder

@@ -121,12 +121,12 @@ def other_tokenizer(name: str) -> Callable:
     return lambda folder: tokenizer.save_pretrained(folder / name)
 
 
-def rival(**recipe) -> Callable:
+def baseline(**recipe) -> Callable:
     """A copy of the model whose run held out other records."""
 
     def make(folder: Path):
-        shutil.copytree(folder / "model", folder / "rival")
-        for name, values in (("model", {}), ("rival", recipe)):
+        shutil.copytree(folder / "model", folder / "baseline")
+        for name, values in (("model", {}), ("baseline", recipe)):
             values = {"dataset_name": "data.jsonl", "validation_split": 0.5, **values}
             (folder / name / "recipe.yaml").write_text(yaml.safe_dump(values))
 
@@ -330,18 +330,18 @@ CASES = {
     "evaluate behind a broken recipe": command(
         "eval_sft.py", EVAL, "recipe.yaml cannot be read", build=content("model/recipe.yaml", "a: [")
     ),
-    "rival with other records": command(
+    "baseline with other records": command(
         "eval_sft.py",
-        [*EVAL, "--rivals", "{folder}/rival"],
-        "rival did not hold out",
+        [*EVAL, "--baselines", "{folder}/baseline"],
+        "baseline did not hold out",
         "`validation_split` was 0.25",
-        build=rival(validation_split=0.25),
+        build=baseline(validation_split=0.25),
     ),
-    "rival with other data": command(
+    "baseline with other data": command(
         "eval_sft.py",
-        [*EVAL, "--rivals", "{folder}/rival"],
+        [*EVAL, "--baselines", "{folder}/baseline"],
         "`dataset_name` was 'x.csv'",
-        build=rival(dataset_name="x.csv"),
+        build=baseline(dataset_name="x.csv"),
     ),
     # push_to_hub.py
     "push to nobody": command("push_to_hub.py", [*PUSH, "--repo_id", "name"], "`repo_id` is 'name'", "USER/NAME"),
@@ -481,8 +481,8 @@ def tree(folder: Path) -> dict[str, tuple]:
 
 def run(case: Case, argv: list[str], monkeypatch) -> tuple[int, list[str]]:
     """Exit code of the command and its lines on stderr; without `process` it is run in this one."""
-    folder = "" if (ROOT / case.command).exists() else "scripts"
-    path = str(ROOT / ("benchmarks/__main__.py" if case.command == "benchmark.py" else f"{folder}/{case.command}"))
+    places = case.command, f"scripts/{case.command}", "benchmarks/__main__.py"
+    path = str(next(ROOT / place for place in places if (ROOT / place).exists()))
     if case.process:
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         command = [sys.executable, path, *argv]

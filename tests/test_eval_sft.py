@@ -224,9 +224,9 @@ def test_virtual_tokens_of_an_adapter_shift_no_target(bases):
     assert_rows(losses, expected)
 
 
-def test_a_rivals_chunks_are_those_of_the_evaluated_model(tiny):
+def test_a_baselines_chunks_are_those_of_the_evaluated_model(tiny):
     """Whatever its own are."""
-    losses = evaluation.rival_losses("rival", tiny, records(), 2, 6)
+    losses = evaluation.baseline_losses("baseline", tiny, records(), 2, 6)
     expected = [naive_variants(tiny, record, record)["the model"] for record in records()]
     for nats, tokens, row in zip(*losses, expected, strict=True):
         close(nats.tolist()[: math.ceil(len(row) / 6)], [chunk.sum().item() for chunk in row.split(6)])
@@ -441,11 +441,11 @@ def test_no_recovery_where_full_context_is_not_better(gap, window, full_context)
 def test_the_table_keeps_what_a_folder_is_called_in_its_cell():
     row = {"loss": 1.0, "tokens_by_chunk": [1200], "interval": [0.5, 1.5]}
     match = {"correct": 1, "records": 8, "share": 0.125}
-    table = reports.table({"validation": {"rival: a|b\n<b>": row}, "exact_match": {"rival: a|b\n<b>": match}})
+    table = reports.table({"validation": {"baseline: a|b\n<b>": row}, "exact_match": {"baseline: a|b\n<b>": match}})
     assert table.splitlines()[:3] == [
         "| validation, 1,200 answer tokens | nats per token | 95 % interval | exact match |",
         "|---|---|---|---|",
-        "| `rival: a¦b <b>` | 1.0000 | [0.5000, 1.5000] | 1/8 (12.5%) |",
+        "| `baseline: a¦b <b>` | 1.0000 | [0.5000, 1.5000] | 1/8 (12.5%) |",
     ]
 
 
@@ -454,7 +454,7 @@ def test_the_table_keeps_what_a_folder_is_called_in_its_cell():
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, chat_tokenizer) -> Path:
-    """A base, a model of it, a rival of each kind, and 40 records."""
+    """A base, a model of it, a baseline of each kind, and 40 records."""
     home = tmp_path_factory.mktemp("home")
     sizes = LLM_SIZES | {"vocab_size": len(chat_tokenizer), "max_position_embeddings": 128}
     sizes |= {"eos_token_id": chat_tokenizer.eos_token_id}
@@ -472,16 +472,16 @@ def home(tmp_path_factory, chat_tokenizer) -> Path:
     model = randomise_alpha(Phase15ForCausalLM.from_base(str(home / "base"), **SIZES))
     save("model", model, dataset_name=str(home / "data.jsonl"), validation_split=0.25)
     model.hypernet.alpha.data.zero_()
-    save("window", model, rival="window")
+    save("window", model, baseline="window")
     torch.manual_seed(2)
-    save("other", AutoModelForCausalLM.from_config(LlamaConfig(**sizes)), rival="full_context")
+    save("other", AutoModelForCausalLM.from_config(LlamaConfig(**sizes)), baseline="full_context")
     adapters = {
         "lora": LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False, target_modules=["q_proj"]),
         "tuned": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     }
     for name, config in adapters.items():
         save(name, get_peft_model(AutoModelForCausalLM.from_pretrained(home / "base"), config))
-    (home / "tuned" / "recipe.yaml").write_text("rival: prompt_tuning\n")
+    (home / "tuned" / "recipe.yaml").write_text("baseline: prompt_tuning\n")
     (home / "unknown").mkdir()
     lines = [
         {"question": f"Why is {i}?", "answer": "Blue light scatters. " * (1 + i % 3) + f"#### {i}"} for i in range(40)
@@ -496,7 +496,7 @@ def arguments(home: Path, folder: Path, **flags) -> EvaluationArguments:
     return EvaluationArguments(**{"model_dir": str(home / "model"), **defaults, **flags})
 
 
-RIVALS = {"window": "window", "full_context": "other", "lora": "lora", "prompt_tuning": "tuned"}
+BASELINES = {"window": "window", "full_context": "other", "lora": "lora", "prompt_tuning": "tuned"}
 
 
 @pytest.fixture(scope="module")
@@ -505,7 +505,7 @@ def evaluated(home, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess
     folder = tmp_path_factory.mktemp("evaluation") / "new"
     command = [sys.executable, "-m", "scripts.eval_sft", "--model_dir", str(home / "model"), "--dataset"]
     command += [str(home / "data.jsonl"), "--base", str(home / "base"), "--output_dir", str(folder)]
-    command += ["--rivals", *(str(home / name) for name in RIVALS.values()), "--generated_records", "3"]
+    command += ["--baselines", *(str(home / name) for name in BASELINES.values()), "--generated_records", "3"]
     command += ["--max_new_tokens", "6", "--bootstrap_samples", "500", "--device", "cpu"]
     return folder, subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
@@ -516,7 +516,7 @@ def test_the_command_writes_and_prints_every_row(evaluated, home):
     assert {path.name for path in folder.iterdir()} == {"evaluation.json", "loss_by_chunk.png"}
     assert (folder / "loss_by_chunk.png").read_bytes()[:4] == b"\x89PNG"
     results = json.loads((folder / "evaluation.json").read_text())
-    rows = [*ROWS, "the untrained base, full context", *(f"rival: {name}" for name in RIVALS)]
+    rows = [*ROWS, "the untrained base, full context", *(f"baseline: {name}" for name in BASELINES)]
     assert list(results["validation"]) == rows
     for name, row in results["validation"].items():
         low, high = row["interval"]
@@ -526,7 +526,7 @@ def test_the_command_writes_and_prints_every_row(evaluated, home):
         "same LLM",
         "same LLM, with another record's Δ",
         "same LLM, behind the model's own words",
-        "rivals fine-tuned on their own",
+        "baselines fine-tuned on their own",
     ]
     for name in results["context_recovery"]:
         assert f"- context recovery, {name}: " in done.stdout
@@ -542,9 +542,9 @@ def test_the_command_writes_and_prints_every_row(evaluated, home):
 
 
 @torch.no_grad()
-def test_the_rows_of_base_and_rivals_are_theirs(evaluated, home, chat_tokenizer):
+def test_the_rows_of_base_and_baselines_are_theirs(evaluated, home, chat_tokenizer):
     rows = json.loads((evaluated[0] / "evaluation.json").read_text())["validation"]
-    assert_close(rows["rival: window"], rows["Δ = 0"])  # the same weights without Δ
+    assert_close(rows["baseline: window"], rows["Δ = 0"])  # the same weights without Δ
     close(rows["the untrained base, full context"], rows["full context"], atol=1e-5)  # α apart, it is not trained
     args = arguments(home, home)
     data, *_ = eval_sft.validation_records(args, chat_tokenizer, 256)
@@ -553,7 +553,7 @@ def test_the_rows_of_base_and_rivals_are_theirs(evaluated, home, chat_tokenizer)
         losses = [
             naive(llm(torch.tensor([r.query + r.answer])).logits[0, len(r.query) - 1 : -1], r.answer) for r in data
         ]
-        close(rows[f"rival: {name}"]["loss"], torch.cat(losses).mean().item())
+        close(rows[f"baseline: {name}"]["loss"], torch.cat(losses).mean().item())
     assert len({round(row["loss"], 4) for row in rows.values()}) == len(rows) - 2
 
 
@@ -563,7 +563,7 @@ def test_context_recovery_takes_its_rows(evaluated):
     gaps = {name: result["gap"] for name, result in results["context_recovery"].items()}
     own = {name: row["loss"] for name, row in results["own_words"].items()}
     assert_close(gaps["same LLM"], rows["Δ = 0"] - rows["full context"])
-    assert_close(gaps["rivals fine-tuned on their own"], rows["rival: window"] - rows["rival: full_context"])
+    assert_close(gaps["baselines fine-tuned on their own"], rows["baseline: window"] - rows["baseline: full_context"])
     assert_close(gaps["same LLM, behind the model's own words"], own["Δ = 0"] - own["full context"])
 
 
@@ -617,11 +617,11 @@ BAD = {
     "small base": ({"base": "{home}/small"}, r"small has a vocabulary of 64 tokens.*/model has one of 2\d\d"),
     "Phase15 as base": ({"base": "{home}/window"}, r"`base` is .*window, but that is a Phase15 model"),
     "no base": ({"base": "{home}/none.gguf"}, r"none\.gguf: no such file"),
-    "missing rival": ({"rivals": ["{home}/missing"]}, r"missing: no such folder"),
-    "unknown rival": ({"rivals": ["{home}/unknown"]}, r"unknown holds no model"),
-    "small rival": ({"rivals": ["{home}/small"]}, r"small has a vocabulary"),
-    "adapter on a small base": ({"rivals": ["{home}/lora"], "base": "{home}/small"}, r"small has a vocabulary"),
-    "one rival twice": ({"rivals": ["{home}/lora", "{home}/lora"]}, r"'rival: lora'"),
+    "missing baseline": ({"baselines": ["{home}/missing"]}, r"missing: no such folder"),
+    "unknown baseline": ({"baselines": ["{home}/unknown"]}, r"unknown holds no model"),
+    "small baseline": ({"baselines": ["{home}/small"]}, r"small has a vocabulary"),
+    "adapter on a small base": ({"baselines": ["{home}/lora"], "base": "{home}/small"}, r"small has a vocabulary"),
+    "one baseline twice": ({"baselines": ["{home}/lora", "{home}/lora"]}, r"'baseline: lora'"),
     "no split": ({"validation_split": 0.0}, r"validation_split.* 0"),
     "a split above 1": ({"validation_split": 1.5}, r"validation_split.* 1\.5"),
     "no records": ({"max_records": 0}, r"no record to evaluate"),

@@ -196,12 +196,12 @@ def models(shells, folder, chat_tokenizer) -> dict[str, Path]:
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
     main(*prepare([str(folder / "recipe.yaml")]))
-    shutil.copytree(folder / "first", folder / "rivals" / "a|<b>")
-    (folder / "rivals" / "a|<b>" / "recipe.yaml").unlink()
+    shutil.copytree(folder / "first", folder / "baselines" / "a|<b>")
+    (folder / "baselines" / "a|<b>" / "recipe.yaml").unlink()
     numbers = [{"query": f"What is {i}?", "answer": f"Blue light.\n#### {i}"} for i in range(3)]
     (folder / "numbers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in numbers))
     flags = {"validation_split": 1.0, "max_new_tokens": 4, "bootstrap_samples": 50, "device": "cpu"}
-    flags["rivals"] = [str(folder / "rivals" / "a|<b>")]
+    flags["baselines"] = [str(folder / "baselines" / "a|<b>")]
     evaluate(EvaluationArguments(str(folder / "first"), str(folder / "numbers.jsonl"), **flags))
 
     def variant(name: str, **tensors: float) -> Path:
@@ -498,7 +498,7 @@ def test_the_card_shows_what_eval_sft_measured(story, models):
     card = files["README.md"].decode().split("\n---\n", 1)[1]  # behind the metadata, which YAML escapes
     assert f"on {evaluation['evaluated']} (" in card and "held out of this run" not in card
     for name, row in evaluation["validation"].items():
-        name = "`rival: a¦<b>`" if "a|<b>" in name else name
+        name = "`baseline: a¦<b>`" if "a|<b>" in name else name
         low, high = row["interval"]
         assert f"\n| {name} | {row['loss']:.4f} | [{low:.4f}, {high:.4f}] | " in card
     assert "| the model | " in card and "/3 (" in card and "a|<b>" not in card

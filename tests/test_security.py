@@ -154,7 +154,7 @@ def card_of(model, tokenizer, text: str, is_evaluated: bool) -> ModelCard:
     row = {"loss": 1.25, "loss_by_chunk": [1.25], "tokens_by_chunk": [8], "interval": [1.0, 1.5]}
     recovery = {"recovery": None, "interval": None, "gap": 0.0, "gap_interval": [0.0, 0.0]}
     recipe = {"dataset_name": text, "model_name_or_path": text, "output_dir": text, text: {text: [text]}}
-    measured = {"validation": {"the model": row, f"rival: {text}": row}, "context_recovery": {text: recovery}}
+    measured = {"validation": {"the model": row, f"baseline: {text}": row}, "context_recovery": {text: recovery}}
     results = measured | {
         "records": {"training": 2, "validation": 1},
         "steps": 3,
@@ -243,7 +243,7 @@ def test_a_name_that_the_hub_cannot_have_is_refused(flag, name):
 def test_words_stay_words_and_anything_else_is_code():
     words = "64 records of gsm8k_test.jsonl, from the last 9.5 %; the run held them out (Δ = 0, Intel Xeon @ 2 GHz)"
     rows = (evaluation.OTHER_SOFT_PROMPT, evaluation.FIRST_SOFT_PROMPT, evaluation.NOT_CARRIED, evaluation.OWN_WORDS)
-    for text in (words, "rival: café-1", *rows):
+    for text in (words, "baseline: café-1", *rows):
         assert reports.cell(text) == text
     for text in ("http://evil.test", "www.evil.test", "me@evil.test", "@admin", ":octocat:", "_x_", "__x__"):
         assert reports.cell(text) == f"`{text}`"
