@@ -32,7 +32,7 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_phase15.Phase15ForCausalLM",
 }
 
-# What the library puts into any config besides its fields; all else is a mistake, or a later version's.
+# The library puts these into any config. Another name that is no field is a mistake.
 LIBRARY_KEYS = {
     "attn_implementation",
     "auto_map",
@@ -56,13 +56,13 @@ class Phase15Config(PreTrainedConfig):
         num_soft_tokens (`int`, defaults to 128):
             Slots of the soft prompt, in vectors of the LLM's hidden size.
         num_sink_tokens (`int`, defaults to 4):
-            Slots that hold the first tokens of the stream for good; fewer than `num_soft_tokens`.
+            Slots that keep the first tokens of the stream; fewer than `num_soft_tokens`.
         chunk_length (`int`, defaults to 16):
             Answer tokens between two steps of the soft prompt.
         max_query_length (`int`, defaults to 256):
             Query tokens read in one step; a longer query takes several.
         max_answer_length (`int`, defaults to 256):
-            Answer tokens kept of a training record. Generation is not limited by it.
+            Answer tokens of a training example; longer answers are cut. It does not limit generation.
         hypernet_hidden_size (`int`, defaults to 1024):
             Width of the HyperNetwork; a multiple of `hypernet_num_attention_heads`.
         hypernet_num_hidden_layers (`int`, defaults to 4):
@@ -107,21 +107,31 @@ class Phase15Config(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     @classmethod
-    def from_pretrained(cls, name, *args, **kwargs):
-        """As the library's; errors say of which config.json they are."""
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Overrides the library to name the folder in errors."""
         try:
-            return super().from_pretrained(name, *args, **kwargs)
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise ValueError(f"{pretrained_model_name_or_path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """
+        Overrides the library to keep attributes that are no fields, as `save_pretrained` may have written them. A
+        field that is misspelt is an error.
+        """
+        extra = {k: v for k, v in config_dict.items() if not is_known(k) and not close_field(k, cutoff=0.9)}
+        result = super().from_dict({k: v for k, v in config_dict.items() if k not in extra}, **kwargs)
+        for name, value in extra.items():
+            setattr(result[0] if isinstance(result, tuple) else result, name, value)
+        return result
 
     def __post_init__(self, **kwargs: Any):
         for name in kwargs:
-            if name not in LIBRARY_KEYS and not name.startswith("_"):
-                close = difflib.get_close_matches(name, Phase15Config.__annotations__, n=1)
-                raise ValueError(
-                    f"`{name}` is no field of Phase15Config"
-                    + (f"; did you mean `{close[0]}`?" if close else ": is the config of a later version?")
-                )
+            if not is_known(name):
+                close = close_field(name)
+                hint = f"; did you mean `{close}`?" if close else "."
+                raise ValueError(f"`{name}` is no field of Phase15Config{hint}")
         if self.text_config is None:
             self.text_config = dict(TINYLLAMA)
         if isinstance(self.text_config, dict):
@@ -132,7 +142,7 @@ class Phase15Config(PreTrainedConfig):
         # The LLM ties its own embeddings; the library asks the outer config whether anything is tied.
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         super().__post_init__(**kwargs)
-        self.auto_map = dict(AUTO_MAP)  # the code travels with every folder that is saved
+        self.auto_map = dict(AUTO_MAP)  # save_pretrained copies the code into every folder
         self._check_sizes()
 
     def _check_sizes(self):
@@ -166,6 +176,15 @@ class Phase15Config(PreTrainedConfig):
                 f"`text_config.sliding_window` is {window}, but it must be at least `num_soft_tokens` + "
                 f"`chunk_length` ({self.num_soft_tokens} + {self.chunk_length}), so that the LLM sees all slots."
             )
+
+
+def is_known(name: str) -> bool:
+    return name in LIBRARY_KEYS or name in Phase15Config.__annotations__ or name.startswith("_")
+
+
+def close_field(name: str, cutoff: float = 0.6) -> str | None:
+    """The field that a name resembles most, if it does by a `cutoff` from 0 to 1."""
+    return next(iter(difflib.get_close_matches(name, Phase15Config.__annotations__, n=1, cutoff=cutoff)), None)
 
 
 Phase15Config.register_for_auto_class()

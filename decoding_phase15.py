@@ -1,15 +1,15 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """
-The fast path of `generate`: greedy search and sampling on buffers that never move, so that each of its three steps can
-be compiled, and on CUDA be recorded once and replayed as a CUDA graph.
+The fast path of `generate`: greedy search and sampling on static buffers. Each of its three steps can be compiled, and
+recorded on CUDA as a CUDA graph.
 
-    step     sp = step(sp, chunk)                          once per chunk
-    open     the LLM on the N slots; picks the chunk's first token
-    hear     the LLM on the newest token; picks the next   K - 1 times per chunk
+    step      sp = step(sp, chunk)                          once per chunk
+    prefill   the LLM on the N slots; picks the chunk's first token
+    decode    the LLM on the newest token; picks the next   K - 1 times per chunk
 
-Tokens are picked on the device, and the host asks once per chunk whether all rows have ended. modeling_phase15.py does
-not need this file to be understood: under greedy search it gives the tokens of the library's own loop there, which is
-the reference that the tests hold it to.
+Tokens are picked on the device. The host asks once per chunk whether all rows have ended. Under greedy search the
+tokens are those of the library's own loop, which is the tests' reference. The rest of the model can be understood
+without this file.
 """
 
 import sys
@@ -38,17 +38,22 @@ except ImportError:  # at the root of this repository
 
 logger = logging.get_logger(__name__)
 
-PROCESSORS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)  # of the scores alone
+PROCESSORS = (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+)  # each looks at the scores alone
 CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
-AUTOMATIC_ON = ("cuda",)  # devices where nobody has to ask for it
-INDUCTOR = {"coordinate_descent_tuning": True}  # products with one row are read at the speed of memory
-MAX_DECODERS = 4  # kept per model: batch sizes and sampling settings that take turns
+AUTOMATIC_ON = ("cuda",)  # devices where compilation is the default
+INDUCTOR = {"coordinate_descent_tuning": True}  # makes matrix-vector products memory-bound
+MAX_DECODERS = 4  # per model: one for each batch size and way of sampling in use
 
 
 class Phase15StaticCache(Cache):
     """
     Keys and values of [soft prompt ; chunk] in buffers that are written in place: slot i in column i, token j of the
-    chunk in column N + j, whatever the number of used slots. What may be seen is the attention mask's business.
+    chunk in column N + j. Unused slots keep their columns; the attention mask hides them.
 
     Args:
         keys, values (`list[torch.Tensor]` of shape `(batch_size, num_key_value_heads, N + K, head_dim)`): by layer.
@@ -70,7 +75,7 @@ class Phase15StaticCache(Cache):
         return 0  # positions and mask are always given
 
 
-# the three steps as functions of the buffers, which is what is compiled
+# the three steps as functions of the buffers: these are compiled
 
 
 def call_llm(model, inputs_embeds, position_ids, visible: torch.BoolTensor, cache: Phase15StaticCache) -> torch.Tensor:
@@ -87,7 +92,7 @@ def call_llm(model, inputs_embeds, position_ids, visible: torch.BoolTensor, cach
     return outputs.last_hidden_state
 
 
-def open_chunk(model, soft_prompt, slot_cache: Phase15StaticCache) -> torch.Tensor:
+def prefill_chunk(model, soft_prompt, slot_cache: Phase15StaticCache) -> torch.Tensor:
     """Fills the slots' columns; returns the logits of the chunk's first token, `(batch_size, vocab_size)`."""
     embeds, length = soft_prompt
     batch_size, num_slots, hidden_size = embeds.shape
@@ -98,18 +103,19 @@ def open_chunk(model, soft_prompt, slot_cache: Phase15StaticCache) -> torch.Tens
     return model.get_output_embeddings()(hidden_states.gather(1, last_slot)[:, 0])
 
 
-def hear_token(model, soft_prompt, chunk: torch.LongTensor, chunk_cache: Phase15StaticCache) -> torch.Tensor:
+def decode_token(model, soft_prompt, chunk: torch.LongTensor, chunk_cache: Phase15StaticCache) -> torch.Tensor:
     """Feeds the chunk's newest token; returns the logits of the next, `(batch_size, vocab_size)`."""
     embeds, length = soft_prompt
-    place = chunk_cache.columns - embeds.shape[1]  # (1,), of the newest token in the chunk
-    heard = torch.arange(chunk.shape[1], device=chunk.device) <= place
-    visible = torch.cat([soft_prompt.mask, heard.expand(chunk.shape[0], -1)], dim=1)[:, None, None, :]
-    tokens = model.get_input_embeddings()(chunk.index_select(1, place))
-    return model.get_output_embeddings()(call_llm(model, tokens, length[:, None] + place, visible, chunk_cache)[:, -1])
+    offset = chunk_cache.columns - embeds.shape[1]  # (1,), of the newest token in the chunk
+    is_filled = torch.arange(chunk.shape[1], device=chunk.device) <= offset
+    visible = torch.cat([soft_prompt.mask, is_filled.expand(chunk.shape[0], -1)], dim=1)[:, None, None, :]
+    tokens = model.get_input_embeddings()(chunk.index_select(1, offset))
+    hidden_states = call_llm(model, tokens, length[:, None] + offset, visible, chunk_cache)
+    return model.get_output_embeddings()(hidden_states[:, -1])
 
 
 def step_soft_prompt(model, soft_prompt, chunk: torch.LongTensor):
-    """The fields of the soft prompt after a full chunk: torch 2.11 cannot return a class of ours from a graph."""
+    """Steps over a full chunk; returns a plain tuple, since torch 2.11 cannot return a `SoftPrompt` from a graph."""
     length = torch.full_like(soft_prompt.length, chunk.shape[1])
     return tuple(model.step(soft_prompt, model.get_input_embeddings()(chunk), length))
 
@@ -118,15 +124,15 @@ class Phase15Decoder:
     """
     The buffers of one batch size and way of picking tokens, and the steps on them.
 
-    On CUDA the steps are recorded once and replayed ever after; they read the weights where they are, so a decoder is
-    good for as long as the weights do not move (see `decoder_of`).
+    On CUDA the steps are recorded once and then replayed. They read the weights at fixed addresses, so a decoder is
+    valid until the weights move (see `decoder_of`).
 
     Args:
         model (`Phase15ForCausalLM`): not kept, so that decoders do not keep it alive.
         batch_size (`int`): rows.
-        pick (`Callable`): from logits of shape `(batch_size, vocab_size)`, float32, to token ids `(batch_size,)`.
+        pick (`Callable`): float32 logits of shape `(batch_size, vocab_size)` to token ids `(batch_size,)`.
         eos_token_id (`torch.LongTensor` of shape `(num_tokens,)`, *optional*): the tokens that end a row.
-        pad_token_id (`torch.LongTensor` of shape `()`, *optional*): what ended rows go on with.
+        pad_token_id (`torch.LongTensor` of shape `()`, *optional*): the token that fills ended rows.
     """
 
     def __init__(self, model, batch_size: int, pick: Callable, eos_token_id, pad_token_id):
@@ -147,7 +153,7 @@ class Phase15Decoder:
         self.lock = threading.Lock()  # the buffers serve one call at a time
 
     def start(self, soft_prompt):
-        """A new answer after a message that `soft_prompt` has read."""
+        """Begins an answer behind a soft prompt."""
         for buffer, value in zip(self.soft_prompt, soft_prompt, strict=True):
             buffer.copy_(value)
         self.finished.zero_()
@@ -157,13 +163,13 @@ class Phase15Decoder:
         for buffer, value in zip(self.soft_prompt, stepped, strict=True):
             buffer.copy_(value)
 
-    def open(self, model):
-        logits = compiled(open_chunk)(model, self.soft_prompt, self.slot_cache)
+    def prefill(self, model):
+        logits = compiled(prefill_chunk)(model, self.soft_prompt, self.slot_cache)
         self.column.fill_(self.slot_cache.width)
         self._write(logits)
 
-    def hear(self, model):
-        logits = compiled(hear_token)(model, self.soft_prompt, self.chunk, self.chunk_cache)
+    def decode(self, model):
+        logits = compiled(decode_token)(model, self.soft_prompt, self.chunk, self.chunk_cache)
         self.column.add_(1)
         self._write(logits)
 
@@ -175,25 +181,25 @@ class Phase15Decoder:
         self.chunk.index_copy_(1, self.column - self.slot_cache.width, tokens[:, None])
 
     def run(self, name: str, model):
-        """`step`, `open` or `hear`; on CUDA replayed."""
+        """Runs `step`, `prefill` or `decode`, or replays its graph."""
         if self.graphs:
             self.graphs[name].replay()
         else:
             getattr(self, name)(model)
 
     def prepare(self, model):
-        """On CUDA records the steps as graphs, without an effect on the state of the answer that `start` began."""
+        """On CUDA records the steps as graphs, and then restores the state that `start` set."""
         if self.graphs or self.chunk.device.type != "cuda":
             return
         device = self.chunk.device
         began = [state.clone() for state in (*self.soft_prompt, self.finished)]
         random_state = torch.cuda.get_rng_state(device)
         stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-        names = ("step", "open", "hear") if self.chunk.shape[1] > 1 else ("step", "open")
+        names = ("step", "prefill", "decode") if self.chunk.shape[1] > 1 else ("step", "prefill")
         graphs = {}
         with torch.cuda.device(device):
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # what is allocated and tuned at first calls must not be recorded
+            with torch.cuda.stream(stream):  # allocation and tuning of the first calls must not be recorded
                 for _ in range(3):
                     for name in names:
                         getattr(self, name)(model)
@@ -209,7 +215,7 @@ class Phase15Decoder:
 
 
 def compiled(function: Callable) -> Callable:
-    """`torch.compile`, once per function: weights and buffers are its inputs, so all models and decoders share it."""
+    """`torch.compile`, once per function: all models and decoders share it, as weights and buffers are inputs."""
     if function not in _COMPILED:
         _COMPILED[function] = torch.compile(function, options=INDUCTOR)
     return _COMPILED[function]
@@ -221,15 +227,15 @@ _DECODERS: WeakKeyDictionary[nn.Module, dict[tuple, Phase15Decoder]] = WeakKeyDi
 
 
 def is_compiled(compile: bool | None, model, *call) -> bool:
-    """Whether a call of `generate` (see `obstacle`) takes the fast path; `compile` insists on it or refuses it."""
+    """Whether a call of `generate` takes the fast path; `call` is that of `unsupported_reason`."""
     if compile is None:
-        return model.device.type in AUTOMATIC_ON and model not in _FAILED and obstacle(model, *call) is None
-    if compile and (reason := obstacle(model, *call)):
+        return model.device.type in AUTOMATIC_ON and model not in _FAILED and unsupported_reason(model, *call) is None
+    if compile and (reason := unsupported_reason(model, *call)):
         raise ValueError(f"`compile=True` cannot be honoured with {reason}.")
     return compile
 
 
-def obstacle(
+def unsupported_reason(
     model,
     processors: LogitsProcessorList,
     criteria: list,
@@ -238,7 +244,7 @@ def obstacle(
     num_new: int | None,
     model_kwargs: dict,
 ) -> str | None:
-    """What keeps a call of `generate` from the fast path, if anything; `num_new`: tokens a used cache has not seen."""
+    """Names one thing that forbids the fast path, or None. `num_new`: tokens that a used cache has not seen."""
     cache = model_kwargs.get(CACHE_NAME)
     rope = getattr(model.config.text_config, "rope_parameters", None) or {}
     modules, parameters = list(model.modules()), list(model.parameters())
@@ -265,7 +271,7 @@ def obstacle(
 
 
 def decoder_of(model, batch_size: int, processors: LogitsProcessorList, criteria: list, generation_config):
-    """The model's decoder for these settings, made if there is none whose weights are still in their places."""
+    """The model's decoder for these settings; a new one if there is none, or if the weights have moved."""
     eos_token_id = next((c.eos_token_id for c in criteria if isinstance(c, EosTokenCriteria)), None)
     pad_token_id, do_sample = generation_config.pad_token_id, generation_config.do_sample
     if pad_token_id is None and eos_token_id is not None:  # as in the library
@@ -286,7 +292,7 @@ def decoder_of(model, batch_size: int, processors: LogitsProcessorList, criteria
             scores = processor(None, scores)
         if not do_sample:
             return scores.argmax(dim=-1)
-        probabilities = scores.softmax(dim=-1)  # and an exponential race: torch.multinomial without its check
+        probabilities = scores.softmax(dim=-1)  # an exponential race: torch.multinomial without its host sync
         return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
 
     while len(decoders) >= MAX_DECODERS:
@@ -298,7 +304,7 @@ def decoder_of(model, batch_size: int, processors: LogitsProcessorList, criteria
     return decoders[key]
 
 
-def decode(
+def sample_compiled(
     model,
     soft_prompt,
     cache,
@@ -310,12 +316,12 @@ def decode(
     insist: bool = True,
 ) -> Phase15GenerateOutput | torch.LongTensor | None:
     """
-    Answers after a message that `soft_prompt` has read; arguments and result are those of `GenerationMixin._sample`.
-    Where the steps cannot be compiled (no compiler, no memory) and nobody insists, warns and returns None.
+    Generates an answer behind a soft prompt, with the arguments and the result of the library's sampling loop. If the
+    steps cannot be compiled (no compiler, no memory) it raises the error, or warns and returns None without `insist`.
 
     Args:
         soft_prompt (`SoftPrompt`): of the whole prompt.
-        cache (`Phase15Cache`): left in the state in which the library's loop would leave it.
+        cache (`Phase15Cache`): gets the state that the library's loop would leave in it.
         input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): the prompt.
     """
     limit = next((c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)), sys.maxsize)
@@ -335,12 +341,12 @@ def decode(
             return None
         while True:
             num_tokens = min(decoder.chunk.shape[1], remaining)
-            for place in range(num_tokens):
-                decoder.run("hear" if place else "open", model)
+            for offset in range(num_tokens):
+                decoder.run("decode" if offset else "prefill", model)
                 if streamer is not None:
-                    streamer.put(decoder.chunk[:, place].cpu())
+                    streamer.put(decoder.chunk[:, offset].cpu())
                     if decoder.finished.all():
-                        num_tokens = place + 1
+                        num_tokens = offset + 1
                         break
             answer.append(decoder.chunk[:, :num_tokens].clone())
             remaining -= num_tokens
@@ -351,7 +357,7 @@ def decode(
         if decoder.eos_token_id is not None:  # the rows may all have ended inside the last chunk
             ended = (answer[..., None] == decoder.eos_token_id).any(dim=-1).cumsum(dim=1).bool().all(dim=0)
             answer = answer[:, : answer.shape[1] - max(int(ended.sum()) - 1, 0)]
-        give_back(decoder, model, cache, heard=(answer.shape[1] - 1) % decoder.chunk.shape[1])
+        fill_cache(cache, decoder, model, num_fed=(answer.shape[1] - 1) % decoder.chunk.shape[1])
     if streamer is not None:
         streamer.end()
     cache.seen_tokens = input_ids.shape[1] + answer.shape[1] - 1  # the last token was not fed
@@ -361,16 +367,16 @@ def decode(
     return Phase15GenerateOutput(sequences=sequences, cache=cache)
 
 
-def give_back(decoder: Phase15Decoder, model, cache, heard: int):
-    """Puts the decoder's state into a `Phase15Cache`, whose key-value cache has no column for unused slots."""
-    cache.open_chunk(decoder.soft_prompt._replace(embeds=decoder.soft_prompt.embeds.clone()))
+def fill_cache(cache, decoder: Phase15Decoder, model, num_fed: int):
+    """Copies the decoder's state into a `Phase15Cache`, whose key-value cache has no column for unused slots."""
+    cache.start_chunk(decoder.soft_prompt._replace(embeds=decoder.soft_prompt.embeds.clone()))
     cache.soft_prompt = cache.soft_prompt._replace(length=decoder.soft_prompt.length.clone())
-    cache.chunk = model.get_input_embeddings()(decoder.chunk[:, :heard])
+    cache.chunk = model.get_input_embeddings()(decoder.chunk[:, :num_fed])
     used, num_slots = int(decoder.soft_prompt.length.max()), decoder.slot_cache.width
     for layer, states in enumerate(zip(decoder.slot_cache.keys, decoder.slot_cache.values, strict=True)):
         cache.llm_cache.update(
-            *(torch.cat([s[:, :, :used], s[:, :, num_slots : num_slots + heard]], dim=2) for s in states), layer
+            *(torch.cat([s[:, :, :used], s[:, :, num_slots : num_slots + num_fed]], dim=2) for s in states), layer
         )
 
 
-__all__ = ["Phase15Decoder", "Phase15StaticCache", "decode", "is_compiled"]
+__all__ = ["Phase15Decoder", "Phase15StaticCache", "is_compiled", "sample_compiled"]

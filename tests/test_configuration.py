@@ -106,3 +106,35 @@ def test_a_saved_config_that_was_broken_by_hand_is_refused(tmp_path):
     file.write_text(file.read_text().replace('"num_sink_tokens": 4', '"num_sink_tokens": 400'))
     with pytest.raises(ValueError, match="`num_sink_tokens` is 400"):
         Phase15Config.from_pretrained(tmp_path)
+
+
+def test_what_is_saved_is_read_again(tmp_path):
+    """Attributes that a tool sets on a config are no fields; the library writes them."""
+    config = Phase15Config(text_config=LLM_SIZES, **SIZES)
+    values = {
+        "pretraining_tp": 1,
+        "is_decoder": True,
+        "max_seq_length": 77,
+        "loss_type": "ForCausalLM",
+        "wormhole": [3],
+    }
+    for name, value in values.items():
+        setattr(config, name, value)
+    config.save_pretrained(tmp_path)
+    loaded = Phase15Config.from_pretrained(pretrained_model_name_or_path=tmp_path)
+    assert {name: getattr(loaded, name) for name in values} == values
+    assert {name: getattr(loaded, name) for name in SIZES} == SIZES
+    loaded, unused = Phase15Config.from_pretrained(tmp_path, return_unused_kwargs=True, colour="red")
+    assert loaded.wormhole == [3] and unused == {"colour": "red"}
+
+
+def test_a_misspelt_field_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="`num_soft_token` is no field .*did you mean `num_soft_tokens`"):
+        Phase15Config(num_soft_token=64)
+    with pytest.raises(ValueError, match="`wormhole` is no field"):
+        Phase15Config(wormhole=64)
+    Phase15Config().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace('"num_sink_tokens"', '"num_sinks_tokens"'))
+    with pytest.raises(ValueError, match=f"^{tmp_path}: `num_sinks_tokens` is no field .*`num_sink_tokens`"):
+        Phase15Config.from_pretrained(tmp_path)

@@ -19,7 +19,7 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import decoding_phase15
-from decoding_phase15 import Phase15Decoder, hear_token, open_chunk, step_soft_prompt
+from decoding_phase15 import Phase15Decoder, decode_token, prefill_chunk, step_soft_prompt
 from modeling_phase15 import Phase15Cache, Phase15ForCausalLM
 
 
@@ -214,8 +214,8 @@ def test_the_steps_are_one_graph_each(tiny):
     decoder.start(tiny.empty_soft_prompt(2)._replace(length=torch.tensor([3, SLOTS])))
     counter = CompileCounter()
     for function, args in (
-        (open_chunk, (decoder.slot_cache,)),
-        (hear_token, (decoder.chunk, decoder.chunk_cache)),
+        (prefill_chunk, (decoder.slot_cache,)),
+        (decode_token, (decoder.chunk, decoder.chunk_cache)),
         (step_soft_prompt, (decoder.chunk,)),
     ):
         counter.clear()

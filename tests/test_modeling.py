@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from configuration_phase15 import Phase15Config
-from modeling_phase15 import Phase15Cache, Phase15ForCausalLM, SoftPrompt, carry
+from modeling_phase15 import Phase15Cache, Phase15ForCausalLM, Phase15Model, SoftPrompt, carry
 
 
 # (tokens, query tokens) of a row: one-token answers; answers that end one before, at and one after a chunk boundary;
@@ -363,8 +363,8 @@ def test_last_hidden_state_is_what_the_logits_are_made_of(tiny):
     assert torch.equal(last, full.last_hidden_state[:, -3:])
 
 
-def test_a_tool_that_keeps_the_labels_gets_the_hidden_states_behind_the_queries(tiny):
-    """TRL replaces `forward`, takes the labels away and calls `base_model`, which must not call that again."""
+def test_a_replaced_forward_reads_hidden_states_off_the_body(tiny):
+    """TRL replaces `forward`, keeps the labels and calls `base_model`. That may not call the replaced one again."""
     batch, _, _ = make_batch()
     expected, calls = tiny(**batch).last_hidden_state, []
 
@@ -374,18 +374,33 @@ def test_a_tool_that_keeps_the_labels_gets_the_hidden_states_behind_the_queries(
 
     tiny.forward = fused
     outputs = tiny(**batch, fused_lm_head=True)
-    assert calls == [True] and outputs.logits is None
-    assert torch.equal(outputs.last_hidden_state, expected)
+    assert calls == [True] and torch.equal(outputs.last_hidden_state, expected)
 
 
-def test_a_replaced_forward_gets_every_call_but_those_for_hidden_states(tiny):
+def test_a_replaced_forward_gets_every_call(tiny):
     batch, _, _ = make_batch()
     calls, forward = [], tiny.forward
     tiny.forward = lambda *args, **kwargs: (calls.append(kwargs), forward(*args, **kwargs))[1]
     tiny(batch["input_ids"])
     tiny(**batch, skip_logits=True)
     tiny(batch["input_ids"], skip_logits=True)
-    assert len(calls) == 2
+    assert len(calls) == 3
+
+
+def test_the_body_is_the_model_without_its_head(tiny):
+    """The same modules, adapters and all; no head is called."""
+    batch, query_lengths, _ = make_batch()
+    del batch["labels"]
+    full, body, seen = tiny(**batch, query_lengths=query_lengths), tiny.base_model, []
+    assert type(body) is Phase15Model and body.llm is tiny.llm and body.hypernet is tiny.hypernet
+    tiny.get_output_embeddings().register_forward_hook(lambda *_: seen.append(1))
+    outputs = body(**batch, query_lengths=query_lengths)
+    assert not seen and torch.equal(outputs.last_hidden_state, full.last_hidden_state)
+    assert torch.equal(outputs.soft_prompt, full.soft_prompt)
+    asked = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    asked[:, -1] = True
+    last = body(**batch, query_lengths=query_lengths, predict_mask=asked).last_hidden_state
+    assert_close(last[:, -1], full.last_hidden_state[:, -1], atol=1e-5, rtol=1e-5)
 
 
 def test_the_output_layer_is_called_on_targets_or_kept_columns_only(tiny):
@@ -806,33 +821,25 @@ def test_the_first_and_the_last_id_of_the_vocabulary_are_ids(tiny):
             bad = torch.tensor([[0, 1, 2, wrong]])
             given = {"input_ids": ids, "labels": bad} if labels else {"input_ids": bad}
             with pytest.raises(
-                ValueError, match=f"Row 0 holds .*{wrong}, at place 3, but ids must be from 0 to {VOCAB - 1}"
+                ValueError, match=f"Row 0 of `.*` holds {wrong} at position 3, but ids must be from 0 to {VOCAB - 1}"
             ):
                 tiny(**given)
 
 
-def test_weights_that_do_not_fit_are_refused(tiny, tmp_path):
+def test_from_pretrained_behaves_as_the_librarys(tiny, tmp_path):
+    """It warns of weights that are missing, left over or misshapen; phase15/models.py refuses them."""
     tiny.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
-    whole = load_file(path)
-    size = {"hypernet.alpha": torch.ones(3)}
-    more = {"more.b": torch.ones(1), "more.a": torch.ones(1)}
-    lacking = {name: value for name, value in whole.items() if "position" not in name}
-    save_file(lacking | more | size, path, {"format": "pt"})
-    problems = "position_embeddings.weight is missing, more.a is left over, hypernet.alpha is of another shape."
-    with pytest.raises(ValueError, match=rf"^{tmp_path}: 4 of the weights do not fit .*: hypernet.{problems}$"):
-        Phase15ForCausalLM.from_pretrained(tmp_path)
-    save_file(whole | size, path, {"format": "pt"})
-    with pytest.raises(ValueError, match="1 of the weights .* hypernet.alpha is of another shape"):
-        Phase15ForCausalLM.from_pretrained(tmp_path)
-    Phase15ForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=f"^{path} cannot be read: "):
-        Phase15ForCausalLM.from_pretrained(tmp_path)
-    with pytest.raises(OSError, match="no file named"):
-        Phase15ForCausalLM.from_pretrained(tmp_path / "..", config=tiny.config)
-    tiny.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
-    shard = sorted((tmp_path / "shards").glob("*.safetensors"))[0]
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=f"^{tmp_path}/shards: its weights cannot be read: "):
-        Phase15ForCausalLM.from_pretrained(tmp_path / "shards")
+    loaded, info = Phase15ForCausalLM.from_pretrained(pretrained_model_name_or_path=tmp_path, output_loading_info=True)
+    assert torch.equal(loaded.hypernet.alpha, tiny.hypernet.alpha) and not any(info.values())
+    weights = load_file(path)
+    del weights["hypernet.alpha"]
+    save_file(weights | {"more": torch.ones(1)}, path, {"format": "pt"})
+    loaded, info = Phase15ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"hypernet.alpha"} and set(info["unexpected_keys"]) == {"more"}
+    assert not loaded.hypernet.alpha.any()
+
+
+def test_from_base_gives_the_loading_info_of_the_base(bases):
+    model, info = Phase15ForCausalLM.from_base(bases["llama"], output_loading_info=True, **SIZES)
+    assert isinstance(model, Phase15ForCausalLM) and not any(info.values())

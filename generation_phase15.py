@@ -1,0 +1,259 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""
+Generation with a recursive soft prompt: transformers' own loop, with the state of the recursion as its cache.
+
+- `Phase15Cache` holds the soft prompt, the open chunk, and the LLM's keys and values of both;
+- `Phase15GenerationMixin` makes that cache, refuses modes that cannot work with it, and leaves the rest to
+  [`~transformers.GenerationMixin`]; on CUDA it runs the compiled steps of decoding_phase15.py where it can.
+"""
+
+from typing import NamedTuple
+
+import torch
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin
+
+
+try:  # inside a package: how transformers loads this file from a Hub repository or a saved folder
+    from .compat_phase15 import CACHE_NAME, give_both_cache_names, pop_cache
+    from .configuration_phase15 import Phase15Config
+    from .decoding_phase15 import is_compiled, sample_compiled
+except ImportError:  # at the root of this repository
+    from compat_phase15 import CACHE_NAME, give_both_cache_names, pop_cache
+    from configuration_phase15 import Phase15Config
+    from decoding_phase15 import is_compiled, sample_compiled
+
+
+class Phase15Cache(Cache):
+    """
+    State of one generation: the soft prompt, the tokens of the open chunk, and the LLM's key-value cache of
+    [soft prompt ; open chunk]. Its size does not depend on the number of tokens seen.
+
+    Attributes:
+        soft_prompt (`SoftPrompt`, *optional*): None before the first token.
+        chunk (`torch.Tensor` of shape `(batch_size, open, hidden_size)`): embeddings of the open chunk, with
+            `0 <= open < chunk_length`. The chunks of all rows begin and end together.
+        llm_cache (`DynamicCache`): of the `soft_prompt` and `chunk` above.
+        seen_tokens (`int`): columns of `input_ids` consumed, padding included.
+
+    `generate(..., return_dict_in_generate=True)` returns its cache. A second call may take it, with the whole
+    conversation as `input_ids`: the tokens that the cache has not seen are read as the next message.
+    """
+
+    def __init__(self, config: Phase15Config):
+        super().__init__(layers=[])
+        self.config = config
+        self.reset()
+
+    def reset(self):
+        self.soft_prompt: NamedTuple | None = None
+        self.chunk: torch.Tensor | None = None
+        self.llm_cache: DynamicCache | None = None
+        self.seen_tokens = 0
+
+    def start_chunk(self, soft_prompt: NamedTuple):
+        """Starts an empty chunk behind a new soft prompt. The LLM's old keys and values do not belong to it."""
+        self.soft_prompt = soft_prompt
+        self.chunk = soft_prompt.embeds[:, :0]
+        self.llm_cache = DynamicCache(config=self.config.text_config)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.seen_tokens
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1  # unlimited
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.soft_prompt is None else self.soft_prompt.length.shape[0]
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    @property
+    def is_linear(self) -> list[bool]:
+        # This cache has no layers. transformers 5.24 takes such a cache for linear attention, and loses the positions.
+        return [False]
+
+    def crop(self, tokens_to_remove: int):
+        raise ValueError("A Phase15Cache cannot be cropped: a step of the recursion cannot be undone.")
+
+    def reorder_cache(self, beam_idx: torch.LongTensor):
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor):
+        if self.soft_prompt is not None:
+            self.soft_prompt = self.soft_prompt._make(state.index_select(0, indices) for state in self.soft_prompt)
+            self.chunk = self.chunk.index_select(0, indices)
+            self.llm_cache.batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int):
+        if self.soft_prompt is not None:
+            repeated = (state.repeat_interleave(repeats, dim=0) for state in self.soft_prompt)
+            self.soft_prompt = self.soft_prompt._make(repeated)
+            self.chunk = self.chunk.repeat_interleave(repeats, dim=0)
+            self.llm_cache.batch_repeat_interleave(repeats)
+
+
+def check_cache(cache: Cache | None):
+    """Raises a ValueError for a cache of another class, or of another copy of this file."""
+    if cache is not None and not isinstance(cache, Phase15Cache):
+        raise ValueError(
+            f"`cache` (or `past_key_values`) must be a Phase15Cache of {Phase15Cache.__module__}, not a "
+            f"{type(cache).__name__} of {type(cache).__module__}."
+        )
+
+
+_ROLLBACK = "candidate tokens would have to be rolled back, and a step of the recursion cannot be undone"
+_ONE_CACHE = "the state of the recursion is a Phase15Cache, whose rows begin and end their chunks together"
+UNSUPPORTED_GENERATION = {
+    "assistant_model": ("assisted decoding", _ROLLBACK),
+    "prompt_lookup_num_tokens": ("assisted decoding", _ROLLBACK),
+    "assistant_early_exit": ("assisted decoding", _ROLLBACK),
+    "use_mtp": ("assisted decoding", _ROLLBACK),
+    "penalty_alpha": ("contrastive search", _ROLLBACK),
+    "cache_implementation": ("other caches, paged and continuous batching among them", _ONE_CACHE),
+    "prefill_chunk_size": ("chunked prefill", "a prompt is read `max_query_length` tokens at a time already"),
+}
+
+
+class Phase15GenerationMixin(GenerationMixin):
+    """`generate` for a model that has `left_align` and `read_message` (see [`Phase15Model`])."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args,
+        compile: bool | None = None,
+        **kwargs,
+    ):
+        r"""
+        Overrides [`~transformers.GenerationMixin.generate`], whose arguments it takes, to run at constant memory: the
+        prompt is read into the soft prompt as the query, and every chunk of the answer steps the soft prompt.
+
+        Args:
+            inputs (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                Prompts. Prompts of different lengths are padded on the left, with an `attention_mask`.
+            cache (`Phase15Cache`, *optional*):
+                Cache that an earlier call with `return_dict_in_generate=True` returned. `inputs` are then the whole
+                conversation; the part that the cache has not seen is read as the next message. `past_key_values` is
+                another name of it.
+            compile (`bool`, *optional*):
+                Greedy search and sampling on static buffers with compiled steps, on CUDA as CUDA graphs. The default
+                is to do so on CUDA unless something forbids it. The first call compiles, which takes about a minute.
+                True insists, also on a CPU (`torch.compile` needs a C++ compiler there). False refuses.
+
+        Raises:
+            ValueError: for assisted decoding, contrastive search, paged or other caches, and chunked prefill; for rows
+                that end in padding; for `compile=True` with something that forbids it. The message names it.
+        """
+        sources = [kwargs, *(vars(config) for config in (generation_config, self.generation_config) if config)]
+
+        def setting(name):
+            return next((source[name] for source in sources if source.get(name) is not None), None)
+
+        for name, (mode, reason) in UNSUPPORTED_GENERATION.items():
+            if setting(name):
+                raise ValueError(f"Phase15 does not support {mode} (`{name}`): {reason}.")
+        if compile and (setting("num_beams") or 1) > 1:
+            raise ValueError("`compile=True` cannot be honoured with beam search.")
+        kwargs["compile"] = False if compile is None and setting("disable_compile") else compile
+        input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        num_columns = 1 if input_ids is None else input_ids.shape[-1]  # without a prompt the library starts from BOS
+        cache = pop_cache(kwargs)
+        check_prompt(num_columns, kwargs.get("attention_mask"), cache)
+        if cache is None and setting("use_cache") is not False:
+            cache = Phase15Cache(self.config)
+        if cache is None:
+            kwargs["prompt_length"] = num_columns
+        else:
+            kwargs[CACHE_NAME] = cache
+        return give_both_cache_names(super().generate(inputs, generation_config, *args, **kwargs))
+
+    def _sample(
+        self,
+        input_ids: torch.LongTensor,
+        logits_processor,
+        stopping_criteria,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer=None,
+        compile: bool | None = None,
+        **model_kwargs,
+    ):
+        """Overrides greedy search and sampling to run the compiled steps of decoding_phase15.py where it can."""
+        parts = (logits_processor, stopping_criteria, generation_config)
+        cache = model_kwargs.get(CACHE_NAME)
+        num_new = None if cache is None or not cache.seen_tokens else input_ids.shape[1] - cache.seen_tokens
+        output = None
+        if is_compiled(compile, self, *parts, synced_gpus, num_new, model_kwargs):
+            model_inputs = self.prepare_inputs_for_generation(
+                input_ids, next_sequence_length=num_new, is_first_iteration=True, **model_kwargs
+            )
+            message, mask, query_lengths = (
+                model_inputs.get(name) for name in ("input_ids", "attention_mask", "query_lengths")
+            )
+            rows = self.left_align(message, mask, query_lengths, cache)
+            soft_prompt = self.read_message(rows, cache)
+            output = sample_compiled(self, soft_prompt, cache, input_ids, *parts, streamer, insist=bool(compile))
+        if output is None:
+            output = super()._sample(input_ids, *parts, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
+        return output
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        query_lengths: torch.LongTensor | None = None,
+        prompt_length: int | None = None,
+        is_first_iteration: bool = False,
+        compile: bool | None = None,
+        **kwargs,
+    ) -> dict:
+        """Overrides the library to say which tokens are the query: the prompt, which a cache reads once."""
+        cache = pop_cache(kwargs)
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            attention_mask=attention_mask,
+            is_first_iteration=is_first_iteration,
+            **{CACHE_NAME: cache},
+            **kwargs,
+        )
+        input_ids = model_inputs["input_ids"]
+        if cache is None:
+            query_columns = slice(prompt_length)
+        elif not is_first_iteration or (cache.seen_tokens and input_ids.shape[1] == 1):
+            return model_inputs  # one more token of the answer
+        else:
+            query_columns = slice(-input_ids.shape[1], None)
+        if query_lengths is None:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            query_lengths = mask[:, query_columns].sum(dim=1)
+        return {**model_inputs, "query_lengths": query_lengths}
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise ValueError(f"Phase15 does not support paged and continuous batching: {_ONE_CACHE}.")
+
+    generate_batch = init_continuous_batching
+
+
+def check_prompt(num_columns: int, attention_mask: torch.Tensor | None, cache: Cache | None):
+    """Raises a ValueError for prompts that add nothing to their cache, and for rows that end in padding."""
+    check_cache(cache)
+    if cache is not None and num_columns <= cache.seen_tokens:
+        raise ValueError(
+            f"`inputs` has {num_columns} columns, but the cache has already seen {cache.seen_tokens}; give the whole "
+            "conversation, old tokens first."
+        )
+    if attention_mask is not None:
+        bad = attention_mask.any(dim=1) & (attention_mask[:, -1] == 0)
+        if bad.any():
+            raise ValueError(
+                f"Row {int(bad.nonzero()[0])} of `attention_mask` ends in padding, but the last column predicts the "
+                "next token: pad `inputs` on the left, and in a conversation give every row a message or none."
+            )
+
+
+__all__ = ["Phase15Cache", "Phase15GenerationMixin"]

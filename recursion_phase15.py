@@ -1,0 +1,189 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""
+The two parts of a step of the recursion, `step(sp, tokens) = carry(sp, E[tokens]) + Δ(sp, E[tokens])`.
+
+- `SoftPrompt` is the state;
+- `carry`, without parameters, is a sliding window with attention sinks;
+- `HyperNetwork` computes Δ, a gated overwrite of the slots, which is exactly zero before training.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+try:  # inside a package: how transformers loads this file from a Hub repository or a saved folder
+    from .configuration_phase15 import Phase15Config
+except ImportError:  # at the root of this repository
+    from configuration_phase15 import Phase15Config
+
+
+class SoftPrompt(NamedTuple):
+    """
+    State of the recursion. Slots fill from the first to the last. A slot's position in the LLM is its index.
+
+    embeds (`torch.Tensor` of shape `(batch_size, num_soft_tokens, hidden_size)`): the slots, zero where not used.
+    length (`torch.LongTensor` of shape `(batch_size,)`): number of used slots in each row.
+    """
+
+    embeds: torch.Tensor
+    length: torch.LongTensor
+
+    @property
+    def mask(self) -> torch.BoolTensor:
+        """`torch.BoolTensor` of shape `(batch_size, num_soft_tokens)`: which slots are used."""
+        return torch.arange(self.embeds.shape[1], device=self.length.device) < self.length[:, None]
+
+
+def carry(soft_prompt: SoftPrompt, tokens: torch.Tensor, token_length: torch.LongTensor, num_sinks: int) -> SoftPrompt:
+    """
+    The residual path of the recursion: a window over the stream of all tokens, with attention sinks (StreamingLLM,
+    Xiao et al. 2023, arXiv 2309.17453). The stream's first `num_sinks` tokens stay in the first slots, the other slots
+    hold the newest, and the oldest between them fall out.
+
+    Args:
+        soft_prompt (`SoftPrompt`): the slots so far.
+        tokens (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): embeddings that enter, left-aligned.
+        token_length (`torch.LongTensor` of shape `(batch_size,)`): how many of them are real in each row.
+        num_sinks (`int`): slots that are never moved.
+
+    Returns:
+        `SoftPrompt`: the slots with the tokens moved in.
+    """
+    batch_size, num_slots, hidden_size = soft_prompt.embeds.shape
+    length = soft_prompt.length + token_length
+    evicted = (length - num_slots).clamp(min=0)[:, None]  # (B, 1)
+    slot = torch.arange(num_slots, device=tokens.device).expand(batch_size, -1)  # (B, N)
+    position = slot + evicted * (slot >= num_sinks)  # of the slot's token in the stream [used slots ; tokens]
+    is_old = position < soft_prompt.length[:, None]
+    source = torch.where(
+        is_old, position, position - soft_prompt.length[:, None] + num_slots
+    )  # in [all slots ; tokens]
+    stream = torch.cat([soft_prompt.embeds, tokens], dim=1)
+    source = source.clamp(max=stream.shape[1] - 1)[..., None].expand(-1, -1, hidden_size)
+    carried = SoftPrompt(stream.gather(1, source), length.clamp(max=num_slots))
+    return carried._replace(embeds=carried.embeds * carried.mask[..., None])
+
+
+class HyperNetworkAttention(nn.Module):
+    """Multi-head attention without biases, from `hidden_states` to `memory`."""
+
+    def __init__(self, config: Phase15Config):
+        super().__init__()
+        width = config.hypernet_hidden_size
+        self.num_heads = config.hypernet_num_attention_heads
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, memory: torch.Tensor, memory_mask: torch.Tensor) -> torch.Tensor:
+        query, key, value = (
+            projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, length, width / heads)
+            for projection, states in ((self.q_proj, hidden_states), (self.k_proj, memory), (self.v_proj, memory))
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=memory_mask[:, None, None, :])
+        return self.o_proj(attended.transpose(1, 2).flatten(2))
+
+
+class HyperNetworkLayer(nn.Module):
+    """Pre-norm block: the slots attend to themselves, then to the memory, then pass an MLP."""
+
+    def __init__(self, config: Phase15Config):
+        super().__init__()
+        width = config.hypernet_hidden_size
+        self.self_norm = nn.RMSNorm(width, eps=1e-5)
+        self.self_attn = HyperNetworkAttention(config)
+        self.cross_norm = nn.RMSNorm(width, eps=1e-5)
+        self.cross_attn = HyperNetworkAttention(config)
+        self.mlp_norm = nn.RMSNorm(width, eps=1e-5)
+        self.up_proj = nn.Linear(width, config.hypernet_intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.hypernet_intermediate_size, width, bias=False)
+
+    def forward(
+        self, slots: torch.Tensor, slot_mask: torch.Tensor, memory: torch.Tensor, memory_mask: torch.Tensor
+    ) -> torch.Tensor:
+        normed = self.self_norm(slots)
+        slots = slots + self.self_attn(normed, normed, slot_mask)
+        slots = slots + self.cross_attn(self.cross_norm(slots), memory, memory_mask)
+        return slots + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(slots))))
+
+
+class HyperNetwork(nn.Module):
+    """
+    Computes Δ, the learned part of a step. The carried slots attend to the memory: the old soft prompt, which still
+    holds the tokens that fall out, and the new tokens. The result is y, and
+
+        Δ = tanh(α) · σ(G y) · (O y + P(y, memory) − carry)
+
+    overwrites the slots through a gate. O y is free. P is a pointer, an attention whose values are the memory's own
+    embeddings (pointer networks, Vinyals et al. 2015, arXiv 1506.03134): it can copy a token that falls out, in an
+    embedding that the LLM knows already. α is one learned number per channel of the LLM. It starts at zero (ReZero,
+    Bachlechner et al. 2020, arXiv 2003.04887), so Δ is exactly zero before training.
+
+    `embedding_scale` is the root mean square of the base's input embeddings, measured by
+    [`Phase15ForCausalLM.from_base`]. Inputs are divided by it and outputs multiplied, so the network works at unit
+    scale, and the slots stay at the scale of the embeddings.
+    """
+
+    def __init__(self, config: Phase15Config):
+        super().__init__()
+        width, hidden_size = config.hypernet_hidden_size, config.text_config.hidden_size
+        num_positions = max(config.num_soft_tokens, config.max_query_length, config.chunk_length)
+        self.slot_proj = nn.Linear(hidden_size, width, bias=False)
+        self.token_proj = nn.Linear(hidden_size, width, bias=False)
+        self.position_embeddings = nn.Embedding(num_positions, width)
+        self.memory_norm = nn.RMSNorm(width, eps=1e-5)
+        self.layers = nn.ModuleList(HyperNetworkLayer(config) for _ in range(config.hypernet_num_hidden_layers))
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.output_proj = nn.Linear(width, hidden_size, bias=False)  # O
+        self.gate_proj = nn.Linear(width, hidden_size, bias=False)  # G
+        pointer_size = max(width // config.hypernet_num_attention_heads // 2, 1)
+        self.pointer_q_proj = nn.Linear(width, pointer_size, bias=False)
+        self.pointer_k_proj = nn.Linear(width, pointer_size, bias=False)
+        self.alpha = nn.Parameter(torch.zeros(hidden_size))
+        self.register_buffer("embedding_scale", torch.ones(1))
+
+    def forward(
+        self, carried: SoftPrompt, old: SoftPrompt, tokens: torch.Tensor, token_length: torch.LongTensor
+    ) -> torch.Tensor:
+        """
+        Args:
+            carried (`SoftPrompt`): `carry(old, tokens)`.
+            old (`SoftPrompt`): the soft prompt before the step.
+            tokens (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): embeddings that entered.
+            token_length (`torch.LongTensor` of shape `(batch_size,)`): how many of them are real in each row.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_soft_tokens, hidden_size)`: Δ, zero in slots that are not used.
+        """
+        position = self.position_embeddings.weight
+        scale = self.embedding_scale.to(position.dtype)  # FSDP computes in bfloat16, but leaves buffers in float32
+        num_slots, num_tokens = carried.embeds.shape[1], tokens.shape[1]
+        slots = self.slot_proj(carried.embeds / scale) + position[:num_slots]  # (B, N, h)
+        old_embeds, new_embeds = old.embeds / scale, tokens / scale
+        memory = torch.cat(
+            [
+                self.slot_proj(old_embeds) + position[:num_slots],
+                self.token_proj(new_embeds) + position[:num_tokens],
+            ],
+            dim=1,
+        )  # (B, N + T, h)
+        token_mask = torch.arange(num_tokens, device=tokens.device) < token_length[:, None]
+        memory_mask = torch.cat([old.mask, token_mask], dim=1)
+        memory, slot_mask = self.memory_norm(memory), carried.mask
+        for layer in self.layers:
+            slots = layer(slots, slot_mask, memory, memory_mask)
+        y = self.norm(slots)
+        embeds = torch.cat([old_embeds, new_embeds], dim=1)  # (B, N + T, d)
+        pointed = F.scaled_dot_product_attention(
+            self.pointer_q_proj(y), self.pointer_k_proj(memory), embeds, attn_mask=memory_mask[:, None, :]
+        )  # (B, N, d)
+        written = (self.output_proj(y) + pointed) * scale
+        delta = torch.tanh(self.alpha) * torch.sigmoid(self.gate_proj(y)) * (written - carried.embeds)
+        return delta.to(carried.embeds.dtype) * slot_mask[..., None]
+
+
+__all__ = ["HyperNetwork", "SoftPrompt", "carry"]
