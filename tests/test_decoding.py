@@ -108,7 +108,7 @@ def test_an_end_token_stops_at_the_end_of_its_chunk(tiny, fast, monkeypatch):
     monkeypatch.setattr(Phase15Decoder, "run", lambda self, name, model: (names.append(name), run(self, name, model)))
     free = generate(tiny, [LONG_PROMPTS[0]], max_new_tokens=22)[0]
     generate(tiny, [LONG_PROMPTS[0]], max_new_tokens=4000, eos_token_id=int(free[CHUNK + 1]), compile=True)
-    whole = ["open"] + ["hear"] * (CHUNK - 1)
+    whole = ["prefill"] + ["decode"] * (CHUNK - 1)
     assert names in ([*whole, "step", *whole], whole)
 
 
@@ -160,7 +160,7 @@ class Collector(BaseStreamer):
 
 def test_a_streamer_gets_every_token_and_nothing_after_the_end(tiny, fast):
     free = generate(tiny, [LONG_PROMPTS[0]], max_new_tokens=22)[0]
-    ends = [{"eos_token_id": int(token)} for token in free[:CHUNK]]  # at each place of a chunk
+    ends = [{"eos_token_id": int(token)} for token in free[:CHUNK]]  # at each position of a chunk
     for kwargs in ({}, *ends):
         ours, librarys = Collector(), Collector()
         generate(tiny, [LONG_PROMPTS[0]], max_new_tokens=22, streamer=librarys, **kwargs)
@@ -249,7 +249,7 @@ def test_on_cuda_graphs_give_the_same_tokens(tiny, mode):
         expected = generate(tiny, prompts, max_new_tokens=length, compile=False, **MODES[mode])
         assert torch.equal(generate(tiny, prompts, max_new_tokens=length, **MODES[mode]), expected)
     (decoder,) = decoding_phase15._DECODERS[tiny].values()
-    assert set(decoder.graphs) == {"step", "open", "hear"}
+    assert set(decoder.graphs) == {"step", "prefill", "decode"}
 
 
 # when it is taken

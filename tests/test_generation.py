@@ -200,7 +200,7 @@ def test_stop_strings(tiny, tokenizer, start):
 
 def test_a_custom_logits_processor_sees_every_token(tiny):
     class Only(LogitsProcessor):
-        """Allows, at each place, one token alone."""
+        """Allows, at each position, one token alone."""
 
         def __call__(self, input_ids, scores):
             allowed = torch.full_like(scores, -float("inf"))
@@ -230,7 +230,7 @@ def test_memory_is_flat_however_long_the_answer(tiny):
         torch.save(output.past_key_values, file)
         return file.tell()
 
-    few, many = size(3 + 8 * CHUNK), size(3 + 70 * CHUNK)  # at the same place of a chunk
+    few, many = size(3 + 8 * CHUNK), size(3 + 70 * CHUNK)  # at the same position of a chunk
     assert many == pytest.approx(few, abs=100)  # one number of one token is 4 bytes, one vector 128
 
 

@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 from modeling_phase15 import Phase15ForCausalLM
 
 
+CODE = [f"{name}_phase15.py" for name in "compat configuration decoding generation modeling recursion".split()]
 ROOT = Path(__file__).parent.parent
 BASE_OF = {"untied": "llama", "tied": "llama-tied"}
 CLASSES = ["AutoModelForCausalLM", "AutoModel"]
@@ -111,7 +112,7 @@ def test_another_process_has_the_remote_classes(generations, kind, process):
 def test_a_saved_folder_holds_code_safetensors_and_auto_map(generations, kind, process):
     folder, models = generations
     saved = folder / process / kind
-    for name in ("compat_phase15.py", "configuration_phase15.py", "decoding_phase15.py", "modeling_phase15.py"):
+    for name in CODE:
         assert (saved / name).read_text() == (ROOT / name).read_text()
     assert not list(saved.glob("*.bin")) and not list(saved.glob("train_*.py"))
     config = json.loads((saved / "config.json").read_text())

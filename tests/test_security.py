@@ -20,7 +20,7 @@ from scripts import eval_sft
 
 
 ROOT = Path(__file__).parents[1]
-CODE = {"compat_phase15.py", "configuration_phase15.py", "modeling_phase15.py", "decoding_phase15.py"}
+CODE = {f"{name}_phase15.py" for name in "compat configuration decoding generation modeling recursion".split()}
 
 
 # the code of a saved folder
