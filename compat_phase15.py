@@ -1,18 +1,18 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """
-What differs between the releases of transformers that this code runs on, with the day on which each can go.
+Differences between the releases of transformers that this code runs on, and when the code for each can be deleted.
 
 5.24    renamed `past_key_values` to `cache`, in `generate`, in every `forward` and in the outputs. CACHE_NAME goes
         when OLDEST is 5.24. `past_key_values` stays an alias in this model's own `forward`, `generate` and outputs as
-        long as tools pass it: transformers takes it in `forward` until 5.40 and in `generate` until 6.0.
-5.23    renamed `gradient_checkpointing` to `activation_checkpointing`. The recipes use the old name, which every
-        release up to 6.0 takes. They can use the new one when OLDEST is 5.23.
-5.24    takes a cache without layers for one of linear attention: `Phase15Cache.is_linear` says otherwise, and stays.
-5.24    with PEFT 0.21 loses the cache of prompt tuning: `use_cache=` in eval_sft.py goes when peft 0.22 is required.
-before 5.24  `transformers serve` lists other models: the route in serve.py goes when OLDEST is 5.24.
+        long as tools pass it: transformers accepts it in `forward` until 5.40 and in `generate` until 6.0.
+5.23    renamed `gradient_checkpointing` to `activation_checkpointing`. Every release up to 6.0 accepts the old name,
+        and the recipes use it. They can use the new one when OLDEST is 5.23.
+5.24    mistakes a cache without layers for one of linear attention. `Phase15Cache.is_linear` prevents it, and stays.
+5.24    with PEFT 0.21 loses the cache of prompt tuning. `use_cache=` in eval_sft.py goes when peft 0.22 is required.
+before 5.24  `transformers serve` lists other models. The route in serve.py goes when OLDEST is 5.24.
 
-OLDEST and NEWEST are the ends of the range under which this code has passed its tests; requirements.txt has the same
-bounds, and .ci/canary tries what is newer.
+OLDEST and NEWEST are the ends of the tested range. requirements.txt has the same bounds; .ci/canary tries newer
+releases.
 """
 
 import re
@@ -29,12 +29,12 @@ logger = logging.get_logger("transformers.phase15")  # one name for all copies o
 
 
 def release(version: str) -> tuple[int, ...]:
-    """The minor release that a version belongs to: (5, 24) for "5.24.1" and for "5.24.0.dev0"."""
+    """The minor release of a version: (5, 24) for "5.24.1" and for "5.24.0.dev0"."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def untested_version(version: str) -> str | None:
-    """What to tell the user of a transformers outside the tested range; None for one inside."""
+    """A warning for the user of a transformers outside the tested range; None for one inside."""
     installed = release(version)
     if OLDEST <= installed <= NEWEST:
         return None
@@ -45,17 +45,17 @@ def untested_version(version: str) -> str | None:
     )
 
 
-if message := untested_version(transformers.__version__):  # before anything that an untested version may lack
+if message := untested_version(transformers.__version__):  # first: an untested version may lack something below
     logger.warning_once(message)
 
-# What the installed transformers calls the cache.
+# The name of the cache in the installed transformers.
 CACHE_NAME = "cache" if release(transformers.__version__) >= (5, 24) else "past_key_values"
 CACHE_NAMES = ("cache", "past_key_values")
 
 
 def one_cache(cache=None, past_key_values=None):
     """
-    The cache that was given, under whichever name.
+    The cache that was given, under either name.
 
     Raises:
         ValueError: if two were given.
@@ -84,7 +84,7 @@ def both_cache_names(cls: type) -> type:
             kwargs[CACHE_NAME] = cache
         init(self, *args, **kwargs)
 
-    type.__setattr__(cls, "__init__", __init__)  # 5.24's metaclass would wrap it, and complain of the old name first
+    type.__setattr__(cls, "__init__", __init__)  # 5.24's metaclass would wrap it and warn of the old name
     cls.__getitem__ = lambda self, key: get_item(self, to_field(key))
     cls.__setitem__ = lambda self, key, value: set_item(self, to_field(key), value)
     cls.__contains__ = lambda self, key: contains(self, to_field(key))
@@ -97,17 +97,17 @@ def both_cache_names(cls: type) -> type:
 @both_cache_names
 @dataclass
 class Phase15GenerateOutput(generation.GenerateDecoderOnlyOutput):
-    """What `generate` returns for greedy search and sampling with `return_dict_in_generate=True`."""
+    """The output of greedy search and sampling with `return_dict_in_generate=True`."""
 
 
 @both_cache_names
 @dataclass
 class Phase15GenerateBeamOutput(generation.GenerateBeamDecoderOnlyOutput):
-    """What `generate` returns for beams with `return_dict_in_generate=True`."""
+    """The output of beam search with `return_dict_in_generate=True`."""
 
 
 def give_both_cache_names(output):
-    """A result of the library's `generate` as one that gives its cache under both names."""
+    """Turns an output of the library's `generate` into one that gives its cache under both names."""
     for ours in (Phase15GenerateOutput, Phase15GenerateBeamOutput):
         if type(output) is ours.__base__:
             return ours(**output)

@@ -13,7 +13,7 @@ except ImportError:  # at the root of this repository
     from compat_phase15 import CACHE_NAMES
 
 
-# TinyLlama-1.1B (Zhang et al. 2024, arXiv 2401.02385): what `Phase15Config()` wraps when it is given no `text_config`.
+# TinyLlama-1.1B (Zhang et al. 2024, arXiv 2401.02385), the default `text_config`.
 TINYLLAMA = {
     "model_type": "llama",
     "vocab_size": 32000,
@@ -40,7 +40,7 @@ LIBRARY_KEYS = {
     "quantization_config",
     "use_cache",
     *GenerationConfig().to_dict(),
-    *dir(PreTrainedConfig()),  # also what a later release of it adds
+    *dir(PreTrainedConfig()),  # including fields of later releases
 }
 
 

@@ -554,7 +554,7 @@ class Phase15ForCausalLM(Phase15Model, Phase15GenerationMixin):
 
     def shift_labels(self, labels: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
         """The label of each column's next token, -100 for none, of shape `(batch_size, sequence_length)`."""
-        mask = torch.ones_like(labels) if attention_mask is None else attention_mask
+        mask = torch.ones_like(labels) if attention_mask is None else attention_mask.long()
         labels = labels.masked_fill(mask == 0, -100)
         check_ids("labels", labels, self.config.text_config.vocab_size, ignored=-100)
         order = mask.argsort(dim=1, descending=True, stable=True)
