@@ -141,14 +141,15 @@ def test_tied_weights_stay_tied_and_train_together(generations):
     assert len([name for name, _ in model.named_parameters() if "embed_tokens" in name or "lm_head" in name]) == 1
 
 
-def test_weights_that_a_folder_lacks_are_not_made_up(generations, tmp_path):
+def test_weights_that_a_folder_lacks_are_reported(generations, tmp_path):
+    """By the library, which goes on; phase15/models.py, the commands' loader, refuses the folder."""
     folder, _ = generations
     shutil.copytree(folder / "first" / "tied", tmp_path, dirs_exist_ok=True)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["hypernet.alpha"], weights["hypernet.norm.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"2 of the weights do not fit .*: hypernet\.alpha is missing\."):
-        Phase15ForCausalLM.from_pretrained(tmp_path)
+    _, info = Phase15ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"hypernet.alpha", "hypernet.norm.weight"}
 
 
 def test_sharded_files(generations, tmp_path):
