@@ -155,7 +155,7 @@ class Case(NamedTuple):
     build: Callable = lambda folder: None
     call: Callable | None = None  # of the model and the folder, instead of a command
     error: type[Exception] = ValueError
-    process: bool = False  # a new one
+    process: bool = False  # in a process of its own, as users run it; lm_eval cannot register a model twice in one
     needs: str | None = None  # a package
     begun: bool = False  # training had: recipe.yaml is there, and no more
 
@@ -309,7 +309,7 @@ CASES = {
     # eval_sft.py
     "evaluate nothing": command("eval_sft.py", ["--model_dir", "none", "--dataset", "{data}"], "none: no such folder"),
     "evaluate a base": command("eval_sft.py", [*EVAL, "--model_dir", "{base}"], "not the folder of a Phase15 model"),
-    "evaluate in a dtype": command("eval_sft.py", [*EVAL, "--dtype", "float99"], "`dtype` is 'float99'", process=True),
+    "evaluate in a dtype": command("eval_sft.py", [*EVAL, "--dtype", "float99"], "`dtype` is 'float99'"),
     "evaluate on a device": command("eval_sft.py", [*EVAL, "--device", "abacus"], "`device` is 'abacus'"),
     "evaluate no batch": command("eval_sft.py", [*EVAL, "--batch_size", "0"], "`batch_size` is 0", "1 or more"),
     "evaluate a batch of words": command("eval_sft.py", [*EVAL, "--batch_size", "x"], "--batch_size", "int", "'x'"),
@@ -368,7 +368,7 @@ CASES = {
     ),
     "push in shards of words": command("push_to_hub.py", [*PUSH, "--max_shard_size", "many"], "many", "GB"),
     # benchmark.py, serve.py, eval_lm.py, app.py
-    "benchmark nothing": command("benchmark.py", ["fly"], "invalid choice: 'fly'", "decode", process=True),
+    "benchmark nothing": command("benchmark.py", ["fly"], "invalid choice: 'fly'", "decode"),
     "benchmark on a device": command("benchmark.py", ["decode", "--device", "abacus"], "--device", "abacus"),
     "benchmark no batch": command("benchmark.py", ["decode", "--batch_sizes", "0"], "--batch_sizes", "1 or more"),
     "benchmark too few tokens": command(
