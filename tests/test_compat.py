@@ -1,6 +1,5 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 import dataclasses
-import functools
 import json
 import os
 import pickle
@@ -19,13 +18,13 @@ from packaging.requirements import Requirement
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-import decoding_phase15
 from compat_phase15 import CACHE_NAME, NEWEST, OLDEST, untested_version
 from modeling_phase15 import Phase15Cache, Phase15CausalLMOutputWithPast
 
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("cache", "past_key_values")
+COMPILED = pytest.param({"compile": True}, id="compiled", marks=pytest.mark.integration)  # takes 20 s
 OTHER = {"cache": "past_key_values", "past_key_values": "cache"}
 # For a process that finds only the folder's own copy of the code.
 LOAD = """
@@ -59,13 +58,6 @@ def run_apart(code: str, *arguments, tmp_path: Path) -> subprocess.CompletedProc
 # both names of the cache
 
 
-@pytest.fixture
-def traced(monkeypatch):
-    """Traces the compiled steps and does not make machine code of them, which takes 20 s."""
-    monkeypatch.setattr(decoding_phase15, "_COMPILED", {})
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_takes_and_gives_the_cache_under_both_names(tiny, name):
     ids, cache = random_ids(2, 15), Phase15Cache(tiny.config)
@@ -79,14 +71,7 @@ def test_forward_takes_and_gives_the_cache_under_both_names(tiny, name):
     assert any(part is cache for part in tiny(ids[:, :1], **{name: cache}, return_dict=False))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        pytest.param({}, id="greedy"),
-        pytest.param({"num_beams": 2}, id="beams"),
-        pytest.param({"compile": True}, id="compiled", marks=pytest.mark.integration),
-    ],
-)
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, COMPILED], ids=str)
 def test_generate_takes_and_gives_the_cache_under_both_names(tiny, settings):
     ids = random_ids(1, 9)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True, **settings}
@@ -137,8 +122,8 @@ def test_an_output_takes_the_cache_under_both_names(tiny, name):
     assert isinstance(copy.cache, Phase15Cache) and copy.cache is copy.past_key_values
 
 
-@pytest.mark.parametrize("settings", [{"compile": False}, {"compile": True}, {"num_beams": 2}], ids=str)
-def test_our_own_calls_use_the_installed_name(tiny, settings, traced):
+@pytest.mark.parametrize("settings", [{"compile": False}, COMPILED, {"num_beams": 2}], ids=str)
+def test_our_own_calls_use_the_installed_name(tiny, settings):
     """transformers warns of the old name. Our calls must not cause that warning."""
     ids, options = random_ids(1, 9), {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
     with warnings.catch_warnings(record=True) as caught:
