@@ -1,62 +1,58 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""Tiny random models, and the design's equations written naively: one row, one vector, one chunk at a time."""
+"""
+Fixtures, the mark `integration`, and what tests ask about processes. pytest imports this file in the process that only
+hands out the tests, too, so torch and transformers are imported where they are used.
+"""
 
 import os
 import socket
 import time
 from pathlib import Path
 
+import pytest
+
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the network
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, one on each core
 
-import pytest
-import torch
-import torch.nn.functional as F
-from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
-
-from modeling_phase15 import Phase15ForCausalLM, SoftPrompt
-from phase15.quickstart import train_tokenizer
-
-
-torch.set_num_threads(1)
-
-VOCAB, SLOTS, SINKS, CHUNK, QUERY = 60, 24, 2, 4, 7
-SIZES = {
-    "num_soft_tokens": SLOTS,
-    "num_sink_tokens": SINKS,
-    "chunk_length": CHUNK,
-    "max_query_length": QUERY,
-    "hypernet_hidden_size": 32,
-    "hypernet_num_hidden_layers": 2,
-    "hypernet_num_attention_heads": 4,
-    "hypernet_intermediate_size": 48,
+# The files of the README's first test command. All others are marked `integration`.
+QUICK = {
+    "test_compat",
+    "test_configuration",
+    "test_data",
+    "test_examples",
+    "test_generation",
+    "test_hub_server",
+    "test_modeling",
+    "test_records",
+    "test_reliability",
 }
-LLM_SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 40,
-    "initializer_range": 0.2,  # large enough for outputs that depend on the whole context
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-BASES = {
-    "llama": LlamaConfig(**LLM_SIZES),
-    "llama-tied": LlamaConfig(**LLM_SIZES, tie_word_embeddings=True),
-    "mistral": MistralConfig(**LLM_SIZES, sliding_window=SLOTS + CHUNK),  # the smallest that is allowed
-    "qwen2": Qwen2Config(**LLM_SIZES),
-}
+
+
+def is_quick(path: Path) -> bool:
+    return path.stem in QUICK
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Does not even import the other files for the README's first test command: that would take seconds."""
+    left_out = "not integration" in config.option.markexpr and collection_path.match("test_*.py")
+    return True if left_out and not is_quick(collection_path) else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    for item in items:
+        if not is_quick(item.path):
+            item.add_marker("integration")
 
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory) -> dict[str, str]:
     """Folders of tiny random base models, by name."""
+    import torch
+    from reference import BASES
+    from transformers import AutoModelForCausalLM
+
     folders = {}
     for name, config in BASES.items():
         torch.manual_seed(0)
@@ -65,23 +61,37 @@ def bases(tmp_path_factory) -> dict[str, str]:
     return folders
 
 
-@pytest.fixture(scope="session", params=[name for name in BASES if name != "llama-tied"])
+@pytest.fixture(scope="session", params=["llama", "mistral", "qwen2"])
 def pair(request, bases):
-    """A base model, and a Phase15 model that was made of it and never trained."""
+    """A base model, and an untrained Phase15 model made of it."""
+    from reference import SIZES
+    from transformers import AutoModelForCausalLM
+
+    from modeling_phase15 import Phase15ForCausalLM
+
     base = AutoModelForCausalLM.from_pretrained(bases[request.param]).eval()
     return base, Phase15ForCausalLM.from_base(bases[request.param], **SIZES)
 
 
 @pytest.fixture
-def tiny(bases) -> Phase15ForCausalLM:
+def tiny(bases):
     """A Llama Phase15 model as training would leave it: Δ ≠ 0."""
+    import torch
+    from reference import SIZES, randomise_alpha
+
+    from modeling_phase15 import Phase15ForCausalLM
+
     torch.manual_seed(1)
     return randomise_alpha(Phase15ForCausalLM.from_base(bases["llama"], **SIZES))
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer():
     """One printable character per token id."""
+    from reference import VOCAB
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.WordLevel({chr(65 + index): index for index in range(VOCAB)}, unk_token="A"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -89,27 +99,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def chat_tokenizer() -> PreTrainedTokenizerFast:
+def chat_tokenizer():
     """Bytes and a few merges, with a chat template and an end token."""
+    from datasets import Dataset
+
+    from phase15.quickstart import train_tokenizer
+
     return train_tokenizer(Dataset.from_list([{"text": "Why is the sky blue? Blue light scatters most."}]), 270)
-
-
-def randomise_alpha(model: Phase15ForCausalLM) -> Phase15ForCausalLM:
-    """Makes Δ large: α starts at zero, and so does Δ."""
-    with torch.no_grad():
-        model.hypernet.alpha.normal_(generator=torch.Generator().manual_seed(0))
-    return model
-
-
-def aligned(model: torch.nn.Module) -> torch.nn.Module:
-    """
-    Lays the weights anew in memory. Loaded ones are where their file has them, and the last bits of a matrix product
-    depend on that alignment: what is compared bit for bit must be laid alike.
-    """
-    for weight in model.parameters():
-        if type(weight.data) is torch.Tensor and weight.is_floating_point():  # not the quantised
-            weight.data = weight.data.clone()
-    return model
 
 
 def listening(port: int) -> set[str]:
@@ -117,8 +113,8 @@ def listening(port: int) -> set[str]:
     found = set()
     for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
         for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
-            (address, place), state = line.split()[1].split(":"), line.split()[3]
-            if int(place, 16) == port and state == "0A":
+            (address, its_port), state = line.split()[1].split(":"), line.split()[3]
+            if int(its_port, 16) == port and state == "0A":
                 words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
                 found.add(socket.inet_ntop(family, b"".join(words)))
     return found
@@ -145,105 +141,10 @@ def wait_until_idle(process):
         assert time.monotonic() < deadline, "it is still at work"
 
 
-def random_ids(*shape: int, seed: int = 0) -> torch.LongTensor:
-    return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+def __getattr__(name: str):
+    """Names that moved to reference.py. To be removed once every file imports them from there."""
+    if name.startswith(("_", "pytest")):
+        raise AttributeError(name)
+    import reference
 
-
-def pad(rows: list[torch.Tensor], side: str = "left", value: int = 5) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Rows of different lengths as `input_ids` and `attention_mask`; the padding is an ordinary token's id."""
-    width = max(len(row) for row in rows)
-    before = {"left": lambda gap: gap, "right": lambda gap: 0, "both": lambda gap: gap // 2}[side]
-    gaps = [(before(width - len(row)), width - len(row) - before(width - len(row))) for row in rows]
-    ids = [F.pad(row, gap, value=value) for row, gap in zip(rows, gaps, strict=True)]
-    mask = [F.pad(torch.ones_like(row), gap) for row, gap in zip(rows, gaps, strict=True)]
-    return torch.stack(ids), torch.stack(mask)
-
-
-# the reference: a list of vectors for the slots, and nothing of the model but its weights and its LLM
-
-
-def reference_carry(slots: list, tokens: list, num_slots: int = SLOTS, num_sinks: int = SINKS) -> list:
-    stream = [*slots, *tokens]
-    return stream[:num_sinks] + stream[num_sinks:][-(num_slots - num_sinks) :]
-
-
-def as_soft_prompt(slots: list[torch.Tensor], hidden_size: int, num_slots: int = SLOTS) -> SoftPrompt:
-    unused = [torch.zeros(hidden_size)] * (num_slots - len(slots))
-    return SoftPrompt(torch.stack([*slots, *unused])[None], torch.tensor([len(slots)]))
-
-
-def reference_attention(attention, states: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-    query, key, value = attention.q_proj(states), attention.k_proj(memory), attention.v_proj(memory)
-    heads, size = [], query.shape[1] // attention.num_heads
-    for head in range(attention.num_heads):
-        columns = slice(head * size, (head + 1) * size)
-        scores = query[:, columns] @ key[:, columns].T / size**0.5
-        heads.append(scores.softmax(dim=1) @ value[:, columns])
-    return attention.o_proj(torch.cat(heads, dim=1))
-
-
-def reference_delta(net, carried: torch.Tensor, old: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Δ = tanh(α) · σ(G y) · (O y + P(y, memory) − carry), of vectors of which none is padding."""
-    position, scale = net.position_embeddings.weight, net.embedding_scale
-    seen = torch.cat([old, tokens]) / scale
-    memory = [
-        net.slot_proj(old / scale) + position[: len(old)],
-        net.token_proj(tokens / scale) + position[: len(tokens)],
-    ]
-    memory = net.memory_norm(torch.cat(memory))
-    slots = net.slot_proj(carried / scale) + position[: len(carried)]
-    for layer in net.layers:
-        normed = layer.self_norm(slots)
-        slots = slots + reference_attention(layer.self_attn, normed, normed)
-        slots = slots + reference_attention(layer.cross_attn, layer.cross_norm(slots), memory)
-        slots = slots + layer.down_proj(F.gelu(layer.up_proj(layer.mlp_norm(slots))))
-    y = net.norm(slots)
-    query, key = net.pointer_q_proj(y), net.pointer_k_proj(memory)
-    pointed = (query @ key.T / key.shape[1] ** 0.5).softmax(dim=1) @ seen
-    written = scale * (net.output_proj(y) + pointed)
-    return net.alpha.tanh() * net.gate_proj(y).sigmoid() * (written - carried)
-
-
-def reference_step(model, slots: list[torch.Tensor], ids: torch.LongTensor) -> list[torch.Tensor]:
-    """step(sp, tokens) = carry(sp, E[tokens]) + Δ(sp, E[tokens])"""
-    tokens = model.llm.get_input_embeddings()(ids)
-    sizes = model.config.num_soft_tokens, model.config.num_sink_tokens
-    carried = torch.stack(reference_carry(slots, list(tokens), *sizes))
-    old = torch.stack(slots) if slots else tokens[:0]
-    return list(carried + reference_delta(model.hypernet, carried, old, tokens))
-
-
-def reference_read(model, slots: list[torch.Tensor], query: torch.LongTensor) -> list[torch.Tensor]:
-    for segment in query.split(model.config.max_query_length):
-        slots = reference_step(model, slots, segment)
-    return slots
-
-
-def reference_predict(model, slots: list[torch.Tensor], ids: torch.LongTensor) -> torch.Tensor:
-    """LLM([sp ; chunk]): scores of the token after sp and after each of `ids`, `(1 + len(ids), vocab_size)`."""
-    embeds = torch.cat([torch.stack(slots), model.llm.get_input_embeddings()(ids)])
-    return model.llm(inputs_embeds=embeds[None]).logits[0, len(slots) - 1 :]
-
-
-def reference_logits(model, ids: torch.LongTensor, query_length: int = 1, bptt_chunks: int | None = None):
-    """One row's logits `(len(ids), vocab_size)`, chunk after chunk; zeros inside the query. Also the last slots."""
-    chunk_length, vocab_size = model.config.chunk_length, model.config.text_config.vocab_size
-    slots = reference_read(model, [], ids[:query_length])
-    logits, rest, num_chunks = [slots[0].new_zeros(query_length - 1, vocab_size)], ids[query_length:], 0
-    while len(rest) >= chunk_length:
-        chunk, rest, num_chunks = rest[:chunk_length], rest[chunk_length:], num_chunks + 1
-        logits.append(reference_predict(model, slots, chunk[:-1]))
-        if bptt_chunks and num_chunks % bptt_chunks == 0:
-            slots = [slot.detach() for slot in slots]
-        slots = reference_step(model, slots, chunk)
-    return torch.cat([*logits, reference_predict(model, slots, rest)]), slots
-
-
-def window_logits(base, ids: torch.LongTensor, query_length: int = 1) -> torch.Tensor:
-    """The same for a base model under plain transformers, run on the token ids of explicit sinks + window + chunk."""
-    logits = [torch.zeros(query_length - 1, VOCAB)]
-    for start in range(int(query_length), len(ids) + 1, CHUNK):
-        context = torch.tensor(reference_carry([], ids[:start].tolist()))
-        scores = base(torch.cat([context, ids[start : start + CHUNK]])[None]).logits[0, len(context) - 1 :]
-        logits.append(scores[:CHUNK])
-    return torch.cat(logits)
+    return getattr(reference, name)

@@ -1,10 +1,10 @@
 """
-Lists what the code takes from other people's packages that they have not promised to keep: names with a leading
-underscore that it imports, reads or overrides, and attributes of their modules and classes that it replaces.
+Lists the names that the code uses although their packages have not promised to keep them: names with a leading
+underscore that it imports, reads or overrides, and attributes of modules and classes of others that it replaces.
 
     python tests/private_names.py [ROOT]      of a checkout; needs requirements-extra.txt
 
-docs/reliability.md has a row for each, and tests/test_reliability.py holds the two together.
+docs/reliability.md has a row for each. tests/test_reliability.py compares the two.
 """
 
 import ast
@@ -22,7 +22,7 @@ def is_private(name: str) -> bool:
 
 
 def source_files(root: Path) -> list[Path]:
-    """The files of the project that are no tests."""
+    """The files of the project, without its tests."""
     return sorted(
         path for folder in (".", "benchmarks", "scripts", "phase15") for path in (root / folder).glob("*.py")
     )
@@ -89,8 +89,8 @@ def private_names(root: Path) -> dict[str, set[str]]:
             elif isinstance(node, ast.Call) and getattr(node.func, "id", None) in ("getattr", "hasattr", "setattr"):
                 name = getattr(node.args[1], "value", None)
                 names |= {name} if isinstance(name, str) and is_private(name) and name not in own else set()
-        if path.parent == root:
-            names |= overridden(importlib.import_module(path.stem), modules)
+        name = ".".join(path.relative_to(root).with_suffix("").parts)
+        names |= overridden(importlib.import_module(name), modules)
         for name in names - NOT_COUNTED:
             found.setdefault(name, set()).add(path.relative_to(root).as_posix())
     return found

@@ -1,5 +1,8 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""Bad input at every entry point: one line that says what, where and what was expected, and nothing is written."""
+"""
+Bad input at every entry point ends in one line: it names the mistake, where it is, and what was expected. Nothing is
+written.
+"""
 
 import contextlib
 import hashlib
@@ -50,7 +53,7 @@ PUSH = ["--model_dir", "{model}", "--repo_id", "USER/NAME", "--dry_run", "--outp
 
 @pytest.fixture(scope="module")
 def home(chat_tokenizer, tmp_path_factory) -> Path:
-    """What is good: a base, a Phase15 model made of it, and records. Cases work on a copy."""
+    """A good base, a good Phase15 model made of it, and good records. Cases spoil a copy."""
     home = tmp_path_factory.mktemp("home")
     torch.manual_seed(0)
     ids = {"eos_token_id": chat_tokenizer.eos_token_id, "pad_token_id": chat_tokenizer.pad_token_id}
@@ -72,7 +75,7 @@ def lines(*records: dict) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-# what is done to the good: functions of the case's own folder
+# how a case spoils its folder
 
 
 def content(name: str, value: str | bytes) -> Callable:
@@ -116,13 +119,13 @@ def all_of(*changes: Callable) -> Callable:
 
 
 def other_tokenizer(name: str) -> Callable:
-    """One with more tokens than the model knows, which the records need."""
+    """Saves a tokenizer that encodes the records with more tokens than the model knows."""
     tokenizer = train_tokenizer(Dataset.from_list([*GOOD] * 3), 400)
     return lambda folder: tokenizer.save_pretrained(folder / name)
 
 
 def baseline(**recipe) -> Callable:
-    """A copy of the model whose run held out other records."""
+    """Copies the model as a baseline whose run held out other records."""
 
     def make(folder: Path):
         shutil.copytree(folder / "model", folder / "baseline")
@@ -147,17 +150,17 @@ def damaged(state: dict):
 
 
 class Case(NamedTuple):
-    words: list[str]  # what the line must have
+    words: list[str]  # the line must have them
     command: str | None = None
     flags: list[str] | None = None
-    recipe: dict | str | bytes | None = None  # over RECIPE; a text is the whole recipe
-    data: str | bytes | None = None  # what data.jsonl, or the file in the flags, holds
+    recipe: dict | str | bytes | None = None  # values over RECIPE, or the whole text of the recipe
+    data: str | bytes | None = None  # content of the data file
     build: Callable = lambda folder: None
-    call: Callable | None = None  # of the model and the folder, instead of a command
+    call: Callable | None = None  # takes the model and the folder; instead of a command
     error: type[Exception] = ValueError
-    process: bool = False  # a new one
+    process: bool = False  # run in a new process: lm_eval cannot register a model twice in one
     needs: str | None = None  # a package
-    begun: bool = False  # training had: recipe.yaml is there, and no more
+    begun: bool = False  # training had begun: recipe.yaml may be written
 
 
 def train(*words: str, data=None, build=lambda folder: None, recipe=None, flags=(), **rest) -> Case:
@@ -295,10 +298,10 @@ CASES = {
     ),
     "no end token": train("eos_token", build=fields("base/tokenizer_config.json", eos_token=None)),
     # Phase15 models
-    "config of a later version": train(
-        "model: `wormhole` is no field",
-        "later version",
-        build=fields("model/config.json", wormhole=3),
+    "misspelt field of the config": train(
+        "model: `num_soft_token` is no field",
+        "`num_soft_tokens`",
+        build=fields("model/config.json", num_soft_token=8),
         recipe=OF_THE_MODEL | {"model_name_or_path": "{model}"},
     ),
     "other size than the model's": train(
@@ -309,7 +312,7 @@ CASES = {
     # eval_sft.py
     "evaluate nothing": command("eval_sft.py", ["--model_dir", "none", "--dataset", "{data}"], "none: no such folder"),
     "evaluate a base": command("eval_sft.py", [*EVAL, "--model_dir", "{base}"], "not the folder of a Phase15 model"),
-    "evaluate in a dtype": command("eval_sft.py", [*EVAL, "--dtype", "float99"], "`dtype` is 'float99'", process=True),
+    "evaluate in a dtype": command("eval_sft.py", [*EVAL, "--dtype", "float99"], "`dtype` is 'float99'"),
     "evaluate on a device": command("eval_sft.py", [*EVAL, "--device", "abacus"], "`device` is 'abacus'"),
     "evaluate no batch": command("eval_sft.py", [*EVAL, "--batch_size", "0"], "`batch_size` is 0", "1 or more"),
     "evaluate a batch of words": command("eval_sft.py", [*EVAL, "--batch_size", "x"], "--batch_size", "int", "'x'"),
@@ -320,6 +323,20 @@ CASES = {
     ),
     "evaluate without Δ": command(
         "eval_sft.py", EVAL, "hypernet.alpha is missing", build=weights("model", lambda w: w.pop("hypernet.alpha"))
+    ),
+    "evaluate without an output layer": command(
+        "eval_sft.py",
+        EVAL,
+        MODEL_ERROR,
+        "llm.lm_head.weight is missing",
+        build=weights("model", lambda w: w.pop("llm.lm_head.weight")),
+    ),
+    "evaluate a cut base": command(
+        "eval_sft.py",
+        [*EVAL, "--baselines", "{base}"],
+        "base/model.safetensors",
+        "cannot be read",
+        build=bytes_of("base", lambda b: b[:99]),
     ),
     "evaluate nan": command(
         "eval_sft.py", EVAL, "the model", "record 1", "not finite", build=weights("model", damaged)
@@ -357,8 +374,8 @@ CASES = {
         "push_to_hub.py", PUSH, "extra is left over", build=weights("model", lambda w: w.update(extra=torch.ones(1)))
     ),
     "push nan": command("push_to_hub.py", PUSH, "not finite", "damaged", build=weights("model", damaged)),
-    "push a later version": command(
-        "push_to_hub.py", PUSH, "`wormhole` is no field", build=fields("model/config.json", wormhole=3)
+    "push a misspelt field": command(
+        "push_to_hub.py", PUSH, "`num_soft_token` is no field", build=fields("model/config.json", num_soft_token=8)
     ),
     "push without a tokenizer": command(
         "push_to_hub.py", PUSH, "tokenizer cannot be loaded", build=removed("model/tokenizer.json")
@@ -368,7 +385,7 @@ CASES = {
     ),
     "push in shards of words": command("push_to_hub.py", [*PUSH, "--max_shard_size", "many"], "many", "GB"),
     # benchmark.py, serve.py, eval_lm.py, app.py
-    "benchmark nothing": command("benchmark.py", ["fly"], "invalid choice: 'fly'", "decode", process=True),
+    "benchmark nothing": command("benchmark.py", ["fly"], "invalid choice: 'fly'", "decode"),
     "benchmark on a device": command("benchmark.py", ["decode", "--device", "abacus"], "--device", "abacus"),
     "benchmark no batch": command("benchmark.py", ["decode", "--batch_sizes", "0"], "--batch_sizes", "1 or more"),
     "benchmark too few tokens": command(
@@ -404,26 +421,14 @@ CASES = {
     "config, unknown LLM": api(
         lambda *_: Phase15Config(text_config={"model_type": "x"}), "`text_config.model_type` is 'x'"
     ),
-    "from_base, a cut file": api(
-        lambda _, folder: Phase15ForCausalLM.from_base(folder / "base"),
-        "base/model.safetensors",
-        "cannot be read",
-        build=bytes_of("base", lambda b: b[:99]),
-    ),
-    "from_pretrained, another LLM": api(
+    "from_pretrained, misspelt": api(
         lambda _, folder: Phase15ForCausalLM.from_pretrained(folder / "model"),
-        MODEL_ERROR,
-        "is missing",
-        build=weights("model", lambda w: w.pop("llm.lm_head.weight")),
+        "model: `num_soft_token` is no field",
+        build=fields("model/config.json", num_soft_token=8),
     ),
-    "from_pretrained, later": api(
-        lambda _, folder: Phase15ForCausalLM.from_pretrained(folder / "model"),
-        "model: `wormhole` is no field",
-        build=fields("model/config.json", wormhole=3),
-    ),
-    "forward, large id": api(lambda model, _: model(IDS + 264), "Row 0 holds 270, at place 1", "0 to 269"),
-    "forward, negative id": api(lambda model, _: model(IDS - 7), "Row 0 holds -2, at place 0", "0 to 269"),
-    "forward, large label": api(lambda model, _: model(IDS, labels=IDS + 264), "6, with the label 270, at place 1"),
+    "forward, large id": api(lambda model, _: model(IDS + 264), "Row 0 ", "holds 270", " 1, but", "0 to 269"),
+    "forward, negative id": api(lambda model, _: model(IDS - 7), "Row 0 ", "holds -2", " 0, but", "0 to 269"),
+    "forward, large label": api(lambda model, _: model(IDS, labels=IDS + 264), "label", "270", " 1, but"),
     "forward, float ids": api(lambda model, _: model(IDS.float()), "`input_ids` must hold integers", "float32"),
     "forward, one row": api(lambda model, _: model(IDS[0]), "`input_ids` must have shape", "(3,)"),
     "forward, short mask": api(lambda model, _: model(IDS, attention_mask=IDS[:, :2]), "`attention_mask`", "(1, 2)"),
@@ -433,7 +438,7 @@ CASES = {
     "forward, another cache": api(
         lambda model, _: model(IDS, past_key_values=DynamicCache()), "Phase15Cache", "DynamicCache"
     ),
-    "generate, large id": api(lambda model, _: model.generate(IDS + 264, max_new_tokens=2), "Row 0 holds 270"),
+    "generate, large id": api(lambda model, _: model.generate(IDS + 264, max_new_tokens=2), "Row 0 ", "holds 270"),
     "generate, no query": api(
         lambda model, _: model.generate(IDS, attention_mask=IDS * 0, max_new_tokens=2), "Row 0 has 0 tokens"
     ),
@@ -456,7 +461,8 @@ CASES = {
         lambda model, _: model(
             IDS.expand(2, 3), query_lengths=torch.tensor([1, 2]), past_key_values=Phase15Cache(model.config)
         ),
-        "chunks of all rows open and close together",
+        "chunks of all rows",
+        "together",
     ),
     "data, no such pattern": api(lambda *_: stream_records("no/*.jsonl"), "no/*.jsonl: no such file"),
     "data, unknown type": api(
@@ -480,9 +486,9 @@ def tree(folder: Path) -> dict[str, tuple]:
 
 
 def run(case: Case, argv: list[str], monkeypatch) -> tuple[int, list[str]]:
-    """Exit code of the command and its lines on stderr; without `process` it is run in this one."""
-    places = case.command, f"scripts/{case.command}", "benchmarks/__main__.py"
-    path = str(next(ROOT / place for place in places if (ROOT / place).exists()))
+    """Runs the command, in this process without `process`; returns its exit code and the lines of stderr."""
+    paths = case.command, f"scripts/{case.command}", "benchmarks/__main__.py"
+    path = str(next(ROOT / path for path in paths if (ROOT / path).exists()))
     if case.process:
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         command = [sys.executable, path, *argv]
@@ -509,9 +515,9 @@ def test_bad_input(name, home, model, tmp_path, monkeypatch):
     shutil.copytree(home, folder)
     monkeypatch.chdir(folder)
     case.build(folder)
-    places = {name: str(folder / name) for name in ("base", "model", "out")}
-    places |= {"data": str(folder / "data.jsonl"), "folder": str(folder)}
-    fill = lambda value: value.format(**places) if isinstance(value, str) else value  # noqa: E731
+    paths = {name: str(folder / name) for name in ("base", "model", "out")}
+    paths |= {"data": str(folder / "data.jsonl"), "folder": str(folder)}
+    fill = lambda value: value.format(**paths) if isinstance(value, str) else value  # noqa: E731
     if case.call is not None:
         before = tree(tmp_path)
         with pytest.raises(case.error) as raised:

@@ -24,8 +24,9 @@ from modeling_phase15 import Phase15Cache, Phase15CausalLMOutputWithPast
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("cache", "past_key_values")
+COMPILED = pytest.param({"compile": True}, id="compiled", marks=pytest.mark.integration)  # takes 20 s
 OTHER = {"cache": "past_key_values", "past_key_values": "cache"}
-# A Python that finds no copy of the code but the folder's own.
+# For a process that finds only the folder's own copy of the code.
 LOAD = """
 import sys, transformers
 transformers.__version__ = sys.argv[2] or transformers.__version__
@@ -70,7 +71,7 @@ def test_forward_takes_and_gives_the_cache_under_both_names(tiny, name):
     assert any(part is cache for part in tiny(ids[:, :1], **{name: cache}, return_dict=False))
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"compile": True}], ids=["greedy", "beams", "compiled"])
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, COMPILED], ids=str)
 def test_generate_takes_and_gives_the_cache_under_both_names(tiny, settings):
     ids = random_ids(1, 9)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True, **settings}
@@ -121,9 +122,9 @@ def test_an_output_takes_the_cache_under_both_names(tiny, name):
     assert isinstance(copy.cache, Phase15Cache) and copy.cache is copy.past_key_values
 
 
-@pytest.mark.parametrize("settings", [{"compile": False}, {"compile": True}, {"num_beams": 2}], ids=str)
+@pytest.mark.parametrize("settings", [{"compile": False}, COMPILED, {"num_beams": 2}], ids=str)
 def test_our_own_calls_use_the_installed_name(tiny, settings):
-    """transformers warns of the old name: not because of us."""
+    """transformers warns of the old name. Our calls must not cause that warning."""
     ids, options = random_ids(1, 9), {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -149,7 +150,7 @@ def test_our_own_calls_use_the_installed_name(tiny, settings):
         ("4.57.1", 'pip install "transformers>=5.17"'),
     ],
 )
-def test_a_version_outside_the_tested_range_is_told_with_what_to_do(version, advice):
+def test_an_untested_version_is_told_with_what_to_do(version, advice):
     message = untested_version(version)
     assert (message is None) == (advice is None)
     assert advice is None or (advice in message and version in message and "newest revision" in message)
@@ -176,7 +177,9 @@ def old_folder(tmp_path) -> tuple[Path, list]:
     return folder, saved["tokens"]
 
 
-def test_a_folder_saved_by_an_earlier_commit_gives_the_same_tokens_with_todays_code(old_folder, tmp_path):
+@pytest.mark.integration
+def test_a_folder_of_an_earlier_commit_gives_the_same_tokens(old_folder, tmp_path):
+    """With today's code beside its weights."""
     folder, tokens = old_folder
     done = run_apart(LOAD + GENERATE, folder, "", json.dumps(PROMPT), NEW_TOKENS, tmp_path=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -184,9 +187,10 @@ def test_a_folder_saved_by_an_earlier_commit_gives_the_same_tokens_with_todays_c
     assert ("was tested with" in done.stderr) == bool(untested_version(transformers.__version__))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("version", ["5.99.0", "5.16.0"])
-def test_the_code_that_travels_warns_once_of_an_untested_transformers(old_folder, version, tmp_path):
-    """The version is made up; the folder still loads. Its code comes from two copies of itself."""
+def test_saved_code_warns_once_of_an_untested_transformers(old_folder, version, tmp_path):
+    """The version is made up; two copies of the folder still load."""
     folder, _ = old_folder
     shutil.copytree(folder, tmp_path / "copy")
     again = f"AutoModelForCausalLM.from_pretrained({str(tmp_path / 'copy')!r}, trust_remote_code=True)"

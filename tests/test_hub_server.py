@@ -100,7 +100,7 @@ def test_the_client_understands_the_answer(visit, question):
     assert ANSWERS[question] in visit[1][question]
 
 
-def test_large_files_come_in_parts_and_nothing_is_committed_twice(visit):
+def test_large_files_come_in_parts_and_are_committed_once(visit):
     hub, _ = visit
     titles = [commit.title for commit in hub.repos["alice/m"].log()]
     assert titles == ["initial commit", "One", "Two", "Upload README.md with huggingface_hub"]

@@ -481,7 +481,7 @@ MODES = {
     eos=st.sampled_from([None, 3, [4, 5]]),
     seed=st.integers(0, 9),
 )
-def test_sampling_and_beams_give_the_same_with_and_without_a_cache(shape, queries, padding, length, mode, eos, seed):
+def test_sampling_and_beams_are_the_same_without_a_cache(shape, queries, padding, length, mode, eos, seed):
     """And, by the same seed, on static buffers; beams alone as in a batch."""
     model = shape.build()
     prompts = [ids_of(query, shape.seed, index) for index, query in enumerate(queries)]
