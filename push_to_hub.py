@@ -1,14 +1,14 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """
 Publishes a trained model on the Hugging Face Hub: weights, tokenizer, code, pictures, recipe and model card, in one
-commit, after a new process has loaded and used what will be published.
+commit. Before, a new process loads the files and must give the same answer.
 
     python push_to_hub.py --model_dir outputs/quickstart --repo_id USER/NAME --dry_run --output_dir outputs/staged
     hf auth login                                               (or HF_TOKEN=…)
     python push_to_hub.py --model_dir outputs/quickstart --repo_id USER/NAME --private
     python push_to_hub.py --help                                every flag
 
-The dry run writes the whole repository into a folder and touches no network. A push of what is there already makes no
+The dry run writes the whole repository into a folder and touches no network. A push that changes nothing makes no
 commit.
 """
 
@@ -18,42 +18,31 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-import transformers
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
-    EvalResult,
     HfApi,
-    ModelCard,
-    ModelCardData,
     constants,
     get_token,
 )
 from huggingface_hub.errors import (
     HfHubHTTPError,
-    HFValidationError,
     HTTPError,  # of httpx or httpx2, whichever huggingface_hub uses
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
-    StrictDataclassError,
 )
 from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
-from transformers import HfArgumentParser, PreTrainedTokenizerBase
+from transformers import HfArgumentParser
 
-from compat_phase15 import TESTED
-from configuration_phase15 import Phase15Config
-from modeling_phase15 import Phase15ForCausalLM
-from phase15.arguments import check_output_dir
-from phase15.models import load_tokenizer
-from phase15.quickstart import DOCSTRINGS
-from phase15.records import BUILDERS
-from phase15.reports import cell, fence_of, table
-from phase15.runs import Run, answer_in_new_process, as_yaml, read_run
+from phase15.cards import model_card
+from phase15.errors import one_line_errors
+from phase15.files import check_output_dir
+from phase15.models import check_kind, load_phase15
+from phase15.runs import answer_in_new_process, as_yaml, read_run, without_folders
 
 
-CARD = Path(__file__).parent / "phase15" / "model_card.md.jinja"
 PICTURES = ("training_curve.png", "loss_by_chunk.png")
-OURS = (  # what a push may leave on the Hub, and a later one may have no more; anything else there is not touched
+MANAGED_FILES = (  # a push replaces or deletes these on the Hub, and touches no other file
     "*.safetensors",
     "*.safetensors.index.json",
     *PICTURES,
@@ -83,12 +72,29 @@ class PushArguments:
     dry_run: bool = field(default=False, metadata={"help": "Write the repository into output_dir; no network."})
     output_dir: str | None = field(default=None, metadata={"help": "Where the dry run writes."})
 
+    def __post_init__(self):
+        for name in (self.repo_id, self.base_model, *(self.datasets or ())):
+            if name is not None:
+                validate_repo_id(name)
+        if self.repo_id.count("/") != 1:
+            raise ValueError(f"`repo_id` is {self.repo_id!r}, but it must be USER/NAME.")
+        if self.dry_run != (self.output_dir is not None):
+            raise ValueError("`dry_run` and `output_dir` go together: the folder to which a dry run writes.")
+        if self.output_dir is not None:
+            check_output_dir(self.output_dir)
+        if self.create_pr and self.revision is not None:
+            raise ValueError("`create_pr` and `revision` exclude each other: a pull request is always against main.")
+        if not self.commit_message.strip():
+            raise ValueError("`commit_message` is empty, but a commit needs a title.")
+        if not Path(self.model_dir).is_dir():
+            raise ValueError(f"{self.model_dir}: no such folder.")
+
 
 def main(args: PushArguments):
     """Stages, checks, and unless it is a dry run uploads."""
-    check_arguments(args)
+    check_kind(args.model_dir)
     if not args.dry_run:
-        HfApi().whoami()  # no login is best known before the work
+        HfApi().whoami()  # raises without a login, before the work
     with TemporaryDirectory() as staged:
         stage(args, Path(staged))
         if args.dry_run:
@@ -96,38 +102,6 @@ def main(args: PushArguments):
             print(f"Staged in {args.output_dir}; loaded and used by a new process; nothing was uploaded.")
         else:
             upload(args, staged)
-
-
-def check_arguments(args: PushArguments):
-    """Raises a ValueError for arguments that cannot be right."""
-    validate_repo_id(args.repo_id)
-    if args.repo_id.count("/") != 1:
-        raise ValueError(f"`repo_id` is {args.repo_id!r}, but it must be USER/NAME.")
-    for name in (args.base_model, *(args.datasets or ())):
-        if name is not None:
-            validate_repo_id(name)
-    if args.dry_run != (args.output_dir is not None):
-        raise ValueError("`dry_run` and `output_dir` go together: the folder to which a dry run writes.")
-    if args.output_dir is not None:
-        check_output_dir(args.output_dir)
-    if args.create_pr and args.revision is not None:
-        raise ValueError("`create_pr` and `revision` exclude each other: a pull request is always against main.")
-    if not args.commit_message.strip():
-        raise ValueError("`commit_message` is empty, but a commit needs a title.")
-    source = Path(args.model_dir)
-    if not source.is_dir():
-        raise ValueError(f"{source}: no such folder.")
-    if not (source / "config.json").is_file():
-        adapter = (source / "adapter_config.json").is_file()
-        hint = (
-            "an adapter alone; stage lora saves the merged model with `--merge_adapter true`"
-            if adapter
-            else "it has no config.json"
-        )
-        raise ValueError(f"{source} is not the folder of a Phase15 model: {hint}.")
-    model_type = Phase15Config.get_config_dict(source)[0].get("model_type")
-    if model_type != Phase15Config.model_type:
-        raise ValueError(f"{source} is not the folder of a Phase15 model: its model_type is {model_type!r}.")
 
 
 def stage(args: PushArguments, folder: Path):
@@ -138,10 +112,15 @@ def stage(args: PushArguments, folder: Path):
         ValueError: if the model is not complete, or the new process fails or does not give this one's answer.
     """
     source = Path(args.model_dir)
-    model, tokenizer = load(source)
+    model, tokenizer = load_phase15(source)
+    for name in ("is_local", "local_files_only"):  # how it was loaded here is private
+        tokenizer.init_kwargs.pop(name, None)
     model.save_pretrained(folder, max_shard_size=args.max_shard_size)
     tokenizer.save_pretrained(folder)
     run = read_run(source)
+    if run.results and not run.recipes:
+        raise ValueError(f"{source} holds results.json, but not the recipe.yaml that says of what.")
+    run = run._replace(recipes=[without_folders(recipe) for recipe in run.recipes])
     for recipes, name in ((run.recipes[:1], "recipe.yaml"), (run.recipes[1:], "recipes_before.yaml")):
         if recipes:
             (folder / name).write_text(as_yaml(recipes), encoding="utf-8")
@@ -158,7 +137,7 @@ def stage(args: PushArguments, folder: Path):
         chat = [{"role": "user", "content": question}]
         try:
             query = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-        except Exception as error:  # a template is a program: it raises what it likes
+        except Exception as error:  # templates can raise anything
             raise ValueError(f"{source}: the chat template cannot be used: {error}") from error
     inputs = {"input_ids": torch.tensor([query]), "attention_mask": torch.ones(1, len(query), dtype=torch.long)}
     try:
@@ -173,97 +152,10 @@ def stage(args: PushArguments, folder: Path):
         raise ValueError(f"{source}: a new process, which loaded what was staged, gives another answer than this one.")
 
 
-def load(source: Path) -> tuple[Phase15ForCausalLM, PreTrainedTokenizerBase]:
-    """Loads model and tokenizer with this repository's code; raises a ValueError for what is missing or broken."""
-    model = Phase15ForCausalLM.from_pretrained(source, dtype="auto")
-    tokenizer = load_tokenizer(source, config=model.config)
-    for name in ("is_local", "local_files_only"):  # how it was loaded here is nobody else's business
-        tokenizer.init_kwargs.pop(name, None)
-    return model, tokenizer
-
-
-def model_card(
-    args: PushArguments, run: Run, model: Phase15ForCausalLM, tokenizer: PreTrainedTokenizerBase, pictures: list[str]
-) -> ModelCard:
-    """The model card; what it says of training and results is read from the run."""
-    recipe, measured = run.recipes[0] if run.recipes else {}, run.evaluation or run.results
-    validation = measured.get("validation", {})
-    ids = [recipe["dataset_name"] for recipe in run.recipes if is_hub_dataset(recipe["dataset_name"])]
-    datasets = args.datasets or list(dict.fromkeys(ids)) or None
-    base_model = args.base_model or model.config.text_config.name_or_path
-    if not is_repo_id(base_model):
-        base_model = None
-    data = args.datasets[0] if args.datasets else recipe.get("dataset_name")
-    measured_data = data
-    if run.evaluation and Path(run.evaluation["dataset"]).name != Path(recipe.get("dataset_name", "")).name:
-        measured_data = run.evaluation["dataset"]  # not what the model was trained on
-    name, recipe_text = args.repo_id.split("/")[1], as_yaml([recipe]).strip()
-    metadata = ModelCardData(
-        license=args.license,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        base_model=base_model,
-        base_model_relation="finetune" if base_model else None,
-        datasets=datasets,
-        tags=["phase15", "soft-prompt", "hypernetwork", "recursive-memory", "custom_code"],
-        model_name=name,
-        eval_results=[
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=measured_data,
-                dataset_name=measured_data,
-                dataset_split="validation",
-                metric_type="loss",
-                metric_name=f"nats per answer token, {variant}",
-                metric_value=round(result["loss"], 4),
-            )
-            for variant, result in validation.items()
-        ]
-        or None,
-    )
-    return ModelCard.from_template(
-        metadata,
-        template_path=str(CARD),
-        name=name,
-        repo_id=args.repo_id,
-        config=model.config,
-        base_model=base_model,
-        llm_class=type(model.llm).__name__,
-        llm_parameters=model.llm.num_parameters(),
-        hypernet_parameters=sum(parameter.numel() for parameter in model.hypernet.parameters()),
-        is_trained=bool(model.hypernet.alpha.any()),
-        has_chat_template=tokenizer.chat_template is not None,
-        transformers_version=transformers.__version__,
-        tested_versions=TESTED,
-        recipe=recipe,
-        recipe_text=recipe_text,
-        fence=fence_of(recipe_text, 3),
-        has_recipes_before=len(run.recipes) > 1,
-        data=data,
-        results=run.results,
-        evaluated=run.evaluation.get("evaluated"),
-        table=table(measured) if validation else "",
-        cell=cell,
-        pictures=pictures,
-    )
-
-
-def is_hub_dataset(name: str) -> bool:
-    return name != DOCSTRINGS and Path(name).suffix.lower() not in BUILDERS and is_repo_id(name)
-
-
-def is_repo_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
 def keep(staged: Path, folder: Path):
-    """Moves what was staged into a folder that is new, empty, or holds an earlier stage and nothing else."""
+    """Moves the staged files into a folder that is new, empty, or holds an earlier stage and nothing else."""
     old, names = list(folder.glob("*")), {path.name for path in staged.iterdir()}
-    others = [path for path in old if path.name not in names and not any(path.match(name) for name in OURS)]
+    others = [path for path in old if path.name not in names and not any(path.match(name) for name in MANAGED_FILES)]
     if others or (old and folder / "README.md" not in old):
         reason = f"holds {others[0].name}" if others else "has no model card"
         raise ValueError(f"{folder} is no earlier stage, it {reason}; give another --output_dir. Nothing was written.")
@@ -273,22 +165,22 @@ def keep(staged: Path, folder: Path):
 
 
 def upload(args: PushArguments, staged: str):
-    """Makes the repository and the branch if they are not there, and one commit of all that differs."""
+    """Makes the repository and the branch if needed, and one commit of the files that differ."""
     api = HfApi()
     card = (Path(staged) / "README.md").read_text("utf-8")
-    # the Hub's opinion of it before anything is made there; ModelCard.validate asks another host before hub 2.0
+    # before anything is made there; ModelCard.validate asks another host before hub 2.0
     answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json={"repoType": "model", "content": card})
     if answer.status_code == 400:
         raise ValueError(f"{api.endpoint} does not accept the model card: {answer.text}")
     hf_raise_for_status(answer)
     api.create_repo(args.repo_id, private=args.private or None, exist_ok=True)
-    if args.revision and not args.revision.startswith("refs/"):  # of a pull request, say
+    if args.revision and not args.revision.startswith("refs/"):  # such as a pull request's
         api.create_branch(args.repo_id, branch=args.revision, exist_ok=True)
     before = api.model_info(args.repo_id, revision=args.revision)
     if args.private and not before.private:
         raise ValueError(f"{args.repo_id} is there already and public. Nothing was uploaded.")
     files = {path.relative_to(staged).as_posix(): path for path in Path(staged).rglob("*") if path.is_file()}
-    stale = [s.rfilename for s in before.siblings if any(Path(s.rfilename).match(name) for name in OURS)]
+    stale = [s.rfilename for s in before.siblings if any(Path(s.rfilename).match(name) for name in MANAGED_FILES)]
     operations = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
     operations += [CommitOperationDelete(name) for name in stale if name not in files]
     try:
@@ -314,7 +206,13 @@ AGAIN = "The same command again does what is left to do."
 
 
 def explain(error: Exception) -> str:
-    """One line for what went wrong between here and the Hub, or with the input."""
+    """One line for an error of the input or of the connection to the Hub, without the token."""
+    line = " ".join(describe(error).split())
+    token = get_token()
+    return line.replace(token, "***") if token else line  # some libraries print the header with the token
+
+
+def describe(error: Exception) -> str:
     if isinstance(error, LocalTokenNotFoundError):
         return "not logged in: run `hf auth login`, or set HF_TOKEN to a token that may write."
     if isinstance(error, OfflineModeIsEnabled):
@@ -329,10 +227,5 @@ def explain(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("push_to_hub.py", explain=explain):
         main(*HfArgumentParser(PushArguments).parse_args_into_dataclasses())
-    except (ValueError, OSError, FloatingPointError, StrictDataclassError, HTTPError) as error:
-        line = " ".join(explain(error).split())
-        if token := get_token():  # some libraries show the header that they could not send
-            line = line.replace(token, "***")
-        raise SystemExit(f"push_to_hub.py: {line}") from None

@@ -6,11 +6,9 @@ import os
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import get_args, get_origin, get_type_hints
 
 import torch
-import yaml
 from accelerate import DistributedType
 from transformers import (
     HfArgumentParser,
@@ -18,9 +16,12 @@ from transformers import (
 )
 
 from configuration_phase15 import Phase15Config
+from phase15.files import check_output_dir, read_yaml
 
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+STAGES = ["hypernet", "full", "lora"]
+# The stage that each belongs to.
 BASELINES = {
     "window": "full",
     "full_context": "full",
@@ -46,7 +47,7 @@ class Phase15ModelArguments:
         default="full",
         metadata={
             "help": "What is trained: hypernet (LLM frozen), full (both), lora (HyperNetwork and LoRA on the LLM).",
-            "choices": ["hypernet", "full", "lora"],
+            "choices": STAGES,
         },
     )
     baseline: str | None = field(
@@ -56,6 +57,7 @@ class Phase15ModelArguments:
             "Δ = 0) or full_context (the LLM as an ordinary causal LM). Of hypernet: prompt_tuning (num_soft_tokens "
             "virtual tokens, at learning_rate) or lora, both by PEFT with the full context.",
             "choices": list(BASELINES),
+            "aliases": ["--rival"],  # its name before 2026-11-26
         },
     )
     lora_r: int = field(default=16, metadata={"help": "Rank of LoRA."})
@@ -72,6 +74,20 @@ class Phase15ModelArguments:
     hypernet_num_attention_heads: int | None = None
     hypernet_intermediate_size: int | None = None
 
+    def __post_init__(self):
+        check_choice("stage", self.stage, STAGES)
+        check_dtype(self.dtype)
+        if self.baseline is None:
+            return
+        check_choice("baseline", self.baseline, list(BASELINES))
+        if self.stage != BASELINES[self.baseline]:
+            raise ValueError(
+                f"`baseline` is {self.baseline}, which goes with stage {BASELINES[self.baseline]}, but `stage` is "
+                f"{self.stage}."
+            )
+        if self.merge_adapter:
+            raise ValueError("`merge_adapter` is for stage lora; the adapter of a baseline is saved unmerged.")
+
     @property
     def config_fields(self) -> dict:
         """The fields of [`Phase15Config`] that were given."""
@@ -83,29 +99,34 @@ class Phase15ModelArguments:
 class Phase15DataArguments:
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "A JSONL, JSON, CSV or Parquet file, a Hub id, or python-docstrings (see py)."},
+        metadata={"help": "JSONL, JSON, CSV or Parquet files, a Hub id, or python-docstrings."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split of a Hub data set to train on."})
     validation_split: float = field(
-        default=0.1, metadata={"help": "Share of the records, the last, kept to validate."}
+        default=0.1, metadata={"help": "Share of the records, the last ones, held out to validate."}
     )
     max_validation_records: int | None = field(
         default=None,
-        metadata={"help": "Validate on so many of them; of a stream, which has no share, on the first so many."},
+        metadata={"help": "Validate on at most so many of them; of a stream, on the first so many."},
     )
     shuffle_records: bool = field(
         default=False,
-        metadata={"help": "Shuffle the records before they are split; what a stream trains on, within a buffer."},
+        metadata={"help": "Shuffle the records before the split; of a stream, those to train on, in a buffer."},
     )
     streaming: bool = field(
         default=False,
         metadata={
-            "help": "Read the records while training, in their order and again and again, instead of before it: for "
-            "JSONL, CSV or Parquet files ('data/*.jsonl') and Hub data sets that do not fit. Needs max_steps and "
+            "help": "Read the records during training, in their order and pass after pass, instead of before it: for "
+            "files ('data/*.jsonl') and Hub data sets that do not fit into memory. Needs max_steps and "
             "max_validation_records."
         },
     )
+
+    def __post_init__(self):
+        if not 0 <= self.validation_split < 1:
+            raise ValueError(f"`validation_split` is {self.validation_split}, but it must be from 0 to below 1.")
+        check_least(self, {"max_validation_records": 0})
 
 
 @dataclass
@@ -113,7 +134,8 @@ class Phase15TrainingArguments(TrainingArguments):
     learning_rate: float = field(default=1e-4, metadata={"help": "Of the HyperNetwork, or of prompt tuning."})
     llm_learning_rate: float = field(default=3e-5, metadata={"help": "Of the LLM, or of its LoRA."})
     alpha_learning_rate: float = field(
-        default=1e-2, metadata={"help": "Of α, which scales Δ and starts at zero: at the others' it would stay there."}
+        default=1e-2,
+        metadata={"help": "Of α, which scales Δ and starts at zero: at other rates it would stay there."},
     )
     bptt_chunks: int | None = field(
         default=None, metadata={"help": "Stop the gradient through the recursion after every so many chunks."}
@@ -125,8 +147,27 @@ class Phase15TrainingArguments(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew where output_dir holds a finished run."}
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator decides what it needs."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator selects the columns."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every step uses all of them."})
+
+    def __post_init__(self):
+        """Checks values that the libraries would refuse only after the start of the run, or not at all."""
+        least = dict.fromkeys(("learning_rate", "llm_learning_rate", "alpha_learning_rate"), 0)
+        least |= dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 1)
+        check_least(self, least | {"gradient_accumulation_steps": 1, "bptt_chunks": 1})
+        if self.max_steps < 1 and not self.num_train_epochs > 0:
+            raise ValueError(f"`num_train_epochs` is {self.num_train_epochs}, but it must be above 0.")
+        if self.push_to_hub:
+            raise ValueError(
+                "`push_to_hub` would upload the arguments as a pickle, the token among them; when the run has ended: "
+                f"python push_to_hub.py --model_dir {self.output_dir} --repo_id USER/NAME."
+            )
+        if self.output_dir is not None:
+            check_output_dir(self.output_dir)
+        checkpoint = self.resume_from_checkpoint
+        if checkpoint is not None and not Path(checkpoint, "trainer_state.json").is_file():
+            raise ValueError(f"`resume_from_checkpoint` is {checkpoint}, but that is no folder of a checkpoint.")
+        super().__post_init__()
 
 
 def parse_args(
@@ -137,7 +178,7 @@ def parse_args(
     The recipe is the quickstart when there is neither a recipe nor a model or data set.
 
     Returns:
-        the arguments, and the recipe that alone would give them: all values that are not the defaults.
+        the arguments, and the recipe that repeats them: all values that are not the defaults.
 
     Raises:
         ValueError: for a recipe that is missing or not a mapping, or for a key of it that does not exist.
@@ -157,22 +198,16 @@ def parse_args(
         except ValueError as error:
             raise ValueError(f"{recipe}: {error}") from error
     arguments = parser.parse_args(argv)
-    if arguments.stage not in ("hypernet", "full", "lora"):  # argparse does not check defaults, and so recipes
-        raise ValueError(f"`stage` is {arguments.stage!r}, but it must be hypernet, full or lora.")
-    check_baseline(arguments)
-    check_values(arguments)
-    if not 0 <= arguments.validation_split < 1:
-        raise ValueError(f"`validation_split` is {arguments.validation_split}, but it must be from 0 to below 1.")
     outputs = []
     for cls in parser.dataclass_types:
         outputs.append(cls(**{f.name: getattr(arguments, f.name) for f in fields(cls) if f.init}))
-    not_in_recipe = ("recipe", "config", "hub_token")  # a token is nobody else's business
+    not_in_recipe = ("recipe", "config", "hub_token")  # a token is private
     recipe = {name: value for name, value in vars(arguments).items() if value != defaults[name]}
     return *outputs, {name: value for name, value in recipe.items() if name not in not_in_recipe}
 
 
 class Phase15Parser(HfArgumentParser):
-    """An `HfArgumentParser` whose errors are a line, without the usage of more than a hundred flags."""
+    """Overrides HfArgumentParser to give errors in one line, without the usage of more than a hundred flags."""
 
     def error(self, message: str):
         found = re.match(r"unrecognized arguments: --(\w+)", message)
@@ -189,15 +224,15 @@ def did_you_mean(name: str, names: list[str]) -> str:
 
 
 def read_recipe(path: str | Path, parser: HfArgumentParser) -> dict:
-    """The values of a recipe, for argparse to check as those of flags."""
+    """The values of a recipe, as strings that argparse checks like flags."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such recipe.")
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    documents = read_yaml(Path(path))
+    values = documents[0] if len(documents) == 1 else documents
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a recipe is a mapping of flags to values, not a {type(values).__name__}.")
+    if "rival" in values:  # its name before 2026-11-26
+        values["baseline"] = values.pop("rival")
     names = argument_names(parser)
     hints = {name: hint for cls in parser.dataclass_types for name, hint in get_type_hints(cls).items()}
     for name, value in values.items():
@@ -209,62 +244,43 @@ def read_recipe(path: str | Path, parser: HfArgumentParser) -> dict:
                 kind = "null" if value is None else f"a {type(value).__name__}"
                 raise ValueError(f"{path}: `{name}` is {kind}, but one value was expected.")
         else:
-            values[name] = str(value)  # which argparse converts, or refuses
+            values[name] = str(value)
     return values
 
 
-LEAST = {
-    "learning_rate": 0,
-    "llm_learning_rate": 0,
-    "alpha_learning_rate": 0,
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "bptt_chunks": 1,
-    "max_validation_records": 0,
-}
+def check_choice(name: str, value: str, choices: list[str]):
+    if value not in choices:
+        raise ValueError(f"`{name}` is {value!r}, but it must be {', '.join(choices)}.")
 
 
-def check_values(arguments):
-    """Refuses values that the libraries would refuse too, but only when the run has begun, or not at all."""
-    for name, least in LEAST.items():
+def check_least(arguments, least: dict[str, float]):
+    """Raises a ValueError for a value below its least; None is no value."""
+    for name, minimum in least.items():
         value = getattr(arguments, name)
-        if value is not None and not value >= least:  # nan is refused too
-            raise ValueError(f"`{name}` is {value}, but it must be {least} or more.")
-    if arguments.max_steps < 1 and not arguments.num_train_epochs > 0:
-        raise ValueError(f"`num_train_epochs` is {arguments.num_train_epochs}, but it must be above 0.")
-    if arguments.push_to_hub:
-        raise ValueError(
-            "`push_to_hub` would upload the arguments as a pickle, the token among them; when the run has ended: "
-            f"python push_to_hub.py --model_dir {arguments.output_dir} --repo_id USER/NAME."
-        )
-    check_dtype(arguments.dtype)
-    if arguments.output_dir is not None:
-        check_output_dir(arguments.output_dir)
-    checkpoint = arguments.resume_from_checkpoint
-    if checkpoint is not None and not Path(checkpoint, "trainer_state.json").is_file():
-        raise ValueError(f"`resume_from_checkpoint` is {checkpoint}, but that is no folder of a checkpoint.")
+        if value is not None and not value >= minimum:  # refuses nan too
+            raise ValueError(f"`{name}` is {value}, but it must be {minimum} or more.")
 
 
-def check_baseline(args):
-    """Refuses a baseline that is none of the stage's."""
-    if args.baseline is None:
-        return
-    if args.baseline not in BASELINES:
-        raise ValueError(f"`baseline` is {args.baseline!r}, but it must be {', '.join(BASELINES)}.")
-    if args.stage != BASELINES[args.baseline]:
+def check_together(
+    model_args: Phase15ModelArguments, data_args: Phase15DataArguments, training_args: Phase15TrainingArguments
+):
+    """Refuses arguments that do not go together."""
+    if data_args.dataset_name is None:
         raise ValueError(
-            f"`baseline` is {args.baseline}, which goes with stage {BASELINES[args.baseline]}, but `stage` is "
-            f"{args.stage}."
+            "`dataset_name` is missing: a JSONL, JSON, CSV or Parquet file, a Hub id, or python-docstrings."
         )
-    if args.merge_adapter:
-        raise ValueError("`merge_adapter` is for stage lora; a baseline's adapter is saved as it is.")
+    if data_args.streaming:
+        check_streaming(model_args, data_args, training_args)
+        if training_args.accelerator_config.dispatch_batches is None:
+            # or the main process would join the batches of all, and fail where their widths differ
+            training_args.accelerator_config.dispatch_batches = False
+    check_processes(model_args, training_args)
 
 
 def check_streaming(
     model_args: Phase15ModelArguments, data_args: Phase15DataArguments, training_args: Phase15TrainingArguments
 ):
-    """Refuses what needs all records at once."""
+    """Refuses arguments that need all records at once."""
     if training_args.max_steps < 1:
         raise ValueError("`max_steps` is missing: `streaming` data has no length that could give it.")
     if data_args.validation_split and data_args.max_validation_records is None:
@@ -285,7 +301,7 @@ def check_streaming(
 
 
 def check_processes(model_args: Phase15ModelArguments, training_args: Phase15TrainingArguments):
-    """Refuses launches of several processes that would not train together."""
+    """Refuses launches whose processes would not train together."""
     if training_args.world_size != int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError(
             f"{os.environ['WORLD_SIZE']} processes were launched, but there is no GPU, and each would train alone; "
@@ -303,16 +319,3 @@ def check_processes(model_args: Phase15ModelArguments, training_args: Phase15Tra
 def check_dtype(name: str):
     if name != "auto" and not getattr(getattr(torch, str(name), None), "is_floating_point", False):
         raise ValueError(f"`dtype` is {name!r}, but it must be float32, bfloat16, float16 or auto.")
-
-
-def check_output_dir(name: str | Path):
-    """Raises an error for a folder that cannot be written to; makes nothing."""
-    path = Path(name).absolute()
-    there = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not there.is_dir():
-        raise ValueError(f"`output_dir` is {name}, but {there} is a file.")
-    try:
-        with TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise ValueError(f"`output_dir` is {name}, but {there} cannot be written to: {error.strerror}.") from error

@@ -16,6 +16,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import logging
 
+from phase15.files import sync, write_text
+
 
 logger = logging.get_logger("phase15.checkpoint")
 MANIFEST = "manifest.json"
@@ -23,30 +25,6 @@ MANIFEST = "manifest.json"
 
 class Phase15CheckpointError(ValueError):
     """A checkpoint or a model that cannot be written, or that may not be loaded. The message is one line."""
-
-
-def write_text(path: Path, text: str):
-    """Writes a file, wholly or not at all, whenever the process or the machine stops."""
-    half = path.with_name(f".{path.name}.half")
-    try:
-        with half.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(half, path)
-    except OSError:
-        half.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def sync(path: Path):
-    """Waits until a file or the names in a folder are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sha256(path: Path) -> str:

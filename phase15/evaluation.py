@@ -1,6 +1,7 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """Loss by example and chunk for any model, its controls, and context recovery with bootstrap intervals."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -16,19 +17,39 @@ from transformers import PreTrainedModel
 from modeling_phase15 import HyperNetwork, Phase15ForCausalLM, SoftPrompt
 
 
-MODEL, WINDOW, FULL_CONTEXT = "the model", "Δ = 0", "full context"
-FIRST_SOFT_PROMPT = "soft prompt at sp_0"
-OTHER_SOFT_PROMPT, OTHER_DELTA = "another record's soft prompt", "another record's Δ"
-SAME_LLM, OWN_WORDS = "same LLM", "same LLM, behind the model's own words"
-NOT_CARRIED = "same LLM, with another record's Δ"
-OWN_BASELINES = "baselines fine-tuned on their own"
-BASELINE_WINDOW, BASELINE_FULL_CONTEXT = "baseline: window", "baseline: full_context"
+# Keys of the rows of results.json and evaluation.json.
+MODEL, WINDOW, FULL_CONTEXT = "model", "window", "full_context"
+FIRST_SOFT_PROMPT = "first_soft_prompt"
+SHUFFLED_SOFT_PROMPT, SHUFFLED_DELTA = "shuffled_soft_prompt", "shuffled_delta"
+BASE = "base_full_context"  # untrained
+BASELINE_WINDOW, BASELINE_FULL_CONTEXT = "baseline_window", "baseline_full_context"
+# Keys of the context recoveries.
+SAME_LLM, NOT_CARRIED = "same_llm", "same_llm_shuffled_delta"
+FREE_RUNNING, OWN_BASELINES = "free_running", "baselines"
+LABELS = {
+    MODEL: "the model",
+    WINDOW: "Δ = 0",
+    FIRST_SOFT_PROMPT: "soft prompt at sp_0",
+    SHUFFLED_SOFT_PROMPT: "shuffled soft prompt",
+    SHUFFLED_DELTA: "shuffled Δ",
+    FULL_CONTEXT: "full context",
+    BASE: "the untrained base, full context",
+    SAME_LLM: "same LLM",
+    NOT_CARRIED: "same LLM, with shuffled Δ",
+    FREE_RUNNING: "same LLM, free-running",
+    OWN_BASELINES: "baselines fine-tuned on their own",
+}
 BOOTSTRAP_SAMPLES = 10_000
-LEAST_GAP = 1e-4  # nats per token: below it, what full context gives over the window may be rounding alone
+LEAST_GAP = 1e-4  # nats per token; a smaller advantage of full context over the window may be rounding
 
 
-class Record(NamedTuple):
-    """The token ids of a query and of what follows it."""
+def label(key: str) -> str:
+    """The text that is shown for a key. A baseline's is the name of its kind or folder."""
+    return LABELS.get(key) or re.sub("^baseline_", "baseline: ", key)
+
+
+class Example(NamedTuple):
+    """The token ids of a query and of its answer."""
 
     query: list[int]
     answer: list[int]
@@ -36,10 +57,10 @@ class Record(NamedTuple):
 
 class Losses(NamedTuple):
     """
-    What each record's chunks cost; all intervals come from here.
+    The losses by example and chunk. All intervals come from here.
 
-    nats (`torch.DoubleTensor` of shape `(num_records, num_chunks)`): cross-entropy, summed over the chunk's tokens.
-    tokens (`torch.LongTensor` of shape `(num_records, num_chunks)`): how many these are, 0 behind the answer's end.
+    nats (`torch.DoubleTensor` of shape `(num_examples, num_chunks)`): cross-entropy, summed over the chunk's tokens.
+    tokens (`torch.LongTensor` of shape `(num_examples, num_chunks)`): their number, 0 behind the end of the answer.
     """
 
     nats: torch.Tensor
@@ -49,23 +70,22 @@ class Losses(NamedTuple):
 @torch.no_grad()
 def compare(model: Phase15ForCausalLM, batches: Iterable[dict[str, torch.Tensor]]) -> dict[str, dict]:
     """
-    Measures the six variants, with the model in evaluation mode.
+    Measures the six variants of a model, in evaluation mode.
 
     Args:
         model (`Phase15ForCausalLM`): the trained model.
         batches (iterable of `dict`): of a [`Phase15DataCollator`].
 
     Returns:
-        `dict`: `validation`, for each variant what `summary` says, and `context_recovery`, by the name of what is
-        compared.
+        `dict`: `validation`, the `summary` of each variant, and `context_recovery`, by the keys above.
     """
     batches = [unbatch(batch) for batch in batches]
-    losses = variants(model, [record for batch in batches for record in batch], max(map(len, batches)))
+    losses = variants(model, [example for batch in batches for example in batch], max(map(len, batches)))
     return {
         "validation": {variant: summary(rows) for variant, rows in losses.items()},
         "context_recovery": {
             name: context_recovery(*(losses[row] for row in (WINDOW, candidate, FULL_CONTEXT)))
-            for name, candidate in ((SAME_LLM, MODEL), (NOT_CARRIED, OTHER_DELTA))
+            for name, candidate in ((SAME_LLM, MODEL), (NOT_CARRIED, SHUFFLED_DELTA))
             if candidate in losses
         },
     }
@@ -74,68 +94,68 @@ def compare(model: Phase15ForCausalLM, batches: Iterable[dict[str, torch.Tensor]
 def compare_baseline(
     model: PreTrainedModel | PeftModel, name: str, batches: Iterable[dict[str, torch.Tensor]], chunk_length: int
 ) -> dict[str, dict]:
-    """As `compare`, of a baseline alone: there is nothing that it recovers."""
+    """Measures a baseline; there is no context recovery of it."""
     batches = [unbatch(batch) for batch in batches]
-    records = [record for batch in batches for record in batch]
-    losses = baseline_losses(name, model.eval(), records, max(map(len, batches)), chunk_length)
+    examples = [example for batch in batches for example in batch]
+    losses = baseline_losses(name, model.eval(), examples, max(map(len, batches)), chunk_length)
     return {"validation": {name: summary(losses)}}
 
 
-def unbatch(batch: dict[str, torch.Tensor]) -> list[Record]:
+def unbatch(batch: dict[str, torch.Tensor]) -> list[Example]:
     rows = zip(*(batch[name] for name in ("input_ids", "attention_mask", "labels")), strict=True)
     return [
-        Record(ids[mask.bool() & (labels == -100)].tolist(), ids[labels != -100].tolist())
+        Example(ids[mask.bool() & (labels == -100)].tolist(), ids[labels != -100].tolist())
         for ids, mask, labels in rows
     ]
 
 
-def variants(model: Phase15ForCausalLM, records: list[Record], batch_size: int) -> dict[str, Losses]:
-    """The rows that share the model's LLM. Without a second record there are no rows of another."""
+def variants(model: Phase15ForCausalLM, examples: list[Example], batch_size: int) -> dict[str, Losses]:
+    """The rows that share the model's LLM. A single example cannot be shuffled, and has no shuffled rows."""
     model.eval()
 
-    def behind(name: str, histories: list[Record]) -> Losses:
-        return measure(name, batch_size, lambda *batch: phase15_losses(model, *batch), records, histories)
+    def behind(name: str, histories: list[Example]) -> Losses:
+        return measure(name, batch_size, lambda *batch: phase15_losses(model, *batch), examples, histories)
 
-    losses = {MODEL: behind(MODEL, records)}
+    losses = {MODEL: behind(MODEL, examples)}
     with no_delta(model):
-        losses[WINDOW] = behind(WINDOW, records)
-    unanswered = [record._replace(answer=[]) for record in records]
+        losses[WINDOW] = behind(WINDOW, examples)
+    unanswered = [example._replace(answer=[]) for example in examples]
     losses[FIRST_SOFT_PROMPT] = behind(FIRST_SOFT_PROMPT, unanswered)
-    if len(records) > 1:
-        others = records[1:] + records[:1]
-        losses[OTHER_SOFT_PROMPT] = behind(OTHER_SOFT_PROMPT, others)
-        losses[OTHER_DELTA] = measure(
-            OTHER_DELTA, batch_size, lambda *batch: other_delta_losses(model, *batch), records, others
+    if len(examples) > 1:
+        others = examples[1:] + examples[:1]
+        losses[SHUFFLED_SOFT_PROMPT] = behind(SHUFFLED_SOFT_PROMPT, others)
+        losses[SHUFFLED_DELTA] = measure(
+            SHUFFLED_DELTA, batch_size, lambda *batch: shuffled_delta_losses(model, *batch), examples, others
         )
     losses[FULL_CONTEXT] = measure(
-        FULL_CONTEXT, batch_size, lambda batch: llm_losses(model.llm, batch, model.config.chunk_length), records
+        FULL_CONTEXT, batch_size, lambda batch: llm_losses(model.llm, batch, model.config.chunk_length), examples
     )
     return losses
 
 
-def own_words(
-    model: Phase15ForCausalLM, records: list[Record], answers: list[list[int]], batch_size: int
+def free_running(
+    model: Phase15ForCausalLM, examples: list[Example], answers: list[list[int]], batch_size: int
 ) -> dict[str, Losses]:
-    """As `variants`, each chunk of a record behind the model's own answer, which is at least as long."""
-    histories = [Record(record.query, answer) for record, answer in zip(records, answers, strict=True)]
+    """Scores each chunk of the references behind the model's own answers, which are at least as long."""
+    histories = [Example(example.query, answer) for example, answer in zip(examples, answers, strict=True)]
 
     def behind_phase15(*batch) -> Losses:
         return phase15_losses(model, *batch)
 
-    def behind_llm(batch: list[Record], histories: list[Record]) -> Losses:
+    def behind_llm(batch: list[Example], histories: list[Example]) -> Losses:
         return llm_losses_behind(model.llm, batch, histories, model.config.chunk_length)
 
-    losses = {MODEL: measure(f"{MODEL}, own words", batch_size, behind_phase15, records, histories)}
+    losses = {MODEL: measure(MODEL, batch_size, behind_phase15, examples, histories)}
     with no_delta(model):
-        losses[WINDOW] = measure(f"{WINDOW}, own words", batch_size, behind_phase15, records, histories)
-    losses[FULL_CONTEXT] = measure(f"{FULL_CONTEXT}, own words", batch_size, behind_llm, records, histories)
+        losses[WINDOW] = measure(WINDOW, batch_size, behind_phase15, examples, histories)
+    losses[FULL_CONTEXT] = measure(FULL_CONTEXT, batch_size, behind_llm, examples, histories)
     return losses
 
 
 @torch.no_grad()
-def measure(name: str, batch_size: int, losses_of: Callable[..., Losses], *lists: list[Record]) -> Losses:
-    """`losses_of` over the batches of lists that run side by side, with a progress bar."""
-    starts = tqdm(range(0, len(lists[0]), batch_size), desc=name)
+def measure(name: str, batch_size: int, losses_of: Callable[..., Losses], *lists: list[Example]) -> Losses:
+    """Calls `losses_of` on batches of parallel lists, with a progress bar."""
+    starts = tqdm(range(0, len(lists[0]), batch_size), desc=label(name))
     parts = [losses_of(*(rows[start : start + batch_size] for rows in lists)) for start in starts]
     num_chunks = max(part.nats.shape[1] for part in parts)
     parts = [[F.pad(values, (0, num_chunks - values.shape[1])) for values in part] for part in parts]
@@ -143,15 +163,15 @@ def measure(name: str, batch_size: int, losses_of: Callable[..., Losses], *lists
     if not torch.isfinite(losses.nats).all():
         index = int((~torch.isfinite(losses.nats).all(dim=1)).nonzero()[0])
         raise FloatingPointError(
-            f"{name}: the loss of validation record {index + 1} is not finite; the weights are damaged, or too large "
-            "for their dtype."
+            f"{label(name)}: the loss of validation record {index + 1} is not finite; the weights are damaged, or too "
+            "large for their dtype."
         )
     return losses
 
 
 @contextmanager
 def no_delta(model: Phase15ForCausalLM) -> Iterator[None]:
-    """Sets Δ to zero, exactly: only the window of `carry` is left."""
+    """Sets Δ to exactly zero: only the window of `carry` is left."""
     alphas = [module.alpha for module in model.modules() if isinstance(module, HyperNetwork)]
     kept = [alpha.detach().clone() for alpha in alphas]
     for alpha in alphas:
@@ -170,19 +190,18 @@ def pad(rows: list[list[int]], device: torch.device) -> tuple[torch.LongTensor, 
 
 
 def phase15_losses(
-    model: Phase15ForCausalLM, records: list[Record], histories: list[Record], chunk_length: int | None = None
+    model: Phase15ForCausalLM, examples: list[Example], histories: list[Example], chunk_length: int | None = None
 ) -> Losses:
     """
-    Chunk c of each record, predicted from sp_c of a history: the record itself, or what is to be put in its place. Of
-    a history with fewer chunks it is the last soft prompt that predicts one of them. `chunk_length` divides the
-    result, and is the model's own by default.
+    Scores chunk c of each example behind sp_c of its history: the example itself, or another text. Where a history has
+    fewer chunks, its last soft prompt is used. `chunk_length` divides the result; the default is the model's own.
     """
     length, embed = model.config.chunk_length, model.get_input_embeddings()
     (query, query_length), (history, history_length), (answer, answer_length) = (
         pad(rows, model.device)
-        for rows in ([h.query for h in histories], [h.answer for h in histories], [r.answer for r in records])
+        for rows in ([h.query for h in histories], [h.answer for h in histories], [r.answer for r in examples])
     )
-    soft_prompt = model.read(model.empty_soft_prompt(len(records)), query, query_length)
+    soft_prompt = model.read(model.empty_soft_prompt(len(examples)), query, query_length)
     losses = torch.zeros(answer.shape, dtype=torch.float64, device=model.device)
     for start in range(0, answer.shape[1], length):
         chunk, has_chunk = answer[:, start : start + length], answer_length > start
@@ -197,33 +216,33 @@ def phase15_losses(
     return by_chunk(losses, answer_length, chunk_length or length)
 
 
-def other_delta_losses(model: Phase15ForCausalLM, records: list[Record], others: list[Record]) -> Losses:
+def shuffled_delta_losses(model: Phase15ForCausalLM, examples: list[Example], others: list[Example]) -> Losses:
     """
-    As `phase15_losses`, but at every step of a record's soft prompt Δ is the one of another record's recursion, which
-    runs beside it. Where that has ended, it is what Δ makes of its last soft prompt and no token.
+    Scores each example behind its own window, but with the Δ of another example at every step. The recursion of the
+    other runs beside it; after its end, Δ is computed from its last soft prompt and no token.
     """
 
-    def use_the_others(module, inputs, delta: torch.Tensor) -> torch.Tensor:
-        return delta[len(records) :].repeat(2, 1, 1)
+    def use_the_other_delta(module, inputs, delta: torch.Tensor) -> torch.Tensor:
+        return delta[len(examples) :].repeat(2, 1, 1)
 
-    hook = model.hypernet.register_forward_hook(use_the_others)
+    hook = model.hypernet.register_forward_hook(use_the_other_delta)
     try:
-        losses = phase15_losses(model, records + others, records + others)
+        losses = phase15_losses(model, examples + others, examples + others)
     finally:
         hook.remove()
-    return Losses(*(values[: len(records)] for values in losses))
+    return Losses(*(values[: len(examples)] for values in losses))
 
 
-def llm_losses(llm: PreTrainedModel | PeftModel, records: list[Record], chunk_length: int) -> Losses:
-    """Each answer, predicted by a causal LM with the query and the answer so far in its context."""
-    ids, length = pad([record.query + record.answer for record in records], llm.device)
-    query_length = torch.tensor([len(record.query) for record in records], device=llm.device)
-    place = torch.arange(ids.shape[1], device=llm.device)
-    first = int(query_length.min())  # place of the first target
-    kept = ids.shape[1] - first + 1  # counted from the end, for adapters put virtual tokens in front
-    mask = (place < length[:, None]).long()
+def llm_losses(llm: PreTrainedModel | PeftModel, examples: list[Example], chunk_length: int) -> Losses:
+    """Scores answers with a causal LM that sees the query and the answer so far."""
+    ids, length = pad([example.query + example.answer for example in examples], llm.device)
+    query_length = torch.tensor([len(example.query) for example in examples], device=llm.device)
+    position = torch.arange(ids.shape[1], device=llm.device)
+    first = int(query_length.min())  # position of the first target
+    kept = ids.shape[1] - first + 1  # counted from the end, since adapters put virtual tokens in front
+    mask = (position < length[:, None]).long()
     logits = llm(input_ids=ids, attention_mask=mask, logits_to_keep=kept, use_cache=False).logits[:, :-1]
-    is_target = (place >= query_length[:, None]) & (place < length[:, None])
+    is_target = (position >= query_length[:, None]) & (position < length[:, None])
     losses = torch.zeros(ids.shape, dtype=torch.float64, device=llm.device)
     losses[is_target] = cross_entropy(logits[is_target[:, first:]], ids[is_target])
     answer_length = length - query_length
@@ -254,14 +273,14 @@ def sums_by_chunk(
 
 
 def llm_losses_behind(
-    llm: PreTrainedModel, records: list[Record], histories: list[Record], chunk_length: int
+    llm: PreTrainedModel, examples: list[Example], histories: list[Example], chunk_length: int
 ) -> Losses:
-    """Chunk c of each record, predicted by a causal LM behind a history's query and first c chunks."""
+    """Scores chunk c of each example with a causal LM behind the query and the first c chunks of a history."""
     parts = []
-    for start in range(0, max(len(record.answer) for record in records), chunk_length):
+    for start in range(0, max(len(example.answer) for example in examples), chunk_length):
         chunk = [
-            Record(history.query + history.answer[:start], record.answer[start : start + chunk_length])
-            for record, history in zip(records, histories, strict=True)
+            Example(history.query + history.answer[:start], example.answer[start : start + chunk_length])
+            for example, history in zip(examples, histories, strict=True)
         ]
         parts.append(llm_losses(llm, chunk, chunk_length))
     return Losses(*(torch.cat(kind, dim=1) for kind in zip(*parts, strict=True)))
@@ -281,12 +300,12 @@ def by_chunk(losses: torch.Tensor, answer_length: torch.LongTensor, chunk_length
 
 
 def baseline_losses(
-    name: str, baseline: PreTrainedModel | PeftModel, records: list[Record], batch_size: int, chunk_length: int
+    name: str, baseline: PreTrainedModel | PeftModel, examples: list[Example], batch_size: int, chunk_length: int
 ) -> Losses:
-    """A Phase15 baseline is measured as such, any other with full context; chunks are those of the evaluated model."""
+    """Measures a Phase15 baseline as such, any other with full context, by the chunks of the evaluated model."""
     if isinstance(baseline, Phase15ForCausalLM):
-        return measure(name, batch_size, lambda batch: phase15_losses(baseline, batch, batch, chunk_length), records)
-    return measure(name, batch_size, lambda batch: llm_losses(baseline, batch, chunk_length), records)
+        return measure(name, batch_size, lambda batch: phase15_losses(baseline, batch, batch, chunk_length), examples)
+    return measure(name, batch_size, lambda batch: llm_losses(baseline, batch, chunk_length), examples)
 
 
 def summary(losses: Losses) -> dict:
@@ -301,8 +320,8 @@ def summary(losses: Losses) -> dict:
 
 def resampled_loss(losses: Losses, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0) -> np.ndarray:
     """
-    The loss of `samples` data sets of as many records, drawn from these with replacement, of shape `(samples,)`. The
-    same seed draws the same records, so that differences of rows are paired.
+    The loss of `samples` data sets of as many examples, drawn from these with replacement, of shape `(samples,)`. The
+    same seed draws the same examples, so that differences of rows are paired.
     """
     nats, tokens = (values.sum(dim=1).numpy() for values in losses)
     draws = np.random.default_rng(seed).integers(len(nats), size=(samples, len(nats)))
@@ -318,7 +337,7 @@ def context_recovery(
     window: Losses, model: Losses, full_context: Losses, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0
 ) -> dict:
     """
-    The share of what full context gives over the window that the model gives too.
+    The share of the advantage of full context over the window that the model has too.
 
     Returns:
         `dict`: `recovery` and its `interval`, None where full context is not surely better than the window (by
@@ -336,17 +355,17 @@ def context_recovery(
     return result
 
 
-def report(losses: dict[str, Losses], own_losses: dict[str, Losses], samples: int, seed: int) -> dict[str, dict]:
-    """The losses in numbers that JSON holds, and what follows from them."""
+def report(losses: dict[str, Losses], free_losses: dict[str, Losses], samples: int, seed: int) -> dict[str, dict]:
+    """The losses as numbers for JSON, with intervals, and the context recoveries."""
 
     def recovery(rows: dict[str, Losses], *names: str) -> dict:
         return context_recovery(*(rows[name] for name in names), samples, seed)
 
     recoveries = {SAME_LLM: recovery(losses, WINDOW, MODEL, FULL_CONTEXT)}
-    if OTHER_DELTA in losses:
-        recoveries[NOT_CARRIED] = recovery(losses, WINDOW, OTHER_DELTA, FULL_CONTEXT)
-    if own_losses:
-        recoveries[OWN_WORDS] = recovery(own_losses, WINDOW, MODEL, FULL_CONTEXT)
+    if SHUFFLED_DELTA in losses:
+        recoveries[NOT_CARRIED] = recovery(losses, WINDOW, SHUFFLED_DELTA, FULL_CONTEXT)
+    if free_losses:
+        recoveries[FREE_RUNNING] = recovery(free_losses, WINDOW, MODEL, FULL_CONTEXT)
     if {BASELINE_WINDOW, BASELINE_FULL_CONTEXT} <= set(losses):
         recoveries[OWN_BASELINES] = recovery(losses, BASELINE_WINDOW, MODEL, BASELINE_FULL_CONTEXT)
     blocks = {
@@ -354,6 +373,6 @@ def report(losses: dict[str, Losses], own_losses: dict[str, Losses], samples: in
             name: {**summary(row), "interval": interval(resampled_loss(row, samples, seed))}
             for name, row in rows.items()
         }
-        for block, rows in (("validation", losses), ("own_words", own_losses))
+        for block, rows in (("validation", losses), ("free_running", free_losses))
     }
     return {**blocks, "context_recovery": recoveries}

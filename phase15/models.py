@@ -1,13 +1,14 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""Any folder, Hub id or .gguf file to a model and its tokenizer; baselines, LoRA, compiled layers."""
+"""Any folder, Hub id or .gguf file to a model and its tokenizer, strictly; baselines, LoRA, compiled layers."""
 
 import json
-import os
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -18,30 +19,103 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from configuration_phase15 import Phase15Config
-from modeling_phase15 import HyperNetworkLayer, Phase15ForCausalLM
+from modeling_phase15 import Phase15ForCausalLM, split_gguf
 from phase15.arguments import Phase15ModelArguments, did_you_mean
 from phase15.quickstart import train_tokenizer
+from recursion_phase15 import HyperNetworkLayer
 
 
 PHASE15, ADAPTER, CAUSAL_LM = "a Phase15 model", "a PEFT adapter", "a causal LM"
 
 
-def kind_of(name: str) -> str:
-    """What a folder, a .gguf file or a Hub id holds."""
-    if name.endswith(".gguf"):
+def kind_of(name: str | Path) -> str:
+    """The kind of model in a folder, a `.gguf` file or a Hub id. Runs no code of the folder."""
+    folder, gguf_file = split_gguf(name)
+    if gguf_file:
         if not Path(name).is_file():
             raise ValueError(f"{name}: no such file.")
         return CAUSAL_LM
-    if Path(name, "adapter_config.json").is_file():
+    if Path(folder, "adapter_config.json").is_file():
         return ADAPTER
-    if Path(name).is_dir() and not Path(name, "config.json").is_file():
-        raise ValueError(f"{name} holds no model that is known here: neither config.json nor adapter_config.json.")
-    model_type = Phase15Config.get_config_dict(name)[0].get("model_type")
+    if Path(folder).is_dir() and not Path(folder, "config.json").is_file():
+        raise ValueError(f"{name} holds no model: neither config.json nor adapter_config.json.")
+    model_type = Phase15Config.get_config_dict(folder)[0].get("model_type")
     return PHASE15 if model_type == Phase15Config.model_type else CAUSAL_LM
 
 
-def base_of(adapter: str, base: str | None) -> str:
-    """What an adapter is loaded on: `base`, or what it was trained on."""
+def check_kind(name: str | Path, expected: str = PHASE15):
+    """Raises a ValueError for a model of another kind."""
+    kind = kind_of(name)
+    if kind == ADAPTER and expected == PHASE15:
+        kind += " alone; stage lora saves the merged model with `--merge_adapter true`"
+    if not kind.startswith(expected):
+        raise ValueError(f"{name} is not {expected}, but {kind}.")
+
+
+def load_strictly(load: Callable, name: str | Path, **kwargs) -> PreTrainedModel:
+    """
+    Calls `load`, a `from_pretrained` or [`Phase15ForCausalLM.from_base`], and refuses pickles and weights that do not
+    fit the model. The library would only warn, and go on with random weights.
+
+    Raises:
+        ValueError: for weights that cannot be read, are missing, are left over, or have another shape.
+    """
+    options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    try:
+        model, info = load(name, **options, **kwargs)
+    except SafetensorError as error:
+        files = list(Path(name).glob("*.safetensors"))
+        file = files[0] if len(files) == 1 else f"{name}: its weights"
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    wrong = {
+        "missing": info["missing_keys"],
+        "left over": info["unexpected_keys"],
+        "of another shape": {key for key, *_ in info["mismatched_keys"]},
+    }
+    if found := [f"{sorted(keys)[0]} is {what}" for what, keys in wrong.items() if keys]:
+        number = sum(map(len, wrong.values()))
+        raise ValueError(
+            f"{name}: {number} of the weights do not fit the model that config.json describes: {', '.join(found)}."
+        )
+    return model
+
+
+def load_phase15(
+    name: str | Path, dtype: str = "auto", **config_fields
+) -> tuple[Phase15ForCausalLM, PreTrainedTokenizerBase]:
+    """A Phase15 model and its tokenizer. A base LLM gets a new HyperNetwork, of a shape that `config_fields` says."""
+    folder, gguf_file = split_gguf(name)
+    if kind_of(name) == PHASE15:
+        model = load_strictly(Phase15ForCausalLM.from_pretrained, name, dtype=dtype)
+        for key, value in config_fields.items():
+            if value != getattr(model.config, key):
+                raise ValueError(f"`{key}` is {value}, but {name} was made with {getattr(model.config, key)}.")
+        return model, load_tokenizer(name, config=model.config)  # given the config, no code of the folder is run
+    model = load_strictly(Phase15ForCausalLM.from_base, name, dtype=dtype, **config_fields)
+    tokenizer = load_tokenizer(folder, gguf_file=gguf_file)
+    if gguf_file:  # transformers 5.17 mistakes its end token for the start token
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.text_config.eos_token_id)
+    return model, tokenizer
+
+
+def load_any(
+    name: str, dtype: str = "float32", base: str | None = None, device: str = "cpu"
+) -> PreTrainedModel | PeftModel:
+    """A Phase15 model, a causal LM, or an adapter on `base`, in evaluation mode."""
+    kind = kind_of(name)
+    if kind == PHASE15:
+        model = load_strictly(Phase15ForCausalLM.from_pretrained, name, dtype=dtype)
+    elif kind == ADAPTER:
+        if not Path(name, "adapter_model.safetensors").is_file():  # PEFT would load a pickle instead
+            raise ValueError(f"{name} has no adapter_model.safetensors, and no pickle is loaded.")
+        model = PeftModel.from_pretrained(load_any(base_of(name, base), dtype), name)
+    else:
+        model = load_strictly(Phase15ForCausalLM.from_base, name, dtype=dtype).llm
+    return model.to(device).eval()
+
+
+def base_of(adapter: str, base: str | None = None) -> str:
+    """The model that an adapter is loaded on: `base`, or the one that it was trained on."""
     base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
     if not base:
         raise ValueError(f"{adapter} does not say which model it adapts; give --base.")
@@ -50,68 +124,31 @@ def base_of(adapter: str, base: str | None) -> str:
     return base
 
 
-def vocab_size(name: str, base: str | None) -> int:
+def vocab_size_of(name: str, base: str | None = None) -> int:
+    """The vocabulary of any model, read from its config."""
     kind = kind_of(name)
     if kind == ADAPTER:
-        return vocab_size(base_of(name, base), base)
+        return vocab_size_of(base_of(name, base))
     if kind == PHASE15:
         return Phase15Config.from_pretrained(name).text_config.vocab_size
-    folder, gguf_file = os.path.split(os.path.abspath(name)) if name.endswith(".gguf") else (name, None)
+    folder, gguf_file = split_gguf(name)
     return AutoConfig.from_pretrained(folder, gguf_file=gguf_file).vocab_size
 
 
-def load(name: str, args) -> PreTrainedModel | PeftModel:
-    kind = kind_of(name)
-    if kind == PHASE15:
-        model = Phase15ForCausalLM.from_pretrained(name, dtype=args.dtype)
-    elif kind == ADAPTER:
-        if not Path(name, "adapter_model.safetensors").is_file():  # PEFT would take a pickle instead
-            raise ValueError(f"{name} has no adapter_model.safetensors, and no pickle is loaded.")
-        model = PeftModel.from_pretrained(load(base_of(name, args.base), args), name)
-    else:
-        model = Phase15ForCausalLM.from_base(name, dtype=args.dtype).llm
-    return model.to(args.device).eval()
-
-
 def load_tokenizer(name: str | Path, **kwargs) -> PreTrainedTokenizerBase:
-    """`AutoTokenizer.from_pretrained`; raises a ValueError that names what cannot be loaded."""
+    """`AutoTokenizer.from_pretrained`; raises a ValueError that names the folder."""
     try:
         return AutoTokenizer.from_pretrained(name, **kwargs)
     except Exception as error:  # tokenizers raises plain Exceptions
         raise ValueError(f"{name}: the tokenizer cannot be loaded: {error}") from error
 
 
-def load_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM, PreTrainedTokenizerBase]:
+def make_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM, PreTrainedTokenizerBase]:
     """The model that `args` describe, ready for its stage, and its tokenizer."""
-    name = args.model_name_or_path
-    if name is None and not args.base_config:
-        raise ValueError(
-            "`model_name_or_path` is missing: a base LLM or a Phase15 model (or `base_config` for a new one)."
-        )
-    if name is None:
-        try:
-            base_config = json.loads(args.base_config) if isinstance(args.base_config, str) else args.base_config
-        except ValueError as error:
-            raise ValueError(f"`base_config` is not JSON: {error}") from error
-        check_base_config(base_config)
-        tokenizer = train_tokenizer(records, base_config.get("vocab_size", 2048))
-        ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        text_config = LlamaConfig(**base_config | ids | {"vocab_size": len(tokenizer)})
-        model = Phase15ForCausalLM(Phase15Config(text_config=text_config, **args.config_fields))
-    elif name.endswith(".gguf") and not Path(name).is_file():
-        raise ValueError(f"{name}: no such file.")
-    elif is_phase15(name):
-        model = Phase15ForCausalLM.from_pretrained(name, dtype=args.dtype)
-        tokenizer = load_tokenizer(name, config=model.config)  # with it, no code of the folder is run
-        for key, value in args.config_fields.items():
-            if value != getattr(model.config, key):
-                raise ValueError(f"`{key}` is {value}, but {name} was made with {getattr(model.config, key)}.")
+    if args.model_name_or_path is None:
+        model, tokenizer = new_model(args, records)
     else:
-        model = Phase15ForCausalLM.from_base(name, dtype=args.dtype, **args.config_fields)
-        folder, gguf_file = os.path.split(os.path.abspath(name)) if name.endswith(".gguf") else (name, None)
-        tokenizer = load_tokenizer(folder, gguf_file=gguf_file)
-        if gguf_file:  # whose end token transformers 5.17 takes for the start token
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.text_config.eos_token_id)
+        model, tokenizer = load_phase15(args.model_name_or_path, args.dtype, **args.config_fields)
     if args.stage == "hypernet":
         model.llm.requires_grad_(False)
     elif args.stage == "lora":
@@ -119,8 +156,25 @@ def load_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM
     return model, tokenizer
 
 
+def new_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM, PreTrainedTokenizerBase]:
+    """A model with random weights of the size of `base_config`, and a tokenizer trained on the records."""
+    if not args.base_config:
+        raise ValueError(
+            "`model_name_or_path` is missing: a base LLM or a Phase15 model (or `base_config` for a new one)."
+        )
+    try:
+        base_config = json.loads(args.base_config) if isinstance(args.base_config, str) else args.base_config
+    except ValueError as error:
+        raise ValueError(f"`base_config` is not JSON: {error}") from error
+    check_base_config(base_config)
+    tokenizer = train_tokenizer((record["fields"] for record in records), base_config.get("vocab_size", 2048))
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    text_config = LlamaConfig(**base_config | ids | {"vocab_size": len(tokenizer)})
+    return Phase15ForCausalLM(Phase15Config(text_config=text_config, **args.config_fields)), tokenizer
+
+
 def check_base_config(base_config: dict):
-    """Refuses what is no field of a LlamaConfig, which would take it and not use it."""
+    """Refuses unknown fields: LlamaConfig would accept and ignore them."""
     if not isinstance(base_config, dict):
         raise ValueError(
             f"`base_config` is a {type(base_config).__name__}, but fields of a LlamaConfig were expected."
@@ -140,11 +194,11 @@ def lora_config(args: Phase15ModelArguments, **kwargs) -> LoraConfig:
 
 
 def make_baseline(model: Phase15ForCausalLM, args: Phase15ModelArguments) -> PreTrainedModel | PeftModel:
-    """The baseline that `args` ask for, made of `model`'s own weights."""
+    """The baseline that `args` ask for, made of the weights of `model`."""
     if args.baseline == "window":
         model.hypernet.requires_grad_(False)
         model.hypernet.alpha.data.zero_()
-        # the Δ that α = 0 gives, without the work
+        # α = 0 makes Δ zero: skip the computation
         model.hypernet.forward = lambda carried, *_: torch.zeros_like(carried.embeds)
         return model
     if args.baseline == "full_context":
@@ -154,22 +208,16 @@ def make_baseline(model: Phase15ForCausalLM, args: Phase15ModelArguments) -> Pre
     prompt = PromptTuningConfig(
         task_type="CAUSAL_LM",
         num_virtual_tokens=model.config.num_soft_tokens,
-        prompt_tuning_init="SAMPLE_VOCAB",  # by default it starts far larger than embeddings are
+        prompt_tuning_init="SAMPLE_VOCAB",  # the default starts far larger than embeddings are
     )
     return get_peft_model(model.llm, prompt)
 
 
 def compile_layers(model: torch.nn.Module):
     """
-    Compiles the layers of LLM and HyperNetwork, in place: one compilation each, since all layers of a kind share it,
-    and none of what is between them, whose shapes change with the batch.
+    Compiles the layers of LLM and HyperNetwork in place. All layers of a kind share one compilation. The code between
+    them is not compiled, since its shapes change with the batch.
     """
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer | HyperNetworkLayer):
             module.compile()
-
-
-def is_phase15(name: str) -> bool:
-    if name.endswith(".gguf"):
-        return False
-    return Phase15Config.get_config_dict(name)[0].get("model_type") == Phase15Config.model_type

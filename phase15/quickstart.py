@@ -2,36 +2,38 @@
 """The embedded default: questions answered by the standard library's docstrings, and a tokenizer trained on them."""
 
 import ast
+import functools
 import sysconfig
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 
-DOCSTRINGS = "python-docstrings"  # the embedded data set
+DOCSTRINGS = "python-docstrings"  # the name of the embedded data set
 
 
-def docstring_records() -> Iterator[dict]:
+@functools.cache
+def docstring_records() -> list[dict]:
     """Questions answered by the docstrings of the public functions and classes in Python's standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages"}
-    seen = set()
+    seen, records = set(), []
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if left_out & set(parts) or any(part.startswith("_") and part != "__init__" for part in parts):
             continue
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the library's own old escapes
+            warnings.simplefilter("ignore")  # old escapes in the standard library
             tree = ast.parse(path.read_bytes())
         module = ".".join(part for part in parts if part != "__init__")
         for kind, name, docstring in _definitions(tree, module):
             if 40 <= len(docstring) <= 1200 and docstring not in seen:
                 seen.add(docstring)
-                yield {"question": f"What is the {kind} {name} for?", "answer": docstring}
+                records.append({"question": f"What is the {kind} {name} for?", "answer": docstring})
+    return records
 
 
 def _definitions(node: ast.AST, prefix: str) -> Iterator[tuple[str, str, str]]:
@@ -49,8 +51,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(dataset: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a chat template, trained on the strings of a data set."""
+def train_tokenizer(records: Iterable[dict], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with a chat template, trained on the strings of records."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -60,7 +62,7 @@ def train_tokenizer(dataset: Dataset, vocab_size: int) -> PreTrainedTokenizerFas
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    texts = (text for record in dataset for text in record.values() if isinstance(text, str))
+    texts = (text for record in records for text in record.values() if isinstance(text, str))
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

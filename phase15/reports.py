@@ -1,19 +1,19 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""Tables and plots."""
+"""Tables in Markdown, and plots."""
 
 import re
 from contextlib import contextmanager
 from pathlib import Path
 
-from phase15.evaluation import FIRST_SOFT_PROMPT, OTHER_SOFT_PROMPT
+from phase15.evaluation import FIRST_SOFT_PROMPT, SHUFFLED_SOFT_PROMPT, label
 
 
-WORDS = re.compile(r"[\w ',.;:%=()/+@-]*")  # what may stand in Markdown as it is, but for
+WORDS = re.compile(r"[\w ',.;:%=()/+@-]*")  # plain words in Markdown, except for
 MARKUP = re.compile(r"(?<!\w)_|_(?!\w)|:(?! )|@\S|www\.", re.IGNORECASE)  # emphasis, addresses, mentions, :names:
 
 
 def table(results: dict[str, dict]) -> str:
-    """Losses, intervals and exact match where there are any, in Markdown, and below them the context recovery."""
+    """Losses, with intervals and exact match where they were measured, and the context recovery below."""
     rows, exact = results["validation"], results.get("exact_match")
     has_interval = any("interval" in row for row in rows.values())
     tokens = sum(next(iter(rows.values()))["tokens_by_chunk"])
@@ -21,7 +21,7 @@ def table(results: dict[str, dict]) -> str:
     header += ["95 % interval"] * has_interval + ["exact match"] * bool(exact)
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for name, row in rows.items():
-        cells = [cell(name), f"{row['loss']:.4f}"]
+        cells = [cell(label(name)), f"{row['loss']:.4f}"]
         if has_interval:
             cells.append("[{:.4f}, {:.4f}]".format(*row["interval"]))
         if exact:
@@ -33,8 +33,8 @@ def table(results: dict[str, dict]) -> str:
 
 def cell(text: str) -> str:
     """
-    Text that may be anybody's, the name of a baseline's folder say, as one line of Markdown: plain words as they are,
-    anything else as code, in which neither Markdown nor HTML means anything. In a table a bar would end even code.
+    Untrusted text, such as the name of a folder, as one line of Markdown. Plain words stay. Other text becomes code,
+    in which neither Markdown nor HTML works. A bar would end even code in a table.
     """
     text = " ".join(str(text).split()).replace("|", "¦")
     text = "".join(character if character.isprintable() else "�" for character in text)
@@ -51,7 +51,7 @@ def fence_of(text: str, least: int) -> str:
 
 
 def recovery_lines(results: dict[str, dict]) -> list[str]:
-    """What each context recovery says, as items of a list in Markdown."""
+    """The context recoveries, as items of a list in Markdown."""
     lines = []
     for name, result in results.get("context_recovery", {}).items():
         if result["recovery"] is None:
@@ -61,21 +61,21 @@ def recovery_lines(results: dict[str, dict]) -> list[str]:
         else:
             low, high = result["interval"]
             value = f"{result['recovery']:.1%}, 95 % interval [{low:.1%}, {high:.1%}]"
-        lines.append(f"- context recovery, {cell(name)}: {value}")
+        lines.append(f"- context recovery, {cell(label(name))}: {value}")
     return lines
 
 
 def plot(results: dict[str, dict], path: str | Path):
-    """Draws the loss by chunk index into a picture file, without the two controls that are far above the rest."""
+    """Draws the loss by chunk index into a picture file, without the two controls that are far above the others."""
     with picture(path) as axes:
         for variant, result in results.items():
-            if variant in (FIRST_SOFT_PROMPT, OTHER_SOFT_PROMPT):
+            if variant in (FIRST_SOFT_PROMPT, SHUFFLED_SOFT_PROMPT):
                 continue
             axes.plot(
                 result["loss_by_chunk"],
                 marker="o",
                 markersize=3,
-                label=f"{variant} ({result['loss']:.3f})".replace("$", r"\$"),
+                label=f"{label(variant)} ({result['loss']:.3f})".replace("$", r"\$"),
             )
         axes.set(xlabel="chunk index", ylabel="nats per answer token", title="Validation loss by chunk")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -99,8 +99,8 @@ def plot_training(log_history: list[dict], path: str | Path):
 
 @contextmanager
 def picture(path: str | Path):
-    """The axes of a new picture, which is saved when the block ends; the same drawing gives the same bytes."""
-    import matplotlib
+    """The axes of a new picture. It is saved when the block ends; equal drawings give equal bytes."""
+    import matplotlib  # here, since it takes a second
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -1,5 +1,5 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""What a run leaves in its folder and reads back, and the check of the folder in a new process."""
+"""The files that a run leaves in its folder and reads back, and the check of the folder in a new process."""
 
 import json
 import os
@@ -11,7 +11,52 @@ from typing import NamedTuple
 
 import yaml
 
-from phase15.checkpoints import write_text
+from phase15.files import read_yaml, write_text
+
+
+HELD_OUT = (  # the settings that decide which records a run holds out
+    "dataset_name",
+    "dataset_config",
+    "dataset_train_split",
+    "validation_split",
+    "shuffle_records",
+    "seed",
+    "streaming",
+    "max_validation_records",
+)
+
+
+def held_out_by(data_args, training_args) -> dict:
+    """The settings of `HELD_OUT`, for results.json. A file is named without its folder."""
+    settings = {**vars(data_args), "seed": training_args.seed}
+    settings["dataset_name"] = Path(settings["dataset_name"]).name
+    return {name: settings[name] for name in HELD_OUT}
+
+
+def held_out(folder: str | Path) -> dict | None:
+    """The settings that decided which records the run of a folder held out; None if no run made the folder."""
+    run = read_run(folder)
+    if run.results.get("held_out"):
+        return run.results["held_out"]
+    return before_held_out(run.recipes[0]) if run.recipes else None
+
+
+def before_held_out(recipe: dict) -> dict:
+    """The same from the recipe of a run that did not write it down: before 2026-11-26, with the defaults of then."""
+    defaults = dict.fromkeys(HELD_OUT) | {"dataset_train_split": "train", "validation_split": 0.1, "seed": 42}
+    defaults |= {"shuffle_records": False, "streaming": False}
+    settings = {name: recipe.get(name, default) for name, default in defaults.items()}
+    return settings | {"dataset_name": Path(str(settings["dataset_name"])).name}
+
+
+def same_records(first: dict, second: dict) -> str | None:
+    """The first setting in which two runs held out other records, or None."""
+    left_out = set()
+    if not first["shuffle_records"]:
+        left_out.add("seed")
+    if not first["streaming"]:
+        left_out.add("max_validation_records")
+    return next((name for name in HELD_OUT if name not in left_out and first[name] != second[name]), None)
 
 
 def save_recipe(recipe: dict, output_dir: Path):
@@ -24,40 +69,65 @@ def save_recipe(recipe: dict, output_dir: Path):
             write_text(output_dir / "recipes_before.yaml", "---\n".join(before))
 
 
-RUN_DEFAULTS = {  # of what train_sft.py holds out
-    "validation_split": 0.1,
-    "shuffle_records": False,
-    "seed": 42,
-    "streaming": False,
-    "dataset_config": None,
-    "dataset_train_split": "train",
+class Run(NamedTuple):
+    """The files that train_sft.py and eval_sft.py left in a folder; empty where they did not run."""
+
+    recipes: list[dict]  # of this run and of those before it, this one first
+    results: dict
+    evaluation: dict
+
+
+def read_run(folder: str | Path) -> Run:
+    """Reads the files of a run. Names are today's, whenever the run was."""
+    folder = Path(folder)
+    recipes = read_documents(folder / "recipe.yaml", {"dataset_name"})
+    recipes += read_documents(folder / "recipes_before.yaml", {"dataset_name"})
+    for recipe in recipes:
+        if "rival" in recipe:  # its name before 2026-11-26
+            recipe["baseline"] = recipe.pop("rival")
+    results = read_documents(folder / "results.json", {"train", "steps", "records", "validation"})
+    keys = {"dataset", "evaluated", "records", "validation", "context_recovery"}
+    evaluation = read_documents(folder / "evaluation.json", keys, "eval_sft.py")
+    return Run(recipes, *({} if not found else with_keys(found[0]) for found in (results, evaluation)))
+
+
+def read_documents(path: Path, keys: set[str], script: str = "train_sft.py") -> list[dict]:
+    """The documents of a YAML file (JSON is YAML), none if it is not there; each must have the keys."""
+    documents = read_yaml(path) if path.is_file() else []
+    for document in documents:
+        if not isinstance(document, dict) or not keys <= set(document):
+            raise ValueError(f"{path} was not written by {script}, which writes {', '.join(sorted(keys))}.")
+    return documents
+
+
+# The keys of results.json and evaluation.json, by their names before 2026-11-26.
+OLD_KEYS = {
+    "the model": "model",
+    "Δ = 0": "window",
+    "soft prompt at sp_0": "first_soft_prompt",
+    "another record's soft prompt": "shuffled_soft_prompt",
+    "another record's Δ": "shuffled_delta",
+    "full context": "full_context",
+    "the untrained base, full context": "base_full_context",
+    "same LLM": "same_llm",
+    "same LLM, with another record's Δ": "same_llm_shuffled_delta",
+    "same LLM, behind the model's own words": "free_running",
+    "rivals fine-tuned on their own": "baselines",
+    "own_words": "free_running",
 }
 
 
-def read_recipe(folder: str) -> dict:
-    """The recipe.yaml that train_sft.py left in a model's folder; empty where it did not run."""
-    path = Path(folder, "recipe.yaml")
-    try:
-        recipe = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} was not written by train_sft.py: it is no mapping.")
-    return recipe
+def with_keys(results: dict) -> dict:
+    """Results with today's keys."""
 
+    def key(name: str) -> str:
+        return f"baseline_{name[len('rival: ') :]}" if name.startswith("rival: ") else OLD_KEYS.get(name, name)
 
-def held_out(folder: str) -> dict | None:
-    """What says which records the run that made a folder held out, None where there was no run."""
-    recipe = read_recipe(folder)
-    if "dataset_name" not in recipe:
-        return None
-    run = {**RUN_DEFAULTS, **recipe, "dataset_name": Path(str(recipe["dataset_name"])).name}
-    keys = ["dataset_name", *RUN_DEFAULTS]
-    if not run["shuffle_records"]:
-        keys.remove("seed")
-    if run["streaming"]:
-        keys.append("max_validation_records")
-    return {key: run[key] for key in keys}
+    blocks = ("validation", "own_words", "free_running", "context_recovery", "exact_match")
+    return {
+        OLD_KEYS.get(block, block): {key(name): row for name, row in rows.items()} if block in blocks else rows
+        for block, rows in results.items()
+    }
 
 
 LOAD_AND_ANSWER = """
@@ -77,8 +147,8 @@ print(json.dumps(output[0, query.shape[1]:].tolist()))
 
 def answer_in_new_process(folder: str | Path, query: list[int], max_new_tokens: int) -> list[int]:
     """
-    What a saved model answers, greedily, where nothing is known of this repository: in a new process, in another
-    folder, with an empty module cache and no network.
+    The greedy answer of a saved model in a new process that knows nothing of this repository: in another folder, with
+    an empty module cache and no network.
 
     Args:
         folder (`str` or `Path`): where the model, its code and its tokenizer are.
@@ -91,11 +161,11 @@ def answer_in_new_process(folder: str | Path, query: list[int], max_new_tokens: 
     Raises:
         ValueError: if the folder cannot be loaded or does not answer, with the last line of the process's error.
     """
-    here = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parent.parent
     python_path = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     with TemporaryDirectory() as elsewhere:
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(path for path in python_path if Path(path).resolve() != here),
+            "PYTHONPATH": os.pathsep.join(path for path in python_path if Path(path).resolve() != root),
             "HF_MODULES_CACHE": elsewhere,
             "HF_HUB_OFFLINE": "1",
         }
@@ -108,44 +178,13 @@ def answer_in_new_process(folder: str | Path, query: list[int], max_new_tokens: 
     return json.loads(done.stdout.splitlines()[-1])
 
 
-class Run(NamedTuple):
-    """What train_sft.py and py left in a model's folder; empty where they did not run."""
-
-    recipes: list[dict]  # of this run and of those before it, this one first
-    results: dict
-    evaluation: dict
-
-
-def read_run(folder: Path) -> Run:
-    """Reads a run's files. Absolute paths are cut to their last part: they are private, and good for nobody else."""
-    recipes = read_documents(folder / "recipe.yaml", {"dataset_name"})
-    recipes += read_documents(folder / "recipes_before.yaml", {"dataset_name"})
-    for recipe in recipes:
-        for name, value in recipe.items():
-            if isinstance(value, str) and Path(value).is_absolute():
-                recipe[name] = Path(value).name
-    results = read_documents(folder / "results.json", {"train", "steps", "records", "validation"})
-    if results and not recipes:
-        raise ValueError(f"{folder} holds results.json, but not the recipe.yaml that says of what.")
-    keys = {"dataset", "evaluated", "records", "validation", "context_recovery"}
-    evaluation = read_documents(folder / "evaluation.json", keys, "py")
-    return Run(recipes, results[0] if results else {}, evaluation[0] if evaluation else {})
-
-
-def read_documents(path: Path, keys: set[str], script: str = "train_sft.py") -> list[dict]:
-    """The documents of a YAML file (JSON is YAML), none if it is not there; each must have the keys."""
-    try:
-        documents = list(yaml.safe_load_all(path.read_text("utf-8"))) if path.is_file() else []
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    for document in documents:
-        if not isinstance(document, dict) or not keys <= set(document):
-            raise ValueError(f"{path} was not written by {script}, which writes {', '.join(sorted(keys))}.")
-    return documents
+def without_folders(recipe: dict) -> dict:
+    """A recipe with the last part of absolute paths alone: the rest is private, and of no use elsewhere."""
+    return {k: Path(v).name if isinstance(v, str) and Path(v).is_absolute() else v for k, v in recipe.items()}
 
 
 def as_yaml(documents: list[dict]) -> str:
-    """YAML that reads as it is: letters of any script, but what cannot be seen as its escape."""
+    """Readable YAML: letters of any script as they are, invisible characters as escapes."""
     text = yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True)
     if text.replace("\n", "").isprintable():
         return text

@@ -5,6 +5,8 @@ import atexit
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from phase15.checkpoints import goes_on
+from phase15.errors import INPUT_ERRORS, line_of
 
 
 class Stopped(KeyboardInterrupt):
@@ -21,17 +24,17 @@ class Stopped(KeyboardInterrupt):
 
 class StopOnSignal(TrainerCallback):
     """
-    Ends a run on SIGTERM or Ctrl-C. While it trains, that is at the end of the step under way (or of an evaluation or
-    a checkpoint), with a checkpoint, and on all processes at the same step; before and after, at once. A second Ctrl-C
-    ends it at once in any case.
+    Ends a run on SIGTERM or Ctrl-C. During training it ends after the current step (or evaluation, or checkpoint),
+    with a checkpoint, and on all processes at the same step. Before and after training it ends at once, as it does on
+    a second Ctrl-C.
     """
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self.process = os.getpid()
-        self.signal: str | None = None  # that came here
+        self.signal: str | None = None  # received by this process
         self.is_training = False
-        self.has_stopped = False  # as all processes have agreed
+        self.has_stopped = False  # agreed by all processes
         self.saved_step: int | None = None
 
     def __enter__(self):
@@ -48,7 +51,7 @@ class StopOnSignal(TrainerCallback):
         return kind is Stopped
 
     def handle(self, number, frame):
-        if os.getpid() != self.process:  # a worker of the data loader: it ends when the run does
+        if os.getpid() != self.process:  # a data loader's worker, which ends with the run
             return
         again, self.signal = self.signal, signal.Signals(number).name
         if not self.is_training:
@@ -77,7 +80,7 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.agree():
             control.should_training_stop = True
-            # where the epoch ends with this step, after the evaluation that belongs to its end
+            # at the end of an epoch, save after its evaluation
             control.should_save |= state.epoch % 1 > 0 or args.save_strategy == SaveStrategy.BEST
 
     def on_evaluate(self, args, state, control, **kwargs):
@@ -91,35 +94,46 @@ class StopOnSignal(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.has_stopped:
             control.should_save = self.saved_step != state.global_step
-            if state.epoch % 1 > 0:  # not its end, although Trainer calls it that
+            if state.epoch % 1 > 0:  # in the middle of an epoch; Trainer calls it the end
                 control.should_log = control.should_evaluate = False
 
     def on_train_end(self, args, state, control, **kwargs):
         self.is_training = False
 
 
+@contextmanager
+def errors_together(program: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Ends all processes in one line if one of them has an error of some kinds, by default `INPUT_ERRORS`."""
+    caught, problem = kinds or INPUT_ERRORS, None
+    try:
+        yield
+    except caught as error:
+        problem = f"{program}: {line_of(error)}"
+    stop_together(problem)
+
+
 def stop_together(problem: str | None):
-    """Ends all processes if one of them has a problem. Of those that have the same one, the first tells it."""
+    """Ends all processes if one has a problem. If several have the same one, only the first prints it."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         if problem:
             raise SystemExit(problem)
         return
-    if not torch.distributed.is_initialized():  # the problem is in the arguments themselves
+    if not torch.distributed.is_initialized():  # a problem in the arguments
         torch.distributed.init_process_group("gloo", timeout=timedelta(minutes=1))
     problems = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(problems, problem)
     if problem and problem not in problems[: torch.distributed.get_rank()]:
         print(problem, file=sys.stderr, flush=True)
     if any(problems):
-        torch.distributed.barrier()  # the launcher ends the others at once when the first leaves
+        torch.distributed.barrier()  # the launcher kills the others when the first leaves
         raise SystemExit(1)
 
 
 def leave():
     """
-    Ends one of several processes without taking its interpreter apart. The threads of a process group outlive the
-    group where anything still refers to it, as FSDP's meshes do; and one that then lets go of a tensor aborts the
-    process (https://github.com/pytorch/pytorch/pull/179291), which the launcher takes for a failure.
+    Ends one of several processes without tearing down its interpreter. The threads of a process group outlive the
+    group while anything refers to it, as FSDP's meshes do. A thread that then frees a tensor aborts the process
+    (https://github.com/pytorch/pytorch/pull/179291), and the launcher reports a failure.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -1,12 +1,14 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""`Phase15Trainer`, whose loss unrolls the chunks, its meters and its progress bar."""
+"""`Phase15Trainer`, whose loss unrolls the chunks; its meters and its progress bar."""
 
 import math
+import os
 import shutil
 import time
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import (
     ProgressCallback,
@@ -21,6 +23,7 @@ from configuration_phase15 import Phase15Config
 from modeling_phase15 import HyperNetwork, Phase15ForCausalLM, SoftPrompt
 from phase15.checkpoints import loading, write_manifest, writing
 from phase15.evaluation import sums_by_chunk
+from phase15.files import sync
 
 
 class Phase15ProgressCallback(ProgressCallback):
@@ -46,10 +49,10 @@ class Phase15Meters:
         self.chunk_tokens.index_add_(0, index, tokens.float())
 
     def add_delta(self, delta: torch.Tensor, carried: SoftPrompt, old: SoftPrompt, tokens, token_length):
-        """What a call of the HyperNetwork gave and was given; rows without a token do not step."""
+        """Adds one call of the HyperNetwork; rows without a token do not step."""
         reads = (token_length > 0)[:, None, None]
         soft_prompt = carried.embeds.detach() + delta
-        # of each row, so that the sums do not depend on which rows a process has in a batch
+        # by row, so that the sums do not depend on the batches of a process
         norms = [(value * reads).float().flatten(1).norm(dim=1).sum() for value in (delta, soft_prompt)]
         self.norms += torch.stack(norms)
 
@@ -73,7 +76,7 @@ class Phase15Trainer(Trainer):
     prompt's norm, and target tokens per second.
 
     Args:
-        config (`Phase15Config`, *optional*): says how long chunks and answers are; the model's own by default.
+        config (`Phase15Config`, *optional*): the length of chunks and answers; the model's own by default.
 
     Raises:
         FloatingPointError: when the loss is not finite, naming the step and the records of the batch.
@@ -94,9 +97,9 @@ class Phase15Trainer(Trainer):
 
     def _prepare_fsdp(self):
         """
-        Units are the LLM's layers alone. A unit gathers its parameters at every call, on all processes together, but
-        how often the HyperNetwork is called depends on the process's own batch: with the rest of the model, it is
-        gathered once for all steps.
+        Makes the LLM's layers the only units. All processes gather a unit's parameters together, at every call, but
+        the number of calls of the HyperNetwork depends on the batch of a process. So it is gathered once a step, with
+        the rest of the model.
         """
         plugin = self.accelerator.state.fsdp_plugin
         model = next(module for module in self.model.modules() if isinstance(module, Phase15ForCausalLM))
@@ -105,15 +108,15 @@ class Phase15Trainer(Trainer):
             raise ValueError(f"FSDP shards `GradientCheckpointingLayer`s, but {type(model.llm).__name__} has none.")
         plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})
         if policy := plugin.mixed_precision_policy:
-            # accelerate's rounds gradients that are summed, the loss, and the number of tokens that divides it
+            # accelerate's policy would round summed gradients, the loss, and its divisor
             plugin.mixed_precision_policy = MixedPrecisionPolicy(
                 param_dtype=policy.param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
 
     def gather_model(self) -> Phase15ForCausalLM | None:
         """
-        The whole model, on the main process alone; all processes must call this. What FSDP has sharded cannot be saved
-        as it is: its class is one that torch made, and the code beside the weights would be torch's.
+        The whole model, on the main process alone; all processes must call this. A sharded model cannot be saved: FSDP
+        has replaced its class, and torch's code would be saved beside the weights.
         """
         weights = self.accelerator.get_state_dict(self.model)
         if not self.is_world_process_zero():
@@ -128,7 +131,7 @@ class Phase15Trainer(Trainer):
         return Phase15Meters(num_chunks, self.args.device)
 
     def model_kwargs(self, model) -> dict:
-        """What the model is given besides the batch."""
+        """Arguments of the model besides the batch."""
         return {"skip_logits": True, "bptt_chunks": self.args.bptt_chunks if model.training else None}
 
     def chunk_sums(self, labels: torch.LongTensor, outputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,7 +157,7 @@ class Phase15Trainer(Trainer):
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """As Trainer's, but the loss is the mean over answer tokens instead of over batches."""
+        """Overrides Trainer to give the mean loss over answer tokens instead of over batches."""
         training_meters, self.meters = self.meters, self._new_meters()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = self.meters.read(self.accelerator)
@@ -163,12 +166,12 @@ class Phase15Trainer(Trainer):
         return output
 
     def prediction_step(self, model, inputs, *args, **kwargs):
-        """As Trainer's, without the records that accelerate repeats so that every process has a last batch."""
+        """Overrides Trainer to leave out records that accelerate repeats to fill the last batches."""
         state, meters, num_rows = self.accelerator.gradient_state, self.meters, len(inputs["input_ids"])
         if state.end_of_dataloader and state.remainder > 0:
             first = self.args.process_index * self.args.eval_batch_size
             num_rows = min(max(state.remainder - first, 0), num_rows)
-        if not num_rows:  # the others count theirs, and FSDP needs this process too
+        if not num_rows:  # FSDP needs this process too; the others count the records
             self.meters, num_rows = self._new_meters(), 1
         inputs = {name: values[:num_rows] for name, values in inputs.items()}
         output = super().prediction_step(model, inputs, *args, **kwargs)
@@ -177,8 +180,8 @@ class Phase15Trainer(Trainer):
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """
-        HyperNetwork (or the prompt of prompt tuning), α and the LLM have learning rates of their own; weight decay
-        spares norms and α.
+        Overrides Trainer to give HyperNetwork (or the prompt of prompt tuning), α and LLM their own learning rates,
+        and no weight decay to norms and α.
         """
         if self.optimizer is None:
             model = self.model if model is None else model
@@ -193,7 +196,7 @@ class Phase15Trainer(Trainer):
                 rate = self.args.alpha_learning_rate if is_alpha else rate
                 decay = self.args.weight_decay if name in decays and not is_alpha else 0.0
                 groups.setdefault((rate, decay), []).append(parameter)
-            # Trainer logs the rate of the first group: the HyperNetwork's
+            # the HyperNetwork's first: Trainer logs the rate of the first group
             ordered = sorted(groups.items(), key=lambda group: group[0][0] != self.args.learning_rate)
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(
@@ -223,10 +226,39 @@ class Phase15Trainer(Trainer):
         return num_train_epochs, *others, max_steps
 
     def save_model(self, output_dir: str | None = None, *args, **kwargs):
-        """Overrides Trainer to leave out its arguments: a pickle, which nothing reads."""
+        """Overrides Trainer to leave out its arguments, a pickle that nothing reads."""
         super().save_model(output_dir, *args, **kwargs)
-        if self.args.should_save:  # FSDP's checkpoints do not have it
+        if self.args.should_save:  # not in FSDP's checkpoints
             Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def save_final_model(self, merge_adapter: bool = False):
+        """
+        Saves the trained model into the output folder, atomically. All processes must call this.
+
+        Returns:
+            the model in memory, without adapters' wrappers: on the main process the whole of it.
+        """
+        output_dir, half = Path(self.args.output_dir), Path(self.args.output_dir, ".saving")
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PeftModel) and merge_adapter:
+            self.model = model = model.merge_and_unload()
+        with writing(output_dir, half):
+            if self.args.should_save and half.exists():  # left by a run that was killed here
+                shutil.rmtree(half)
+            if not self.is_fsdp_enabled:
+                self.save_model(str(half))
+            elif gathered := self.gather_model():
+                self.model = model = gathered
+                model.save_pretrained(half)
+                self.processing_class.save_pretrained(half)
+            if self.args.should_save:
+                for path in half.iterdir():
+                    sync(path)
+                    os.replace(path, output_dir / path.name)
+                half.rmdir()
+            self.save_state()
+        is_wrapped = isinstance(model, PeftModel) and isinstance(model.get_base_model(), Phase15ForCausalLM)
+        return model.get_base_model() if is_wrapped else model
 
     def _save_checkpoint(self, model, trial):
         """Overrides Trainer to complete the checkpoint by a manifest before older ones are removed."""
@@ -237,7 +269,7 @@ class Phase15Trainer(Trainer):
             if folder.exists() and args.should_save:
                 shutil.rmtree(folder)
             wait()
-            limit, args.save_total_limit = args.save_total_limit, None  # Trainer would remove them before
+            limit, args.save_total_limit = args.save_total_limit, None  # or Trainer removes older ones first
             try:
                 super()._save_checkpoint(model, trial)
             finally:
@@ -251,8 +283,8 @@ class Phase15Trainer(Trainer):
 
 class FullContextTrainer(Phase15Trainer):
     """
-    Trains a baseline without chunks, an ordinary causal LM or an adapter on one, with the library's own loss. It is a
-    [`Phase15Trainer`] so that logs, evaluation and learning rates are the same; needs that one's `config`.
+    Trains a baseline without chunks, an ordinary causal LM or an adapter on one, with the library's own loss. Logs,
+    evaluation and learning rates are those of [`Phase15Trainer`]. It needs `config`.
     """
 
     def model_kwargs(self, model) -> dict:

@@ -340,7 +340,7 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    try:
+    try:  # not phase15.errors: a Space has this file alone
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
         raise SystemExit(f"app.py: {' '.join(str(error).split())}") from error

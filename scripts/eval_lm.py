@@ -36,6 +36,8 @@ from transformers import AutoConfig
 
 from configuration_phase15 import Phase15Config
 from modeling_phase15 import Phase15ForCausalLM
+from phase15.errors import one_line_errors
+from phase15.models import check_kind
 
 
 AutoConfig.register(Phase15Config.model_type, Phase15Config)  # the code here, not the copy in the model's folder
@@ -179,9 +181,7 @@ def main(argv: list[str]):
             raise ValueError("`--model` cannot be given: it is phase15. For other models there is lm_eval itself.")
         if not Path(args.model_dir).is_dir() and args.model_dir.count("/") != 1:
             raise ValueError(f"{args.model_dir}: no such folder, and no USER/NAME on the Hub.")
-        model_type = Phase15Config.get_config_dict(args.model_dir)[0].get("model_type")
-        if model_type != Phase15Config.model_type:
-            raise ValueError(f"{args.model_dir} is no Phase15 model, but of model_type {model_type!r}.")
+        check_kind(args.model_dir)
         # as JSON, which lm_eval adds to the model_args in `flags` without parsing the folder's name
         flags += ["--model", "phase15", "--model_args", json.dumps({"pretrained": args.model_dir})]
     sys.argv = ["eval_lm.py", "run", *flags]  # where lm_eval's command reads its flags
@@ -190,8 +190,5 @@ def main(argv: list[str]):
 
 if __name__ == "__main__":
     setup_logging()
-    try:
+    with one_line_errors("eval_lm.py"):
         main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        logging.getLogger("lm_eval").debug("", exc_info=error)  # LMEVAL_LOG_LEVEL=DEBUG shows where it came from
-        raise SystemExit(f"eval_lm.py: {' '.join(str(error).split())}") from error

@@ -1,34 +1,34 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """
-What the soft prompt carries, and whether the recursion earns its keep: loss on the same validation records, in nats
-per answer token and by chunk index, of
+Measures how much the soft prompt carries, and whether the recursion is worth its cost: the loss on the same validation
+records, in nats per answer token and by chunk index, of
 
-    the model                      what was trained
-    Δ = 0                          its LLM behind the sliding window alone
-    soft prompt at sp_0            every chunk predicted from the query's soft prompt: no recursion
-    another record's soft prompt   chunk c predicted from sp_c of the next record: a negative control
-    another record's Δ             its own window, but at every step the Δ of the next record
-    full context                   its LLM on the whole query and answer, as an ordinary causal LM
+    the model               as it was trained
+    Δ = 0                   its LLM behind the sliding window alone
+    soft prompt at sp_0     every chunk behind the query's soft prompt: no recursion
+    shuffled soft prompt    chunk c behind sp_c of the next record: a negative control
+    shuffled Δ              its own window, but the Δ of the next record at every step
+    full context            its LLM on the whole query and answer, as an ordinary causal LM
 
-and of them **context recovery**, with 95 % intervals from a bootstrap over the records:
+and from them **context recovery**, with 95 % intervals from a bootstrap over the records:
 
     R = (loss of the window − loss of the model) / (loss of the window − loss of full context)
 
-The same with another record's Δ is what Δ does for any text, as a static prompt could; only the rest was carried.
+R with shuffled Δ is the part that a static prompt could give too. Only the rest was carried.
 
-train_sft.py ends with these. The command adds the untrained base, baselines that were fine-tuned on their own, R
-behind the model's own words, and exact match where answers end in `#### 72`, and
-writes evaluation.json and the picture:
+train_sft.py ends with these rows. This command adds the untrained base, baselines that were fine-tuned on their own,
+free-running R, and exact match where answers end in `#### 72`. It writes evaluation.json and the picture.
 
     python -m scripts.eval_sft --model_dir DIR --dataset gsm8k_train.jsonl
     python -m scripts.eval_sft --model_dir DIR --dataset gsm8k_train.jsonl --base BASE --baselines WINDOW LORA
     python -m scripts.eval_sft --help                             every flag
 
-**Behind the model's own words**: the model answers each query greedily, without an end token, and chunk c of the
-*reference* is then scored behind the query and the first c chunks of that answer instead of the reference's own. The
-targets and what is before them are the same for the model, for Δ = 0 and for full context.
+**Free-running**: the model answers each query greedily, without an end token. Chunk c of the *reference* is then
+scored behind the query and the first c chunks of that answer. The targets and their context are the same for the
+model, for Δ = 0 and for full context.
 """
 
+import itertools
 import json
 import math
 import os
@@ -42,34 +42,36 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
 from configuration_phase15 import Phase15Config
-from phase15.arguments import check_dtype, check_output_dir
-from phase15.checkpoints import write_text
+from phase15.arguments import check_dtype
+from phase15.errors import one_line_errors
 from phase15.evaluation import (
+    BASE,
     BOOTSTRAP_SAMPLES,
+    FREE_RUNNING,
     FULL_CONTEXT,
     MODEL,
     WINDOW,
+    Example,
     Losses,
-    Record,
     baseline_losses,
+    free_running,
+    label,
     no_delta,
-    own_words,
     pad,
     report,
     variants,
 )
-from phase15.examples import stream_encoder, tokenize
-from phase15.models import CAUSAL_LM, PHASE15, kind_of, load, load_tokenizer, vocab_size
-from phase15.records import load_records, stream_records
+from phase15.examples import Phase15Encoder, load_examples
+from phase15.files import check_output_dir, write_text
+from phase15.models import CAUSAL_LM, check_kind, load_any, load_tokenizer, vocab_size_of
+from phase15.records import open_records
 from phase15.reports import plot, table
-from phase15.runs import RUN_DEFAULTS, held_out, read_recipe
+from phase15.runs import held_out, read_run, same_records
 
 
 @dataclass
@@ -81,7 +83,10 @@ class EvaluationArguments:
     )
     baselines: list[str] = field(
         default_factory=list,
-        metadata={"help": "Folders of models trained on the same records: Phase15, causal LM or PEFT adapter."},
+        metadata={
+            "help": "Folders of models trained on the same records: Phase15, causal LM or PEFT adapter.",
+            "aliases": ["--rivals"],  # its name before 2026-11-26
+        },
     )
     validation_split: float | None = field(
         default=None,
@@ -106,33 +111,46 @@ class EvaluationArguments:
     )
     output_dir: str | None = field(default=None, metadata={"help": "For evaluation.json and the picture: model_dir."})
 
+    def __post_init__(self):
+        for name, least in {
+            "batch_size": 1,
+            "generated_records": 0,
+            "max_new_tokens": 1,
+            "bootstrap_samples": 1,
+        }.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, but it must be {least} or more.")
+        check_dtype(self.dtype)
+        if self.output_dir:
+            check_output_dir(self.output_dir)
+
 
 def main(args: EvaluationArguments):
     """Measures everything, and then writes."""
-    baselines = check_arguments(args)
+    others = check_models(args)
     config = Phase15Config.from_pretrained(args.model_dir)
     tokenizer = load_tokenizer(args.model_dir, config=config)
-    records, where, seed = validation_records(args, tokenizer, config.max_answer_length, config.text_config.vocab_size)
-    print(f"Evaluating {where}.")
-    asked = records[: args.generated_records]
-    numbered = [record for record in asked if final_number(tokenizer.decode(record.answer)) is not None]
+    examples, description, seed = validation_examples(args, tokenizer, config)
+    print(f"Evaluating {description}.")
+    asked = examples[: args.generated_records]
+    numbered = [example for example in asked if final_number(tokenizer.decode(example.answer)) is not None]
 
     def answer(name: str, model: PreTrainedModel | PeftModel) -> list[list[int]]:
-        queries = [record.query for record in numbered]
+        queries = [example.query for example in numbered]
         return generate(name, model, tokenizer, queries, args.batch_size, args.max_new_tokens)
 
-    losses, own_losses, answers = measure_model(args, records, asked, tokenizer, answer)
-    for name, folder in baselines.items():
-        baseline = load(folder, args)
-        losses[name] = baseline_losses(name, baseline, records, args.batch_size, config.chunk_length)
-        answers[name] = answer(name, baseline)
-        del baseline  # before the next is loaded
+    losses, free_losses, answers = measure_model(args, examples, asked, tokenizer, answer)
+    for name, folder in others.items():
+        other = load_any(folder, args.dtype, args.base, args.device)
+        losses[name] = baseline_losses(name, other, examples, args.batch_size, config.chunk_length)
+        answers[name] = answer(name, other)
+        del other  # before the next is loaded
     results = {
         "model": Path(args.model_dir).resolve().name,
         "dataset": Path(args.dataset).name if os.path.isabs(args.dataset) else args.dataset,
-        "evaluated": where,
-        "records": {"validation": len(records), "generated": len(asked)},
-        **report(losses, own_losses, args.bootstrap_samples, seed),
+        "evaluated": description,
+        "records": {"validation": len(examples), "generated": len(asked)},
+        **report(losses, free_losses, args.bootstrap_samples, seed),
     }
     if numbered:
         results["exact_match"] = exact_match(answers, numbered, tokenizer)
@@ -148,113 +166,108 @@ def main(args: EvaluationArguments):
     print(f"\n{table(results)}\n")
 
 
-def check_arguments(args: EvaluationArguments) -> dict[str, str]:
-    """Refuses what cannot be evaluated; returns where the base and the baselines are, by the names of their rows."""
-    for name, least in {"batch_size": 1, "generated_records": 0, "max_new_tokens": 1, "bootstrap_samples": 1}.items():
-        if getattr(args, name) < least:
-            raise ValueError(f"`{name}` is {getattr(args, name)}, but it must be {least} or more.")
-    check_dtype(args.dtype)
+def check_models(args: EvaluationArguments) -> dict[str, str]:
+    """Refuses models that cannot be compared; returns the base and the baselines by the key of their row."""
     try:
         torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # not the name of a device, or one that is not here
+    except (RuntimeError, AssertionError) as error:  # no such device, or not on this machine
         reason = str(error).partition("\n")[0]
         raise ValueError(f"`device` is {args.device!r}, which cannot be used: {reason}") from error
     for folder in (args.model_dir, *args.baselines):
         if not Path(folder).is_dir():
             raise ValueError(f"{folder}: no such folder.")
-    if (kind := kind_of(args.model_dir)) != PHASE15:
-        raise ValueError(f"{args.model_dir} is not the folder of {PHASE15}, but of {kind}.")
-    if args.base and (kind := kind_of(args.base)) != CAUSAL_LM:
-        raise ValueError(f"`base` is {args.base}, but that is {kind}, where {CAUSAL_LM} was expected.")
-    if args.output_dir:
-        check_output_dir(args.output_dir)
-    rows = {"the untrained base, full context": args.base} if args.base else {}
+    check_kind(args.model_dir)
+    if args.base:
+        check_kind(args.base, CAUSAL_LM)
+    rows, own = {BASE: args.base} if args.base else {}, held_out(args.model_dir)
     for folder in args.baselines:
-        name = f"baseline: {read_recipe(folder).get('baseline') or Path(folder).resolve().name}"
+        recipes = read_run(folder).recipes
+        kind = recipes[0].get("baseline") if recipes else None
+        name = f"baseline_{kind or Path(folder).resolve().name}"
         if name in rows:
-            raise ValueError(f"{rows[name]} and {folder} would both be called {name!r}.")
+            raise ValueError(f"{rows[name]} and {folder} would both be called {label(name)!r}.")
         rows[name] = folder
-        if (others := held_out(folder)) and (own := held_out(args.model_dir)):
-            for key, value in own.items():
-                if others[key] != value:
-                    raise ValueError(
-                        f"{folder} did not hold out the records that {args.model_dir} did: its `{key}` was "
-                        f"{others[key]!r}, not {value!r}."
-                    )
-    expected = vocab_size(args.model_dir, args.base)
-    for name in rows.values():
-        if (found := vocab_size(name, args.base)) != expected:
-            raise ValueError(f"{name} has a vocabulary of {found} tokens, but {args.model_dir} has one of {expected}.")
+        others = held_out(folder)
+        if own and others and (key := same_records(own, others)):
+            raise ValueError(
+                f"{folder} did not hold out the records that {args.model_dir} did: its `{key}` was {others[key]!r}, "
+                f"not {own[key]!r}."
+            )
+    expected = vocab_size_of(args.model_dir)
+    for folder in rows.values():
+        if (found := vocab_size_of(folder, args.base)) != expected:
+            raise ValueError(
+                f"{folder} has a vocabulary of {found} tokens, but {args.model_dir} has one of {expected}."
+            )
     return rows
 
 
-def validation_records(
-    args: EvaluationArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    max_answer_length: int,
-    vocab_size: int | None = None,
-) -> tuple[list[Record], str, int]:
+def validation_examples(
+    args: EvaluationArguments, tokenizer: PreTrainedTokenizerBase, config: Phase15Config
+) -> tuple[list[Example], str, int]:
     """
-    The records to evaluate, which they are in words, and the seed. Where the run that made the model read the same
-    data they are, unless flags say otherwise, those that it held out.
+    The examples to evaluate, their description, and the seed. If the run that made the model read the same data, they
+    are those that it held out, unless flags say otherwise.
     """
-    name, recipe = args.dataset, read_recipe(args.model_dir)
-    if Path(str(recipe.get("dataset_name"))).name != Path(name).name:
-        recipe = {}
-    run = {**RUN_DEFAULTS, **recipe}
-    flags = {key: getattr(args, key) for key in ("validation_split", "shuffle_records", "seed")}
-    share, is_shuffled, seed = (run[key] if flag is None else flag for key, flag in flags.items())
-    most = recipe.get("max_validation_records") if args.max_records is None else args.max_records
+    name, run = args.dataset, held_out(args.model_dir) or {}
+    if run.get("dataset_name") != Path(name).name:
+        run = {}
+    defaults = {"validation_split": 0.1, "shuffle_records": False, "seed": 42} | run
+    share, is_shuffled, seed = (
+        defaults[key] if getattr(args, key) is None else getattr(args, key)
+        for key in ("validation_split", "shuffle_records", "seed")
+    )
+    most = run.get("max_validation_records") if args.max_records is None else args.max_records
     if not 0 < share <= 1:
         raise ValueError(f"`validation_split` is {share}, but it must be above 0, and 1 at most.")
-    is_held_out = share == run["validation_split"] and is_shuffled == run["shuffle_records"]
-    is_held_out &= seed == run["seed"] or not is_shuffled
-    source = (name, recipe.get("dataset_config"), recipe.get("dataset_train_split", "train"))
-    if recipe.get("streaming") and is_held_out:
-        stream = stream_records(*source)
-        encode = stream_encoder(stream, tokenizer, max_answer_length, name, vocab_size)
-        rows = [encode(row) for row in stream.take(min(max(most, 0), recipe["max_validation_records"]))]
-        which = "the first"
+    is_held_out = (share, is_shuffled) == (defaults["validation_split"], defaults["shuffle_records"])
+    is_held_out &= seed == defaults["seed"] or not is_shuffled
+    streaming, split = bool(run.get("streaming")), run.get("dataset_train_split") or "train"
+    records = open_records(name, run.get("dataset_config"), split, streaming)
+    encoder = Phase15Encoder(records, tokenizer, config.max_answer_length, name, config.text_config.vocab_size)
+    if streaming and is_held_out:
+        number = min(max(most, 0), run["max_validation_records"])
+        rows, part = [encoder(record) for record in itertools.islice(records, number)], "the first"
     else:
-        rows = tokenize(load_records(*source), tokenizer, max_answer_length, name, vocab_size)
+        rows = load_examples(records, encoder)
         rows = rows.shuffle(seed=seed) if is_shuffled else rows
         start = len(rows) - math.ceil(len(rows) * share)
         rows = rows.select(range(start, len(rows) if most is None else min(start + max(most, 0), len(rows))))
-        which = f"from the last {100 * share:g} %" + (f", shuffled with seed {seed}" if is_shuffled else "")
+        part = f"from the last {100 * share:g} %" + (f", shuffled with seed {seed}" if is_shuffled else "")
     if not len(rows):
         raise ValueError(f"{name}: there is no record to evaluate; `max_records` is {most}.")
-    if not recipe:
-        held_out = "no recipe.yaml says whether the model was trained on them"
+    if not run:
+        origin = "no recipe.yaml says whether the model was trained on them"
     elif is_held_out:
-        held_out = "the run that made the model held them out"
+        origin = "the run that made the model held them out"
     else:
-        held_out = "NOT the split of the run that made the model, which may have trained on them"
-    records = [
-        Record(row["input_ids"][: row["query_length"]], row["input_ids"][row["query_length"] :]) for row in rows
+        origin = "NOT the split of the run that made the model, which may have trained on them"
+    examples = [
+        Example(row["input_ids"][: row["query_length"]], row["input_ids"][row["query_length"] :]) for row in rows
     ]
-    return records, f"{len(rows)} records of {Path(name).name}, {which}; {held_out}", seed
+    return examples, f"{len(rows)} records of {Path(name).name}, {part}; {origin}", seed
 
 
 def measure_model(
     args: EvaluationArguments,
-    records: list[Record],
-    asked: list[Record],
+    examples: list[Example],
+    asked: list[Example],
     tokenizer: PreTrainedTokenizerBase,
     answer: Callable[[str, PreTrainedModel], list[list[int]]],
 ) -> tuple[dict[str, Losses], dict[str, Losses], dict[str, list[list[int]]]]:
-    """The rows of the model's own LLM: their losses, those behind its own words, and their answers."""
-    model = load(args.model_dir, args)
-    losses, own_losses = variants(model, records, args.batch_size), {}
+    """The rows of the model's own LLM: losses, free-running losses, and answers."""
+    model = load_any(args.model_dir, args.dtype, device=args.device)
+    losses, free_losses = variants(model, examples, args.batch_size), {}
     if asked:
         length = model.config.chunk_length
-        longest = math.ceil(max(len(record.answer) for record in asked) / length) * length
-        queries = [record.query for record in asked]
-        words = generate("own words", model, tokenizer, queries, args.batch_size, longest, min_new_tokens=longest)
-        own_losses = own_words(model, asked, words, args.batch_size)
+        longest = math.ceil(max(len(example.answer) for example in asked) / length) * length
+        queries = [example.query for example in asked]
+        own = generate(FREE_RUNNING, model, tokenizer, queries, args.batch_size, longest, min_new_tokens=longest)
+        free_losses = free_running(model, asked, own, args.batch_size)
     answers = {MODEL: answer(MODEL, model), FULL_CONTEXT: answer(FULL_CONTEXT, model.llm)}
     with no_delta(model):
         answers[WINDOW] = answer(WINDOW, model)
-    return losses, own_losses, answers
+    return losses, free_losses, answers
 
 
 @torch.no_grad()
@@ -267,23 +280,23 @@ def generate(
     max_new_tokens: int,
     min_new_tokens: int = 0,
 ) -> list[list[int]]:
-    """Greedy answers to queries, up to their end token; before `min_new_tokens` there is none."""
+    """Greedy answers to queries, up to their end token, which cannot come before `min_new_tokens`."""
     ends, answers = tokenizer.eos_token_id, []
     is_prompt = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
     if is_prompt:
         batch_size = 1  # PEFT puts virtual tokens in front of the padding, which then counts as positions
-    for start in tqdm(range(0, len(queries), batch_size), desc=f"{name}, answering"):
+    for start in tqdm(range(0, len(queries), batch_size), desc=f"{label(name)}, answering"):
         batch = queries[start : start + batch_size]
         ids, length = pad([query[::-1] for query in batch], model.device)
-        place = torch.arange(ids.shape[1], device=model.device)
+        position = torch.arange(ids.shape[1], device=model.device)
         output = model.generate(
             input_ids=ids.flip(1),  # padded on the left
-            attention_mask=(place < length[:, None]).long().flip(1),
+            attention_mask=(position < length[:, None]).long().flip(1),
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
             do_sample=False,
             num_beams=1,
-            use_cache=not is_prompt,  # PEFT 0.21 does not find transformers 5.24's, and puts them before every token
+            use_cache=not is_prompt,  # PEFT 0.21 misses the cache of transformers 5.24
             eos_token_id=ends,
             pad_token_id=ends,
         )
@@ -293,29 +306,27 @@ def generate(
 
 
 def final_number(text: str) -> Decimal | None:
-    """The last number behind `####`, where GSM8K's answers have it."""
+    """The last number behind `####`, as in the answers of GSM8K."""
     found = re.findall(r"####\s*([-$0-9.,]+)", text)
     try:
         return Decimal(re.sub(r"[$,]", "", found[-1]).rstrip(".")) if found else None
-    except InvalidOperation:  # "$." say
+    except InvalidOperation:  # such as "$."
         return None
 
 
 def exact_match(
-    answers: dict[str, list[list[int]]], records: list[Record], tokenizer: PreTrainedTokenizerBase
+    answers: dict[str, list[list[int]]], examples: list[Example], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, dict]:
-    """How many of each row's answers end in the number that the record's does."""
-    expected = [final_number(tokenizer.decode(record.answer)) for record in records]
+    """How many answers of each row end in the number of the reference."""
+    expected = [final_number(tokenizer.decode(example.answer)) for example in examples]
     result = {}
     for name, rows in answers.items():
         numbers = [final_number(tokenizer.decode(row)) for row in rows]
         correct = sum(number == right for number, right in zip(numbers, expected, strict=True))
-        result[name] = {"correct": correct, "records": len(records), "share": correct / len(records)}
+        result[name] = {"correct": correct, "records": len(examples), "share": correct / len(examples)}
     return result
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("eval_sft.py"):
         main(*HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses())
-    except (ValueError, OSError, FloatingPointError, StrictDataclassError, SafetensorError) as error:
-        raise SystemExit(f"eval_sft.py: {' '.join(str(error).split())}") from error
