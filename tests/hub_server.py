@@ -90,9 +90,7 @@ class Repo:
     private: bool
     commits: dict[str, Commit] = field(default_factory=dict)  # by sha
     refs: dict[str, str] = field(default_factory=dict)  # "main", other branches and "refs/pr/N" -> sha
-    lfs: dict[str, bytes] = field(
-        default_factory=dict
-    )  # by sha256; invisible until a commit names them
+    lfs: dict[str, bytes] = field(default_factory=dict)  # by sha256; invisible until a commit names them
 
     def resolve(self, revision: str) -> Commit:
         sha = self.refs.get(revision.removeprefix("refs/heads/"), revision)

@@ -2,8 +2,8 @@
 """
 Properties of every shape of the model, every batch and every split into calls, on examples that hypothesis makes up.
 
-The examples are the same in every run; `HYPOTHESIS_PROFILE=explore` tries fifty times as many, all new. An example that
-has failed stays as an `@example`.
+The examples are the same in every run. `HYPOTHESIS_PROFILE=explore` tries fifty times as many new ones. An example
+that has failed stays as an `@example`.
 
 Everything is computed in float64, except the loss and the scores by which a token is picked: they are float32 in any
 model. The library's norms compute in float32, so the LLM gets torch's.
