@@ -27,7 +27,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from accelerate.utils.other import get_free_port
-from conftest import CHUNK, SIZES
+from reference import CHUNK, SIZES
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.testing import assert_close

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SIZES, random_ids, randomise_alpha
+from reference import SIZES, random_ids, randomise_alpha
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig

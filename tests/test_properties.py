@@ -18,15 +18,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import (
-    aligned,
-    as_soft_prompt,
-    reference_delta,
-    reference_logits,
-    reference_read,
-)
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from reference import aligned, as_soft_prompt, reference_delta, reference_logits, reference_read
 from test_decoding import Collector
 from test_generation import reference_greedy, reference_turn
 from torch import nn
