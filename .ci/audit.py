@@ -1,5 +1,5 @@
 """
-pip-audit over the packages in a folder: fails for a known vulnerability, and says so where nothing could be audited.
+Runs pip-audit over the packages in a folder. Fails for a known vulnerability; says so if nothing could be audited.
 
     python .ci/audit.py SITE_PACKAGES
 """
@@ -13,7 +13,7 @@ IGNORED: dict[str, str] = {}  # id of a vulnerability: why it does not matter he
 
 
 def main(folder: str) -> str | None:
-    """What to exit with: the vulnerabilities, None if there is none that is known."""
+    """Returns the argument of `sys.exit`: the known vulnerabilities, or None."""
     command = ["pip-audit", "--path", folder, "--format", "json", "--progress-spinner", "off"]
     done = subprocess.run(command, capture_output=True, text=True)
     if not done.stdout and not any(name in done.stderr for name in ("ConnectionError", "Timeout", "ServiceError")):

@@ -1,10 +1,11 @@
 """
-requirements.lock: exact versions of everything that requirements.txt, requirements-extra.txt and
-requirements-test.txt bring, for Python 3.10 to 3.13. It is a file of constraints (`pip install -r requirements.txt -c
-requirements.lock`): an installation leaves out what it does not need, as CUDA packages beside a CPU build of torch.
+requirements.lock has exact versions of everything that requirements.txt, requirements-extra.txt and
+requirements-test.txt install, for Python 3.10 to 3.13. It is a file of constraints (`pip install -r requirements.txt
+-c requirements.lock`): an installation leaves out packages that it does not need, such as CUDA's beside a CPU build of
+torch.
 
-    python .ci/lock.py make     writes it anew, from the newest releases inside the ranges; needs uv and the registry
-    python .ci/lock.py check    fails unless every installation with it is inside the ranges and wholly inside the lock
+    python .ci/lock.py make     writes the lock from the newest releases inside the ranges; needs uv and the registry
+    python .ci/lock.py check    fails unless every installation with the lock is inside the ranges and inside the lock
 """
 
 import os

@@ -24,6 +24,7 @@ QUICK = {
     "test_generation",
     "test_hub_server",
     "test_modeling",
+    "test_properties",
     "test_records",
     "test_reliability",
 }

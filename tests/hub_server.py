@@ -5,8 +5,8 @@
         ...
         [commit.title for commit in hub.repos["alice/name"].log("main")]
 
-It is stricter than it is complete: metadata, LFS objects, permissions and parent commits are checked as the Hub checks
-them, and a commit that changes nothing is a commit, so that a client that makes one is seen.
+It checks metadata, LFS objects, permissions and parent commits as the Hub does. Unlike the Hub it records commits that
+change nothing, so that tests see a client that makes one.
 """
 
 import base64
@@ -90,7 +90,7 @@ class Repo:
     private: bool
     commits: dict[str, Commit] = field(default_factory=dict)  # by sha
     refs: dict[str, str] = field(default_factory=dict)  # "main", other branches and "refs/pr/N" -> sha
-    lfs: dict[str, bytes] = field(default_factory=dict)  # by sha256: uploaded, and not seen before a commit names them
+    lfs: dict[str, bytes] = field(default_factory=dict)  # by sha256; invisible until a commit names them
 
     def resolve(self, revision: str) -> Commit:
         sha = self.refs.get(revision.removeprefix("refs/heads/"), revision)
@@ -118,31 +118,31 @@ class Request:
 
     @property
     def writes(self) -> bool:
-        """Whether it asks for a change of what the Hub holds."""
+        """Whether it asks the Hub to change something."""
         asks = re.search(r"/preupload/|/paths-info/|/api/validate-yaml", self.path)
         return self.method not in ("GET", "HEAD") and not asks
 
 
 @dataclass
 class Fault:
-    """What happens to a request: a status, "cut" (its connection) or "die" (the server, until `start()`)."""
+    """What happens to a request: an HTTP status, "cut" (the connection) or "die" (the server, until `start()`)."""
 
     method: str
     pattern: str
     action: int | str
-    after: bool = False  # after the request has had its effect: the answer is lost
+    after: bool = False  # the request takes effect, and its answer is lost
     times: float = float("inf")
 
 
 def card_metadata(content: str) -> tuple[dict | None, list[str]]:
-    """The YAML front matter of a README.md, and what is wrong with it."""
+    """The YAML front matter of a README.md, and its errors."""
     block = re.match(r"\s*---[\r\n]+([\S\s]*?)[\r\n]+---(\r\n|\n|$)", content)
     if block is None:
         return None, []
     try:
         nodes = yaml.compose(block[1])
         keys = [key.value for key, _ in nodes.value] if isinstance(nodes, yaml.MappingNode) else []
-        if doubled := {key for key in keys if keys.count(key) > 1}:  # PyYAML would take the last one
+        if doubled := {key for key in keys if keys.count(key) > 1}:  # PyYAML would silently take the last one
             return None, [f"YAML: duplicated mapping key: {', '.join(doubled)}"]
         data = yaml.safe_load(block[1])
     except yaml.YAMLError as error:

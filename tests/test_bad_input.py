@@ -21,8 +21,8 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
-from conftest import LLM_SIZES, SIZES
 from datasets import Dataset
+from reference import LLM_SIZES, SIZES
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 

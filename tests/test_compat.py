@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import random_ids
 from old_folder import NEW_TOKENS, PROMPT, weights
 from packaging.requirements import Requirement
+from reference import random_ids
 from safetensors.torch import save_file
 from torch.testing import assert_close
 

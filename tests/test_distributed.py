@@ -1,8 +1,9 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """
-train_sft.py on two processes that talk through gloo: the losses, gradients and weights of one process, checkpoints
-from one number of processes to another, and what happens when something goes wrong. `accelerate launch` starts what is
-about the launch; other runs are forked from a server that has imported everything, which is most of so short a run.
+train_sft.py on two processes that talk through gloo: losses, gradients and weights equal those of one process,
+checkpoints go from one number of processes to another, and failures end all processes. Tests of the launch use
+`accelerate launch`. Other runs are forked from a server that has imported everything, because imports take longer than
+such a run.
 """
 
 import io
@@ -26,7 +27,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from accelerate.utils.other import get_free_port
-from conftest import CHUNK, SIZES
+from reference import CHUNK, SIZES
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.testing import assert_close
@@ -39,25 +40,25 @@ from train_sft import prepare
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"ddp": "train_sft.py", "fsdp2": "tests/fsdp2_on_cpu.py"}
-# where torch sees a GPU, FSDP uses it; and transformers 5.17 cannot resume on the "cpu:0" that accelerate would name
+# FSDP uses a GPU if torch sees one. transformers 5.17 cannot resume on "cpu:0", accelerate's name of the CPU.
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_TORCH_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
 FLAGS = {"ddp": [], "fsdp2": ["--accelerator_config", '{"use_configured_state": true}']}
-RECORDS, VALIDATION, BATCH = 16, 5, 4  # of all processes; what does not fill it, accelerate repeats
+RECORDS, VALIDATION, BATCH = 16, 5, 4  # of all processes together; accelerate fills up the last batch
 STEPS, FSDP_STEPS, SAVE = 24, 12, 4
 
 
-# one process, in this one
+# one process: pytest's own
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> dict:
     """
-    Values for a recipe. Nothing in it depends on the number of steps, and ε is so large that Adam's steps show the
-    scale of the gradient.
+    Values for a recipe. None depends on the number of steps. ε is so large that Adam's steps show the scale of the
+    gradient.
     """
     folder = tmp_path_factory.mktemp("data")
     letters, pairs = random.Random(0), []
-    for index in range(RECORDS + VALIDATION):  # a token a letter, one for the end, and no chunk that is exactly full
+    for index in range(RECORDS + VALIDATION):  # one token for each letter and one for the end; no full last chunk
         question, answer = 1 + index * 5 % 12, (1, 13, 4, 2, 9, 8, 14, 1, 6)[index % 9]
         assert (answer + 1) % CHUNK
         pairs.append(["".join(letters.choices("abcdefgh", k=length)) for length in (question, answer)])
@@ -88,7 +89,7 @@ def recipe(tmp_path_factory) -> dict:
 
 
 def write(recipe: dict, folder: Path, processes: int, **values) -> Path:
-    """The recipe in a file: four records a step, in two steps of accumulation and from so many processes."""
+    """Writes the recipe: four records a step, shared among the processes, in two steps of accumulation."""
     batch = {"per_device_train_batch_size": BATCH // processes // 2, "gradient_accumulation_steps": 2}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({**recipe, **batch, "output_dir": str(folder / "run"), **values}))
@@ -115,7 +116,7 @@ def log_of(folder: Path) -> list[dict]:
 
 
 def curve(log_history: list[dict], steps: int) -> dict[str, float]:
-    """Everything that the steps and evaluations logged, but for their speed: losses, norms of gradients and of Δ."""
+    """What steps and evaluations logged, without their speed: losses, norms of gradients and of Δ."""
     left_out = ("step", "epoch", "total_flos", "per_second", "runtime", "preparation_time")
     return {
         f"{name} at step {log['step']}": value
@@ -128,8 +129,8 @@ def curve(log_history: list[dict], steps: int) -> dict[str, float]:
 
 def assert_same_run(folder: Path, one: Path, steps: int, checkpoint: Path | None = None):
     """
-    The curve and the weights of a run are those of one process that was never stopped. The log of one that went on
-    from a checkpoint begins with the checkpoint's, speed and all.
+    The curve and the weights of a run are those of one process that was never stopped. The log of a run that resumed
+    begins with the checkpoint's log, including its speed.
     """
     if checkpoint is not None:
         assert log_of(folder)[: len(log_of(checkpoint))] == log_of(checkpoint)
@@ -144,7 +145,7 @@ def assert_same_run(folder: Path, one: Path, steps: int, checkpoint: Path | None
         assert_close(saved[name], value, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
 
 
-# two
+# two processes
 
 
 class Launch:
@@ -182,7 +183,7 @@ class Launch:
             self.end()
 
     def end(self):
-        """Ends what is left: the launcher's workers have sessions of their own, and would outlive it."""
+        """Ends the workers with the launcher: they have their own sessions and would outlive it."""
         if self.process.poll() is None:
             for process in [*self.workers(), self.process]:
                 process.kill()
@@ -237,10 +238,10 @@ def work(rank: int, processes: int, port: int, config: str, recipe: Path, log: P
     os.environ |= {name: str(value) for name, value in zip(names, values, strict=True)}
     os.environ |= ON_CPU
     settings = yaml.safe_load((ROOT / "recipes" / f"accelerate_{config}.yaml").read_text())
-    if "fsdp_config" in settings:  # which the launcher gives to the script in the same way
+    if "fsdp_config" in settings:  # set as the launcher sets it
         os.environ["ACCELERATE_USE_FSDP"] = "true"
         os.environ |= {name.upper(): str(value).lower() for name, value in settings["fsdp_config"].items()}
-    runs.answer_in_new_process = lambda folder, query, max_new_tokens: query  # slow, and done in the launched runs
+    runs.answer_in_new_process = lambda folder, query, max_new_tokens: query  # slow; the launched runs do it
     sys.argv = [SCRIPTS[config], str(recipe), *FLAGS[config]]
     runpy.run_path(str(ROOT / SCRIPTS[config]), run_name="__main__")
 
@@ -253,14 +254,14 @@ def run_forked(forked, config: str, processes: int, recipe: Path) -> str:
 
 
 def from_checkpoint(folder: Path, checkpoint: Path) -> Path:
-    """A folder in which a run goes on from a checkpoint of another."""
+    """A folder in which a run resumes from a checkpoint of another run."""
     shutil.copytree(checkpoint, folder / "run" / checkpoint.name)
     return folder
 
 
 @pytest.fixture(scope="module")
 def killed(recipe, tmp_path_factory) -> SimpleNamespace:
-    """A run under DDP of which a process is killed, and then the same command again."""
+    """A run under DDP: one process is killed, then the same command is given again."""
     folder = tmp_path_factory.mktemp("ddp")
     path = write(recipe, folder, 2)
     first = Launch("ddp", 2, path)
@@ -299,7 +300,7 @@ def test_a_killed_process_ends_the_launch(killed):
 
 
 def test_ddp_trains_as_one_process(killed, one):
-    """Even where the run was killed on the way."""
+    """Also if the run was killed in between."""
     last = max(int(name.split("-")[1]) for name in killed.left if name.startswith("checkpoint"))
     assert last < STEPS - SAVE and re.search(r"Resuming from .*checkpoint-\d+\.$", killed.again, re.M)
     assert_same_run(killed.folder, one, STEPS)
@@ -310,12 +311,12 @@ def test_fsdp2_trains_as_one_process(fsdp, one):
     assert {path.name for path in (fsdp.folder / f"checkpoint-{SAVE}" / "optimizer_0").glob("*.distcp")} == {
         "__0_0.distcp",
         "__1_0.distcp",
-    }  # so that it was sharded indeed
+    }  # it was sharded
 
 
 @pytest.mark.parametrize("run", ["killed", "fsdp"])
 def test_what_two_processes_leave_and_say(run, request):
-    """All once, and a folder that anyone can load."""
+    """Everything is printed and written once, and anyone can load the folder."""
     run = request.getfixturevalue(run)
     output = getattr(run, "again", None) or run.output
     results = json.loads((run.folder / "results.json").read_text())
@@ -337,16 +338,17 @@ def test_what_two_processes_leave_and_say(run, request):
 
 
 def test_a_process_of_several_leaves_its_interpreter_whole():
-    """What is registered for the end is done and what was printed comes out, but nothing is taken apart."""
+    """`leave` runs exit handlers and flushes output, but destroys no object."""
     code = """
-import atexit, train_sft
+import atexit
+from phase15.shutdown import leave
 class Thing:
     def __del__(self):
         print("taken apart", flush=True)
 thing = Thing()
 atexit.register(print, "at the end", end=".")
 print("printed", end=", ")
-train_sft.leave()
+leave()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout) == (0, "printed, at the end."), done.stderr[-3000:]
@@ -368,7 +370,7 @@ def test_a_checkpoint_of_one_process_resumes_on_two(forked, one, recipe, tmp_pat
 
 
 def test_sharded_checkpoints_resume_on_any_number_of_processes(forked, fsdp, one, recipe, tmp_path):
-    """From two to one, and what that one saves back to two."""
+    """From two to one, then from that one back to two."""
     checkpoint = fsdp.folder / f"checkpoint-{SAVE}"
     for processes in (1, 2):
         folder = from_checkpoint(tmp_path / str(processes), checkpoint)
@@ -378,7 +380,7 @@ def test_sharded_checkpoints_resume_on_any_number_of_processes(forked, fsdp, one
 
 
 class Payload:
-    """Whoever loads this with pickle makes a file."""
+    """Unpickling this writes a file."""
 
     def __init__(self, path: Path):
         self.path = str(path)
@@ -388,18 +390,18 @@ class Payload:
 
 
 def test_code_among_the_shards_is_refused(forked, fsdp, recipe, tmp_path):
-    """In one line. It stands for a plain value of the optimizer, and torch would load it as a pickle."""
+    """In one line. The code replaces a plain value of the optimizer, which torch would unpickle."""
     checkpoint = from_checkpoint(tmp_path, fsdp.folder / f"checkpoint-{SAVE}") / "run" / f"checkpoint-{SAVE}"
     shards = checkpoint / "optimizer_0"
     metadata = dcp.FileSystemReader(shards).read_metadata()
-    kinds, places = metadata.state_dict_metadata, metadata.storage_data
-    place = next(place for index, place in places.items() if isinstance(kinds[index.fqn], BytesStorageMetadata))
+    kinds, values = metadata.state_dict_metadata, metadata.storage_data
+    value = next(value for index, value in values.items() if isinstance(kinds[index.fqn], BytesStorageMetadata))
     torch.save(Payload(tmp_path / "ran"), code := io.BytesIO())
-    file = shards / place.relative_path
-    place.offset, place.length = file.stat().st_size, len(code.getvalue())
+    file = shards / value.relative_path
+    value.offset, value.length = file.stat().st_size, len(code.getvalue())
     file.write_bytes(file.read_bytes() + code.getvalue())
     (shards / ".metadata").write_bytes(pickle.dumps(metadata))
-    write_manifest(checkpoint)  # whoever can write the one can write the other
+    write_manifest(checkpoint)  # an attacker can write the manifest, too
     status, output = forked("fsdp2", 1, write(recipe, tmp_path, 1, max_steps=FSDP_STEPS))
     told = [line for line in output.splitlines() if line.startswith("train_sft.py: ")]
     assert status == 1 and len(told) == 1 and "Traceback" not in output, output[-3000:]
@@ -409,7 +411,7 @@ def test_code_among_the_shards_is_refused(forked, fsdp, recipe, tmp_path):
 
 @pytest.mark.parametrize("kind", ["tied", "hypernet"])
 def test_other_kinds_of_models_under_fsdp2(kind, forked, recipe, tmp_path):
-    """Embeddings that are the output's too, which are another unit; an LLM that is frozen."""
+    """Tied embeddings, which FSDP2 puts into another unit, and a frozen LLM."""
     values = {"tied": {"base_config": recipe["base_config"] | {"tie_word_embeddings": True}}}
     values = {"max_steps": SAVE, **values.get(kind, {"stage": "hypernet"})}
     (tmp_path / "one").mkdir()
@@ -419,7 +421,7 @@ def test_other_kinds_of_models_under_fsdp2(kind, forked, recipe, tmp_path):
 
 
 def test_fsdp2_in_bfloat16(forked, one, recipe, tmp_path):
-    """Close to float32, and not a loss that was rounded to bfloat16's three digits."""
+    """The loss is close to float32's and is not rounded to the three digits of bfloat16."""
     run_forked(forked, "fsdp2", 2, write(recipe, tmp_path, 2, max_steps=SAVE, bf16=True))
     actual, expected = curve(log_of(tmp_path / "run"), SAVE), curve(log_of(one), SAVE)
     for step in range(1, SAVE + 1):
@@ -432,7 +434,7 @@ def test_fsdp2_in_bfloat16(forked, one, recipe, tmp_path):
 # bad input
 
 
-BAD = {  # configuration, values of the recipe, what the message says
+BAD = {  # configuration, values of the recipe, words of the message
     "column": ("ddp", {}, ["data.jsonl, record 1", "unknown format", "'text'"]),
     "file": ("ddp", {"dataset_name": "none.jsonl"}, ["none.jsonl", "no such file"]),
     "recipe": ("ddp", {"lerning_rate": 1.0}, ["lerning_rate", "'learning_rate'"]),
@@ -442,7 +444,7 @@ BAD = {  # configuration, values of the recipe, what the message says
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_told_once(case, forked, recipe, tmp_path):
-    """By one process; all end, and with a status."""
+    """One process tells it; all processes end with an error status."""
     config, values, words = BAD[case]
     if case == "column":
         (tmp_path / "data.jsonl").write_text('{"text": "neither question nor answer"}\n' * 3)
@@ -460,7 +462,7 @@ def test_bad_input_is_told_once(case, forked, recipe, tmp_path):
 
 
 def test_processes_do_not_train_alone(recipe, tmp_path, monkeypatch):
-    """Nothing else would tell that a launch on a machine without a GPU is two runs, or that it is not sharded."""
+    """Without this error a launch on a machine without a GPU would be two separate runs, or not be sharded."""
     path = write(recipe, tmp_path, 2, use_cpu=False)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="no FSDP without GPUs.*accelerate_ddp"):

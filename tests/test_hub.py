@@ -1,5 +1,5 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""Saving and loading, by processes that know nothing of this repository: other folder, empty module cache."""
+"""Saving and loading by processes that cannot see this repository: another folder, an empty module cache."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SIZES, random_ids, randomise_alpha
+from reference import SIZES, random_ids, randomise_alpha
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
@@ -67,7 +67,7 @@ def load_and_save_elsewhere(source: Path, target: Path, home: Path):
 
 @pytest.fixture(scope="module")
 def generations(bases, tmp_path_factory):
-    """Models saved by this process, by a second that loaded them, and by a third that loaded those."""
+    """Models saved by this process, then loaded and saved by a second one, then by a third."""
     folder, models = tmp_path_factory.mktemp("hub"), {}
     for kind, base in BASE_OF.items():
         models[kind] = randomise_alpha(Phase15ForCausalLM.from_base(bases[base], **SIZES))

@@ -1,5 +1,5 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""The Hub of these tests as the unmodified client sees it: what test_push.py relies on, and does not reach."""
+"""tests/hub_server.py through the unmodified client: answers that test_push.py relies on and does not reach itself."""
 
 import json
 import os

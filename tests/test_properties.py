@@ -1,12 +1,12 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """
-What holds for every shape of the model, every batch and every split into calls, on examples that hypothesis makes up.
+Properties of every shape of the model, every batch and every split into calls, on examples that hypothesis makes up.
 
-They are the same in every run; `HYPOTHESIS_PROFILE=explore` looks for new ones, fifty times as many. What fails stays
-as an `@example`.
+The examples are the same in every run. `HYPOTHESIS_PROFILE=explore` tries fifty times as many new ones. An example
+that has failed stays as an `@example`.
 
-All in float64, but for the loss and the scores by which a token is picked, which are float32 in any model. The LLM's
-norms are torch's, for the library's compute in float32.
+Everything is computed in float64, except the loss and the scores by which a token is picked: they are float32 in any
+model. The library's norms compute in float32, so the LLM gets torch's.
 """
 
 import os
@@ -18,15 +18,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import (
-    aligned,
-    as_soft_prompt,
-    reference_delta,
-    reference_logits,
-    reference_read,
-)
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from reference import aligned, as_soft_prompt, reference_delta, reference_logits, reference_read
 from test_decoding import Collector
 from test_generation import reference_greedy, reference_turn
 from torch import nn
@@ -46,7 +40,7 @@ CLOSE = {"atol": 1e-9, "rtol": 1e-9}
 
 
 class Shape(NamedTuple):
-    """A model that has been trained, as far as random weights tell: `build` makes it."""
+    """The shape of a model. `build` makes the model, with random weights where training would have changed them."""
 
     slots: int = 5
     sinks: int = 2
@@ -125,10 +119,10 @@ def shapes(draw) -> Shape:
 
 
 class Padding(NamedTuple):
-    """How rows are laid into a batch: `lay`."""
+    """`lay` makes a padded batch of rows."""
 
     side: str = "left"
-    extra: int = 0  # columns that are padding in every row
+    extra: int = 0  # columns of padding in every row
     seed: int = 0
 
     def lay(self, rows: list[torch.Tensor]) -> tuple[torch.LongTensor, torch.LongTensor, list[torch.LongTensor]]:
@@ -139,12 +133,12 @@ class Padding(NamedTuple):
         for index, row in enumerate(rows):
             gap = width - len(row)
             first = {"left": gap, "right": 0, "both": generator.randint(0, gap)}.get(self.side)
-            place = (
+            positions = (
                 range(first, first + len(row))
                 if first is not None
                 else sorted(generator.sample(range(width), len(row)))
             )
-            columns.append(torch.tensor([*place], dtype=torch.long))
+            columns.append(torch.tensor([*positions], dtype=torch.long))
             ids[index, columns[-1]], mask[index, columns[-1]] = row, 1
         return ids, mask, columns
 
@@ -179,10 +173,10 @@ def test_carry_equals_a_deque(slots, sinks, messages, extra):
     kept, recent = [[], [], []], [deque(maxlen=slots - sinks) for _ in range(3)]
     number = 0
     for lengths in messages:
-        tokens = torch.full((3, max(lengths) + extra, 1), torch.nan)  # what is not a token must not matter
+        tokens = torch.full((3, max(lengths) + extra, 1), torch.nan)  # padding must not matter
         for row, length in enumerate(lengths):
-            for place in range(length):
-                tokens[row, place] = number = number + 1
+            for position in range(length):
+                tokens[row, position] = number = number + 1
                 (kept if len(kept[row]) < sinks else recent)[row].append(float(number))
         state = carry(state, tokens.nan_to_num(-1e9), torch.tensor(lengths), sinks)
         for row in range(3):
@@ -197,7 +191,7 @@ def test_carry_equals_a_deque(slots, sinks, messages, extra):
     extra=st.integers(0, 3),
 )
 def test_delta_equals_one_row_without_padding(shape, rows, extra):
-    """Rows of so many used slots and so many new tokens."""
+    """`rows`: the number of used slots and of new tokens of each row."""
     model = shape.build()
     rows = [(min(used, shape.slots), min(new, max(shape.slots, shape.segment, shape.chunk))) for used, new in rows]
     width = min(max(new for _, new in rows) + extra, max(shape.slots, shape.segment, shape.chunk))
@@ -219,7 +213,7 @@ def test_delta_equals_one_row_without_padding(shape, rows, extra):
 
 
 def targets_of(ids: list, kind: str, holes: float, seed: int) -> list[torch.LongTensor]:
-    """Labels, with holes: any ids at all, or the rows' own."""
+    """Labels with holes. `kind` "own": the ids of the rows; otherwise any ids."""
     generator = torch.Generator().manual_seed(seed)
     return [
         (row if kind == "own" else torch.randint(0, VOCAB, row.shape, generator=generator)).masked_fill(
@@ -236,10 +230,10 @@ def naive_loss(model, logits: list, queries: list, labels: list) -> tuple[torch.
     )
     losses, counts = [torch.zeros(())] * num_chunks, torch.zeros(num_chunks, dtype=torch.long)
     for row, query, targets in zip(logits, queries, labels, strict=True):
-        for place in range(query, len(targets)):
-            if targets[place] != -100:
-                index = (place - query) // model.config.chunk_length
-                losses[index] = losses[index] - row[place - 1].float().log_softmax(dim=0)[targets[place]]
+        for position in range(query, len(targets)):
+            if targets[position] != -100:
+                index = (position - query) // model.config.chunk_length
+                losses[index] = losses[index] - row[position - 1].float().log_softmax(dim=0)[targets[position]]
                 counts[index] += 1
     return torch.stack(losses), counts
 
@@ -322,7 +316,7 @@ def test_loss_and_gradients_are_the_sums_over_rows_and_chunks(
 
 
 @given(shape=shapes(), rows=rows_of_any_length, paddings=st.tuples(paddings, paddings), seed=st.integers(0, 9))
-def test_a_row_is_the_same_in_any_company_at_any_place(shape, rows, paddings, seed):
+def test_a_row_is_the_same_in_any_company_at_any_position(shape, rows, paddings, seed):
     model, generator = shape.build(), random.Random(seed)
     ids = [ids_of(sum(row), shape.seed, index) for index, row in enumerate(rows)]
     company = [(ids_of(sum(row), seed, 99), row) for row in rows[:2]]
@@ -345,7 +339,7 @@ def test_a_row_is_the_same_in_any_company_at_any_place(shape, rows, paddings, se
 
 @given(shape=shapes(), rows=rows_of_any_length, padding=paddings, share=st.floats(0, 1), cut=st.booleans())
 def test_no_logit_sees_the_future(shape, rows, padding, share, cut):
-    """Of every row another future: other tokens from a place on, or none."""
+    """Gives every row another future: other tokens from some position on, or none."""
     model = shape.build()
     ids = [ids_of(sum(row), shape.seed, index) for index, row in enumerate(rows)]
     ends = [query + int(share * answer) for query, answer in rows]
@@ -358,7 +352,7 @@ def test_no_logit_sees_the_future(shape, rows, padding, share, cut):
         input_ids, mask, columns = padding.lay(batch)
         with torch.no_grad():
             got = model(input_ids, mask, query_lengths=queries).logits
-        logits.append([row[place] for row, place in zip(got, columns, strict=True)])
+        logits.append([row[positions] for row, positions in zip(got, columns, strict=True)])
     for now, then, end in zip(*logits, ends, strict=True):
         assert_close(then[:end], now[:end])
 
@@ -370,24 +364,29 @@ def test_no_logit_sees_the_future(shape, rows, padding, share, cut):
     shape=shapes(),
     queries=st.lists(queries, min_size=1, max_size=4),
     calls=st.lists(st.integers(1, 9), min_size=0, max_size=6),
-    heard=st.integers(0, 9),
+    prefilled=st.integers(0, 9),
     padding=paddings,
     whole_mask=st.booleans(),
     reorders=st.booleans(),
 )
 def test_any_split_into_calls_equals_one_call_without_a_cache(
-    shape, queries, calls, heard, padding, whole_mask, reorders
+    shape, queries, calls, prefilled, padding, whole_mask, reorders
 ):
-    """The queries with `heard` tokens of the answers, then so many more a call; rows may change places in between."""
+    """
+    The first call takes the queries and `prefilled` tokens of the answers, the others take `calls` tokens each. Rows
+    may be reordered in between.
+    """
     model, cache, generator = shape.build(), None, random.Random(padding.seed)
-    length = heard + sum(calls)
+    length = prefilled + sum(calls)
     rows = [(query, ids_of(query + length, shape.seed, index)) for index, query in enumerate(queries)]
     with torch.no_grad():
         expected = [reference_logits(model, row, query)[0] for query, row in rows]
     order, masks, done = [*range(len(rows))], None, 0
-    for size in [heard, *calls]:
+    for size in [prefilled, *calls]:
         first = cache is None
-        pieces = [rows[i][1][: rows[i][0] + heard] if first else rows[i][1][rows[i][0] + done :][:size] for i in order]
+        pieces = [
+            rows[i][1][: rows[i][0] + prefilled] if first else rows[i][1][rows[i][0] + done :][:size] for i in order
+        ]
         input_ids, mask, columns = padding.lay(pieces)
         masks = mask if first else torch.cat([masks, mask], dim=1)
         with torch.no_grad():
@@ -413,12 +412,12 @@ def test_any_split_into_calls_equals_one_call_without_a_cache(
 
 
 def end_tokens(free: list[list[int]], how: str) -> list[int] | None:
-    """Tokens that end the first row in the middle of its answer, or every row at its end or before."""
+    """End tokens: none, one that ends the first row in the middle of its answer, or some that end every row."""
     return {"never": None, "first": [free[0][len(free[0]) // 2]], "all": sorted({row[-1] for row in free})}[how]
 
 
 def until_end(row: list[int], eos: list[int] | None) -> list[int]:
-    return row[: next((place + 1 for place, token in enumerate(row) if token in (eos or [])), len(row))]
+    return row[: next((index + 1 for index, token in enumerate(row) if token in (eos or [])), len(row))]
 
 
 HOW = {
@@ -482,7 +481,7 @@ MODES = {
     seed=st.integers(0, 9),
 )
 def test_sampling_and_beams_are_the_same_without_a_cache(shape, queries, padding, length, mode, eos, seed):
-    """And, by the same seed, on static buffers; beams alone as in a batch."""
+    """Sampling with the same seed is the same on static buffers; beams of one row are those of a batch."""
     model = shape.build()
     prompts = [ids_of(query, shape.seed, index) for index, query in enumerate(queries)]
     input_ids, mask, _ = padding.lay(prompts)
@@ -519,8 +518,9 @@ def test_sampling_and_beams_are_the_same_without_a_cache(shape, queries, padding
 @example(shape=Shape(), turns=[([11, 0], 1, False), ([9, 0], 8, False)], rows=2, padding=Padding())
 def test_a_conversation_equals_one_row_one_token_at_a_time(shape, turns, rows, padding):
     """
-    Turns of messages' lengths, answers' length and whether it is compiled. A message takes the answer's last token,
-    which was not read yet, along; where no row has a message, the answer goes on; where some have one, it is refused.
+    A turn holds the lengths of the messages, the length of the answers, and whether generation is compiled. A message
+    is read together with the last token of the answer before it. If no row has a message, the answer goes on. If only
+    some rows have one, the turn is refused.
     """
     model, cache = shape.build(), None
     sequences, mask = torch.empty(rows, 0, dtype=torch.long), torch.empty(rows, 0, dtype=torch.long)
