@@ -473,15 +473,15 @@ def test_a_quantised_base_is_wrapped_trained_around_and_saved(kind, folders, ids
     assert is_quantised(loaded.llm.get_submodule("model.layers.0.mlp.up_proj"))
 
 
-# the README
+# the documentation
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_the_examples_of_the_readme_run(saved, ids, tmp_path, monkeypatch, capsys):
+def test_the_examples_of_the_docs_run(saved, ids, tmp_path, monkeypatch, capsys):
     for package in ("trl", "torchao"):
         pytest.importorskip(package, reason="requirements-extra.txt")
-    section = (ROOT / "README.md").read_text("utf-8").split("## In the tools you have")[1]
-    (example,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    page = (ROOT / "docs" / "integrations.md").read_text("utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.S)
     shutil.copytree(saved, tmp_path / "outputs" / "quickstart")
     monkeypatch.chdir(tmp_path)
     names = {}
