@@ -172,16 +172,7 @@ def check_text(value, where: str, seen: dict) -> str:
         )
     if not isinstance(value, str):
         raise ValueError(f"{where} is a {type(value).__name__} ({value!r:.40}), but a string was expected.")
-    check_encodes(value, where)
     return value
-
-
-def check_encodes(text: str, where: str):
-    """Refuses half a surrogate pair: JSON may hold one, and no tokenizer can read it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where} is not text: {error}.") from error
 
 
 def check_messages(value, where: str, at_least: int = 1) -> list[dict]:

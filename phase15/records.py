@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from datasets import IterableDataset, load_dataset
+import pyarrow.parquet
+from datasets import Features, IterableDataset, load_dataset
 
 from phase15.quickstart import DOCSTRINGS, docstring_records
 
@@ -45,7 +46,8 @@ def open_records(
     if name == DOCSTRINGS:
         sources = ((name, docstring_records),)
     elif suffix in READERS:
-        paths = [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True))
+        paths = [path for path in sorted(glob.glob(name, recursive=True)) if Path(path).is_file()]
+        paths = [name] if Path(name).is_file() else paths  # a name may hold glob characters itself
         if not paths:
             raise ValueError(f"{name}: no such file.")
         for path in paths:
@@ -105,6 +107,10 @@ def _json_records(path: Path) -> Iterator[dict]:
                 raise ValueError(f"record {number} is a {kind}, but an object with named fields was expected.")
             if not record:
                 raise ValueError(f"record {number} has no field.")
+            try:
+                json.dumps(record, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:  # half a surrogate pair: JSON may hold one, and no tokenizer reads it
+                raise ValueError(f"record {number} is not text: {error}.") from error
             yield record
     if not number:
         raise ValueError("there is no usable record.")
@@ -135,9 +141,10 @@ def _decode(text: bytes, where: str) -> str:
 
 
 def _parquet_records(path: Path) -> Iterator[dict]:
-    from datasets import load_dataset  # decodes JSON columns, as pyarrow does not
-
-    yield from _numbered(load_dataset("parquet", data_files=str(path), split="train", streaming=True))
+    with pyarrow.parquet.ParquetFile(path) as file:
+        features = Features.from_arrow_schema(file.schema_arrow)  # decodes JSON columns, as pyarrow does not
+        batches = (batch.to_pylist() for batch in file.iter_batches(1000))
+        yield from _numbered(features.decode_example(record) for batch in batches for record in batch)
 
 
 def _numbered(records: Iterable[dict]) -> Iterator[dict]:

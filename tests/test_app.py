@@ -19,7 +19,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
+from conftest import listening, wait_until_idle
+from huggingface_hub import SpaceCard
+from reference import (
     CHUNK,
     LLM_SIZES,
     QUERY,
@@ -27,14 +29,11 @@ from conftest import (
     SIZES,
     SLOTS,
     VOCAB,
-    listening,
     random_ids,
     randomise_alpha,
     reference_carry,
     reference_step,
-    wait_until_idle,
 )
-from huggingface_hub import SpaceCard
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from modeling_phase15 import Phase15ForCausalLM

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import CHUNK, LLM_SIZES, SIZES, SLOTS, randomise_alpha, reference_carry
 from peft import PeftModel
+from reference import CHUNK, LLM_SIZES, SIZES, SLOTS, randomise_alpha, reference_carry
 from safetensors.torch import load_file
 from test_training import RUN, At, Killed, changed, epochless, kill, losses_of, sentence, state, watched, write
 from torch.testing import assert_close

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import CHUNK, QUERY, random_ids
+from reference import CHUNK, QUERY, random_ids
 from transformers import AutoModelForCausalLM
 
 from benchmarks import __main__ as benchmark

@@ -1,7 +1,7 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 import pytest
 import torch
-from conftest import LLM_SIZES, SIZES
+from reference import LLM_SIZES, SIZES
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from configuration_phase15 import Phase15Config

@@ -10,8 +10,8 @@ import weakref
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from conftest import BASES, CHUNK, SIZES, SLOTS, randomise_alpha
 from peft import LoraConfig, get_peft_model
+from reference import BASES, CHUNK, SIZES, SLOTS, randomise_alpha
 from test_generation import LONG_PROMPTS, PROMPTS, generate
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx

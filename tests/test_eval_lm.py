@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import CHUNK, LLM_SIZES, QUERY, SIZES, SLOTS, random_ids, randomise_alpha, reference_logits
+from reference import CHUNK, LLM_SIZES, QUERY, SIZES, SLOTS, random_ids, randomise_alpha, reference_logits
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import (
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from reference import (
     CHUNK,
     LLM_SIZES,
     QUERY,
@@ -31,7 +32,6 @@ from conftest import (
     reference_step,
     window_logits,
 )
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig
 

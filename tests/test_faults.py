@@ -28,8 +28,8 @@ import torch.distributed.checkpoint as dcp
 import transformers
 import yaml
 from accelerate.utils.other import get_free_port
-from conftest import SIZES
 from peft import LoraConfig, PeftModel, get_peft_model
+from reference import SIZES
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedModel

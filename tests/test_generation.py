@@ -3,7 +3,7 @@ import io
 
 import pytest
 import torch
-from conftest import (
+from reference import (
     BASES,
     CHUNK,
     QUERY,

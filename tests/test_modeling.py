@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import infer_auto_device_map
-from conftest import (
+from reference import (
     BASES,
     CHUNK,
     LLM_SIZES,

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SIZES, aligned
 from hub_server import Commit, HubServer, Request
+from reference import SIZES, aligned
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 

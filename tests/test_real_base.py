@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import pad, reference_carry
+from reference import pad, reference_carry
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import SIZES
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from reference import SIZES
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
 import push_to_hub

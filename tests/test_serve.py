@@ -23,7 +23,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LLM_SIZES, SIZES, listening, randomise_alpha, resident, wait_until_idle
+from conftest import listening, resident, wait_until_idle
+from reference import LLM_SIZES, SIZES, randomise_alpha
 from transformers import LlamaConfig
 
 from configuration_phase15 import Phase15Config

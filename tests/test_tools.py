@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LLM_SIZES, SIZES, aligned, randomise_alpha
 from datasets import Dataset
 from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from reference import LLM_SIZES, SIZES, aligned, randomise_alpha
 from torch.testing import assert_close
 from transformers import (
     AutoConfig,

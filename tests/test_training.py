@@ -21,18 +21,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 import yaml
-from conftest import (
-    CHUNK,
-    LLM_SIZES,
-    SIZES,
-    VOCAB,
-    random_ids,
-    reference_carry,
-    reference_logits,
-    reference_step,
-)
 from datasets import Dataset
 from peft import PeftModel
+from reference import CHUNK, LLM_SIZES, SIZES, VOCAB, random_ids, reference_carry, reference_logits, reference_step
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
