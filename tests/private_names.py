@@ -14,7 +14,17 @@ from pathlib import Path
 
 
 # Of Python itself; and `_auto_class`, which the public `register_for_auto_class` sets.
-NOT_COUNTED = {"_exit", "_replace", "_run_exitfuncs", "_asdict", "_fields", "_abc_impl", "sys.argv", "_auto_class"}
+NOT_COUNTED = {
+    "_exit",
+    "_replace",
+    "_make",
+    "_run_exitfuncs",
+    "_asdict",
+    "_fields",
+    "_abc_impl",
+    "sys.argv",
+    "_auto_class",
+}
 
 
 def is_private(name: str) -> bool:

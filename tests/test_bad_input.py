@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from configuration_phase15 import Phase15Config
 from modeling_phase15 import Phase15Cache, Phase15ForCausalLM
 from phase15.quickstart import train_tokenizer
-from phase15.records import load_records, stream_records
+from phase15.records import open_records
 
 
 ROOT = Path(__file__).parents[1]
@@ -311,7 +311,7 @@ CASES = {
     ),
     # eval_sft.py
     "evaluate nothing": command("eval_sft.py", ["--model_dir", "none", "--dataset", "{data}"], "none: no such folder"),
-    "evaluate a base": command("eval_sft.py", [*EVAL, "--model_dir", "{base}"], "not the folder of a Phase15 model"),
+    "evaluate a base": command("eval_sft.py", [*EVAL, "--model_dir", "{base}"], "base is not a Phase15 model"),
     "evaluate in a dtype": command("eval_sft.py", [*EVAL, "--dtype", "float99"], "`dtype` is 'float99'"),
     "evaluate on a device": command("eval_sft.py", [*EVAL, "--device", "abacus"], "`device` is 'abacus'"),
     "evaluate no batch": command("eval_sft.py", [*EVAL, "--batch_size", "0"], "`batch_size` is 0", "1 or more"),
@@ -363,7 +363,7 @@ CASES = {
     # push_to_hub.py
     "push to nobody": command("push_to_hub.py", [*PUSH, "--repo_id", "name"], "`repo_id` is 'name'", "USER/NAME"),
     "push a base": command(
-        "push_to_hub.py", [*PUSH, "--model_dir", "{base}"], "not the folder of a Phase15", "'llama'"
+        "push_to_hub.py", [*PUSH, "--model_dir", "{base}"], "base is not a Phase15 model", "a causal LM"
     ),
     "push below a file": command("push_to_hub.py", [*PUSH, "--output_dir", "{data}/x"], "data.jsonl is a file"),
     "push dry to nowhere": command("push_to_hub.py", PUSH[:5], "`dry_run` and `output_dir` go together"),
@@ -464,9 +464,9 @@ CASES = {
         "chunks of all rows",
         "together",
     ),
-    "data, no such pattern": api(lambda *_: stream_records("no/*.jsonl"), "no/*.jsonl: no such file"),
+    "data, no such pattern": api(lambda *_: open_records("no/*.jsonl"), "no/*.jsonl: no such file"),
     "data, unknown type": api(
-        lambda _, folder: load_records(str(folder / "model" / "config.txt")),
+        lambda _, folder: open_records(str(folder / "model" / "config.txt")),
         "config.txt",
         ".jsonl, .json, .csv",
         build=content("model/config.txt", "x"),

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from modeling_phase15 import Phase15ForCausalLM
 from phase15.arguments import BASELINES
+from phase15.cards import model_card
 from phase15.runs import read_run
-from push_to_hub import PushArguments, model_card
+from push_to_hub import PushArguments
 from train_sft import main, prepare
 
 

@@ -328,7 +328,7 @@ def test_what_two_processes_leave_and_say(run, request):
     assert (run.folder / "tokenizer.json").is_file() and not list(run.folder.rglob("training_args.bin"))
     assert results["processes"] == 2 and results["records"] == {"training": RECORDS, "validation": VALIDATION}
     evaluated = [entry["eval_loss"] for entry in log_of(run.folder) if "eval_loss" in entry][-1]
-    assert_close(results["validation"]["the model"]["loss"], evaluated, atol=1e-4, rtol=1e-4)
+    assert_close(results["validation"]["model"]["loss"], evaluated, atol=1e-4, rtol=1e-4)
     for picture in ("loss_by_chunk.png", "training_curve.png"):
         assert (run.folder / picture).read_bytes().startswith(b"\x89PNG")
     once = ["| the model |", "Saved to", "\nQ: ", "\nA: ", "answers were cut at", "'train_runtime'"]

@@ -35,9 +35,10 @@ from reference import (
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from configuration_phase15 import Phase15Config
 from modeling_phase15 import Phase15ForCausalLM
 from phase15 import evaluation, reports
-from phase15.evaluation import Losses, Record
+from phase15.evaluation import Example, Losses
 from phase15.examples import Phase15DataCollator
 from scripts import eval_sft
 from scripts.eval_sft import EvaluationArguments
@@ -46,24 +47,24 @@ from train_sft import prepare
 
 ROOT = Path(__file__).parent.parent
 ROWS = [
-    "the model",
-    "Δ = 0",
-    "soft prompt at sp_0",
-    "another record's soft prompt",
-    "another record's Δ",
-    "full context",
+    "model",
+    "window",
+    "first_soft_prompt",
+    "shuffled_soft_prompt",
+    "shuffled_delta",
+    "full_context",
 ]
 # lengths: 9 is more than one segment, 4 is one whole chunk, and the longest answers do not fit in the slots
 QUERIES, ANSWERS = (3, 9, 5, 1, 4), (1, 30, 4, 10, 22)
 close = partial(assert_close, atol=1e-4, rtol=1e-4)
 
 
-def records(queries=QUERIES, answers=ANSWERS) -> list[Record]:
+def records(queries=QUERIES, answers=ANSWERS) -> list[Example]:
     rows = [(random_ids(q + a, seed=i).tolist(), q) for i, (q, a) in enumerate(zip(queries, answers, strict=True))]
-    return [Record(ids[:query], ids[query:]) for ids, query in rows]
+    return [Example(ids[:query], ids[query:]) for ids, query in rows]
 
 
-def batches_of(records: list[Record], size: int = 3) -> list[dict]:
+def batches_of(records: list[Example], size: int = 3) -> list[dict]:
     rows = [
         {"input_ids": record.query + record.answer, "query_length": len(record.query), "record": 1}
         for record in records
@@ -79,7 +80,7 @@ def chunks_of(answer: list[int]) -> list[list[int]]:
     return [answer[start : start + CHUNK] for start in range(0, len(answer), CHUNK)]
 
 
-def naive_soft_prompts(model, history: Record) -> list[list[torch.Tensor]]:
+def naive_soft_prompts(model, history: Example) -> list[list[torch.Tensor]]:
     """Slots before each chunk of a history."""
     soft_prompts = [reference_read(model, [], torch.tensor(history.query))]
     for chunk in chunks_of(history.answer)[:-1]:
@@ -87,7 +88,7 @@ def naive_soft_prompts(model, history: Record) -> list[list[torch.Tensor]]:
     return soft_prompts
 
 
-def naive_behind(model, record: Record, soft_prompts: list[list[torch.Tensor]]) -> torch.Tensor:
+def naive_behind(model, record: Example, soft_prompts: list[list[torch.Tensor]]) -> torch.Tensor:
     losses = []
     for index, chunk in enumerate(chunks_of(record.answer)):
         slots = soft_prompts[min(index, len(soft_prompts) - 1)]
@@ -95,7 +96,7 @@ def naive_behind(model, record: Record, soft_prompts: list[list[torch.Tensor]]) 
     return torch.cat(losses)
 
 
-def naive_soft_prompts_with_the_delta_of(model, record: Record, other: Record) -> list[list[torch.Tensor]]:
+def naive_soft_prompts_with_the_delta_of(model, record: Example, other: Example) -> list[list[torch.Tensor]]:
     """Slots before each chunk of a record, stepped side by side with another's."""
 
     def steps(record):
@@ -124,16 +125,16 @@ def naive_soft_prompts_with_the_delta_of(model, record: Record, other: Record) -
 
 
 @torch.no_grad()
-def naive_variants(model, record: Record, other: Record) -> dict[str, torch.Tensor]:
+def naive_variants(model, record: Example, other: Example) -> dict[str, torch.Tensor]:
     """Cross-entropy of each answer token of one record."""
     ids, query = torch.tensor(record.query + record.answer), len(record.query)
     return {
-        "the model": naive(reference_logits(model, ids, query)[0][query - 1 : -1], record.answer),
-        "Δ = 0": naive(window_logits(model.llm, ids, query)[query - 1 : -1], record.answer),
-        "soft prompt at sp_0": naive_behind(model, record, naive_soft_prompts(model, record)[:1]),
-        "another record's soft prompt": naive_behind(model, record, naive_soft_prompts(model, other)),
-        "another record's Δ": naive_behind(model, record, naive_soft_prompts_with_the_delta_of(model, record, other)),
-        "full context": naive(model.llm(ids[None]).logits[0, query - 1 : -1], record.answer),
+        "model": naive(reference_logits(model, ids, query)[0][query - 1 : -1], record.answer),
+        "window": naive(window_logits(model.llm, ids, query)[query - 1 : -1], record.answer),
+        "first_soft_prompt": naive_behind(model, record, naive_soft_prompts(model, record)[:1]),
+        "shuffled_soft_prompt": naive_behind(model, record, naive_soft_prompts(model, other)),
+        "shuffled_delta": naive_behind(model, record, naive_soft_prompts_with_the_delta_of(model, record, other)),
+        "full_context": naive(model.llm(ids[None]).logits[0, query - 1 : -1], record.answer),
     }
 
 
@@ -179,7 +180,7 @@ def test_the_models_losses_are_those_of_its_training_form(tiny):
     batch.pop("records")
     with torch.no_grad():
         outputs = tiny(**batch, skip_logits=True)
-    nats, tokens = (values.sum(0) for values in evaluation.variants(tiny, records(), 5)["the model"])
+    nats, tokens = (values.sum(0) for values in evaluation.variants(tiny, records(), 5)["model"])
     close(nats.float(), outputs.chunk_losses)
     assert torch.equal(tokens, outputs.chunk_tokens)
 
@@ -193,12 +194,12 @@ def test_losses_do_not_depend_on_the_batch_size(batch_size, tiny):
 
 def test_the_soft_prompt_of_an_equal_record_is_as_good(tiny):
     losses = evaluation.variants(tiny, records()[3:4] * 3, 2)
-    close(losses["another record's soft prompt"], losses["the model"])
-    close(losses["another record's Δ"], losses["the model"])
+    close(losses["shuffled_soft_prompt"], losses["model"])
+    close(losses["shuffled_delta"], losses["model"])
 
 
 def test_one_record_has_no_other(tiny):
-    assert list(evaluation.variants(tiny, records()[2:3], 2)) == [name for name in ROWS if "another" not in name]
+    assert list(evaluation.variants(tiny, records()[2:3], 2)) == [name for name in ROWS if "shuffled" not in name]
 
 
 def test_no_delta_restores_alpha_after_an_error(tiny):
@@ -227,7 +228,7 @@ def test_virtual_tokens_of_an_adapter_shift_no_target(bases):
 def test_a_baselines_chunks_are_those_of_the_evaluated_model(tiny):
     """Whatever its own are."""
     losses = evaluation.baseline_losses("baseline", tiny, records(), 2, 6)
-    expected = [naive_variants(tiny, record, record)["the model"] for record in records()]
+    expected = [naive_variants(tiny, record, record)["model"] for record in records()]
     for nats, tokens, row in zip(*losses, expected, strict=True):
         close(nats.tolist()[: math.ceil(len(row) / 6)], [chunk.sum().item() for chunk in row.split(6)])
         assert tokens.sum() == len(row)
@@ -263,22 +264,22 @@ def test_losses_behind_the_models_own_words(tiny):
     end = naive_greedy(tiny, data[2].query, 1, -1)[0]  # which it would say at once
     answers = eval_sft.generate("", tiny, Tokenizer(end), [r.query for r in data], 2, longest, min_new_tokens=longest)
     assert answers == [naive_greedy(tiny, record.query, longest, end) for record in data]
-    losses = evaluation.own_words(tiny, data, answers, 2)
-    expected = {name: [] for name in ("the model", "Δ = 0", "full context")}
+    losses = evaluation.free_running(tiny, data, answers, 2)
+    expected = {name: [] for name in ("model", "window", "full_context")}
     for record, answer in zip(data, answers, strict=True):
         histories = [torch.tensor(record.query + answer[:i]) for i in range(0, len(record.answer), CHUNK)]
         rows = {name: [] for name in expected}
         for history, chunk in zip(histories, chunks_of(record.answer), strict=True):
             ids = torch.cat([history, torch.tensor(chunk)])
             for name, logits in {
-                "the model": reference_logits(tiny, ids, len(record.query))[0],
-                "Δ = 0": window_logits(tiny.llm, ids, len(record.query)),
-                "full context": tiny.llm(ids[None]).logits[0],
+                "model": reference_logits(tiny, ids, len(record.query))[0],
+                "window": window_logits(tiny.llm, ids, len(record.query)),
+                "full_context": tiny.llm(ids[None]).logits[0],
             }.items():
                 rows[name].append(naive(logits[len(history) - 1 : -1], chunk))
         for name, chunks in rows.items():
             expected[name].append(torch.cat(chunks))
-    assert list(losses) == ["the model", "Δ = 0", "full context"]
+    assert list(losses) == ["model", "window", "full_context"]
     for name, rows in expected.items():
         assert_rows(losses[name], rows)
     references = evaluation.variants(tiny, data, 5)
@@ -342,7 +343,7 @@ def test_the_final_number(text, number):
 
 def test_exact_match_counts_equal_numbers():
     encode = lambda text: [ord(letter) - ord("0") for letter in text]  # noqa: E731
-    asked = [Record([], encode(text)) for text in ("a#### 72", "b#### 1,000", "#### 5")]
+    asked = [Example([], encode(text)) for text in ("a#### 72", "b#### 1,000", "#### 5")]
     answers = {
         name: [encode(text) for text in texts]
         for name, texts in {
@@ -434,7 +435,7 @@ def test_no_recovery_where_full_context_is_not_better(gap, window, full_context)
     result = evaluation.context_recovery(window, mixed(window, full_context, 0.5), full_context)
     assert result["recovery"] is None and result["interval"] is None
     assert (result["gap"] > 0) == (gap in ("not sure", "rounding"))
-    (line,) = reports.recovery_lines({"context_recovery": {"same LLM": result}})
+    (line,) = reports.recovery_lines({"context_recovery": {"same_llm": result}})
     assert "undefined: full context is not better than the window" in line and "%," not in line
 
 
@@ -470,18 +471,19 @@ def home(tmp_path_factory, chat_tokenizer) -> Path:
     save("small", AutoModelForCausalLM.from_config(LlamaConfig(**sizes | {"vocab_size": 64})))
     torch.manual_seed(1)
     model = randomise_alpha(Phase15ForCausalLM.from_base(str(home / "base"), **SIZES))
-    save("model", model, dataset_name=str(home / "data.jsonl"), validation_split=0.25)
+    run = {"dataset_name": str(home / "data.jsonl"), "validation_split": 0.25}
+    save("model", model, **run)
     model.hypernet.alpha.data.zero_()
-    save("window", model, baseline="window")
+    save("window", model, baseline="window", **run)
     torch.manual_seed(2)
-    save("other", AutoModelForCausalLM.from_config(LlamaConfig(**sizes)), baseline="full_context")
+    save("other", AutoModelForCausalLM.from_config(LlamaConfig(**sizes)), baseline="full_context", **run)
     adapters = {
         "lora": LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False, target_modules=["q_proj"]),
         "tuned": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     }
     for name, config in adapters.items():
         save(name, get_peft_model(AutoModelForCausalLM.from_pretrained(home / "base"), config))
-    (home / "tuned" / "recipe.yaml").write_text("baseline: prompt_tuning\n")
+    (home / "tuned" / "recipe.yaml").write_text(yaml.safe_dump({"rival": "prompt_tuning", **run}))  # its old name
     (home / "unknown").mkdir()
     lines = [
         {"question": f"Why is {i}?", "answer": "Blue light scatters. " * (1 + i % 3) + f"#### {i}"} for i in range(40)
@@ -516,25 +518,27 @@ def test_the_command_writes_and_prints_every_row(evaluated, home):
     assert {path.name for path in folder.iterdir()} == {"evaluation.json", "loss_by_chunk.png"}
     assert (folder / "loss_by_chunk.png").read_bytes()[:4] == b"\x89PNG"
     results = json.loads((folder / "evaluation.json").read_text())
-    rows = [*ROWS, "the untrained base, full context", *(f"baseline: {name}" for name in BASELINES)]
+    rows = [*ROWS, "base_full_context", *(f"baseline: {name}" for name in BASELINES)]
     assert list(results["validation"]) == rows
     for name, row in results["validation"].items():
         low, high = row["interval"]
-        assert low < row["loss"] < high and row["tokens_by_chunk"] == results["validation"]["Δ = 0"]["tokens_by_chunk"]
-        assert f"| {name} | {row['loss']:.4f} | [{low:.4f}, {high:.4f}] |" in done.stdout
+        assert (
+            low < row["loss"] < high and row["tokens_by_chunk"] == results["validation"]["window"]["tokens_by_chunk"]
+        )
+        assert f"| {evaluation.label(name)} | {row['loss']:.4f} | [{low:.4f}, {high:.4f}] |" in done.stdout
     assert list(results["context_recovery"]) == [
-        "same LLM",
-        "same LLM, with another record's Δ",
-        "same LLM, behind the model's own words",
-        "baselines fine-tuned on their own",
+        "same_llm",
+        "same_llm_shuffled_delta",
+        "free_running",
+        "baselines",
     ]
     for name in results["context_recovery"]:
         assert f"- context recovery, {name}: " in done.stdout
-    assert list(results["own_words"]) == ["the model", "Δ = 0", "full context"]
+    assert list(results["free_running"]) == ["model", "window", "full_context"]
     assert {name for name, match in results["exact_match"].items() if match["records"] == 3} == {*rows} - {
-        "soft prompt at sp_0",
-        "another record's soft prompt",
-        "another record's Δ",
+        "first_soft_prompt",
+        "shuffled_soft_prompt",
+        "shuffled_delta",
     }
     assert results["records"] == {"validation": 10, "generated": 3} and results["dataset"] == "data.jsonl"
     assert "10 records of data.jsonl, from the last 25 %" in done.stdout
@@ -544,10 +548,10 @@ def test_the_command_writes_and_prints_every_row(evaluated, home):
 @torch.no_grad()
 def test_the_rows_of_base_and_baselines_are_theirs(evaluated, home, chat_tokenizer):
     rows = json.loads((evaluated[0] / "evaluation.json").read_text())["validation"]
-    assert_close(rows["baseline: window"], rows["Δ = 0"])  # the same weights without Δ
-    close(rows["the untrained base, full context"], rows["full context"], atol=1e-5)  # α apart, it is not trained
+    assert_close(rows["baseline_window"], rows["window"])  # the same weights without Δ
+    close(rows["base_full_context"], rows["full_context"], atol=1e-5)  # α apart, it is not trained
     args = arguments(home, home)
-    data, *_ = eval_sft.validation_records(args, chat_tokenizer, 256)
+    data, *_ = eval_sft.validation_examples(args, chat_tokenizer, Phase15Config.from_pretrained(home / "model"))
     for name, folder in (("full_context", "other"), ("lora", "lora")):
         llm = AutoModelForCausalLM.from_pretrained(home / folder)  # transformers loads an adapter's base too
         losses = [
@@ -561,16 +565,16 @@ def test_context_recovery_takes_its_rows(evaluated):
     results = json.loads((evaluated[0] / "evaluation.json").read_text())
     rows = {name: row["loss"] for name, row in results["validation"].items()}
     gaps = {name: result["gap"] for name, result in results["context_recovery"].items()}
-    own = {name: row["loss"] for name, row in results["own_words"].items()}
-    assert_close(gaps["same LLM"], rows["Δ = 0"] - rows["full context"])
-    assert_close(gaps["baselines fine-tuned on their own"], rows["baseline: window"] - rows["baseline: full_context"])
-    assert_close(gaps["same LLM, behind the model's own words"], own["Δ = 0"] - own["full context"])
+    own = {name: row["loss"] for name, row in results["free_running"].items()}
+    assert_close(gaps["same_llm"], rows["window"] - rows["full_context"])
+    assert_close(gaps["baselines"], rows["baseline_window"] - rows["baseline_full_context"])
+    assert_close(gaps["free_running"], own["window"] - own["full_context"])
 
 
 def test_nothing_is_generated_where_nothing_is_asked_for(home, tmp_path, capsys):
     eval_sft.main(arguments(home, tmp_path, generated_records=0, max_records=4))
     results = json.loads((tmp_path / "evaluation.json").read_text())
-    assert "exact_match" not in results and not results["own_words"] and len(results["context_recovery"]) == 2
+    assert "exact_match" not in results and not results["free_running"] and len(results["context_recovery"]) == 2
     assert list(results["validation"]) == ROWS and results["records"] == {"validation": 4, "generated": 0}
     assert "exact match" not in capsys.readouterr().out
 
@@ -579,7 +583,7 @@ def test_answers_without_numbers_have_no_exact_match(home, tmp_path):
     (tmp_path / "words.jsonl").write_text('{"prompt": "Why", "completion": " it is 4"}\n' * 3)
     eval_sft.main(arguments(home, tmp_path, dataset=str(tmp_path / "words.jsonl"), validation_split=1.0))
     results = json.loads((tmp_path / "evaluation.json").read_text())
-    assert "exact_match" not in results and results["own_words"]
+    assert "exact_match" not in results and results["free_running"]
     assert "no recipe.yaml says" in results["evaluated"]
 
 
@@ -596,26 +600,26 @@ def test_what_is_evaluated_is_what_the_run_held_out(settings, home, tmp_path):
     flags = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "report_to": "none"}
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(recipe | flags))
-    trainer, _, recipe = prepare([str(path)])
+    trainer, _, recipe, _ = prepare([str(path)])
     trainer.processing_class.save_pretrained(tmp_path)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     args = arguments(home, tmp_path, model_dir=str(tmp_path))
-    rows, where, _ = eval_sft.validation_records(args, trainer.processing_class, 256)
+    rows, where, _ = eval_sft.validation_examples(args, trainer.processing_class, trainer.config)
     expected = [record for batch in trainer.get_eval_dataloader() for record in evaluation.unbatch(batch)]
     assert rows == expected and where.endswith("held them out")
     args.max_records, args.validation_split = 2, None
-    assert eval_sft.validation_records(args, trainer.processing_class, 256)[0] == expected[:2]
+    assert eval_sft.validation_examples(args, trainer.processing_class, trainer.config)[0] == expected[:2]
     args.validation_split = 0.9
-    assert "NOT the split" in eval_sft.validation_records(args, trainer.processing_class, 256)[1]
+    assert "NOT the split" in eval_sft.validation_examples(args, trainer.processing_class, trainer.config)[1]
 
 
 BAD = {
     "missing": ({"model_dir": "{home}/missing"}, r"missing: no such folder"),
-    "not Phase15": ({"model_dir": "{home}/base"}, r"base is not the folder of a Phase15 model"),
+    "not Phase15": ({"model_dir": "{home}/base"}, r"base is not a Phase15 model, but a causal LM"),
     "no model": ({"model_dir": "{home}/unknown"}, r"unknown holds no model"),
     "no data": ({"dataset": "{home}/none.jsonl"}, r"none\.jsonl: no such file"),
     "small base": ({"base": "{home}/small"}, r"small has a vocabulary of 64 tokens.*/model has one of 2\d\d"),
-    "Phase15 as base": ({"base": "{home}/window"}, r"`base` is .*window, but that is a Phase15 model"),
+    "Phase15 as base": ({"base": "{home}/window"}, r"window is not a causal LM, but a Phase15 model"),
     "no base": ({"base": "{home}/none.gguf"}, r"none\.gguf: no such file"),
     "missing baseline": ({"baselines": ["{home}/missing"]}, r"missing: no such folder"),
     "unknown baseline": ({"baselines": ["{home}/unknown"]}, r"unknown holds no model"),

@@ -15,8 +15,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 import push_to_hub
 from modeling_phase15 import Phase15ForCausalLM
-from phase15 import arguments, evaluation, models, reports, runs
-from scripts import eval_sft
+from phase15 import arguments, cards, evaluation, models, reports, runs
 
 
 ROOT = Path(__file__).parents[1]
@@ -52,14 +51,14 @@ def test_no_code_of_a_folder_is_run_unless_it_is_trusted(folder, auto_class, ans
 
 
 def train(folder: Path):
-    models.load_model(arguments.Phase15ModelArguments(model_name_or_path=str(folder)), None)
+    models.make_model(arguments.Phase15ModelArguments(model_name_or_path=str(folder)), None)
 
 
 def evaluate(folder: Path):
-    models.load(str(folder), eval_sft.EvaluationArguments(str(folder), "data.jsonl", device="cpu"))
+    models.load_any(str(folder))
 
 
-@pytest.mark.parametrize("load", [train, evaluate, push_to_hub.load], ids=["train_sft", "eval_sft", "push_to_hub"])
+@pytest.mark.parametrize("load", [train, evaluate, models.load_phase15], ids=["train_sft", "eval_sft", "push_to_hub"])
 def test_the_commands_run_their_own_code_and_none_of_the_folder(folder, chat_tokenizer, load):
     chat_tokenizer.save_pretrained(folder)
     load(folder)
@@ -154,7 +153,7 @@ def card_of(model, tokenizer, text: str, is_evaluated: bool) -> ModelCard:
     row = {"loss": 1.25, "loss_by_chunk": [1.25], "tokens_by_chunk": [8], "interval": [1.0, 1.5]}
     recovery = {"recovery": None, "interval": None, "gap": 0.0, "gap_interval": [0.0, 0.0]}
     recipe = {"dataset_name": text, "model_name_or_path": text, "output_dir": text, text: {text: [text]}}
-    measured = {"validation": {"the model": row, f"baseline: {text}": row}, "context_recovery": {text: recovery}}
+    measured = {"validation": {"model": row, f"baseline: {text}": row}, "context_recovery": {text: recovery}}
     results = measured | {
         "records": {"training": 2, "validation": 1},
         "steps": 3,
@@ -165,11 +164,11 @@ def card_of(model, tokenizer, text: str, is_evaluated: bool) -> ModelCard:
         "sample": {"question": text, "answer": text},
     }
     evaluation = measured | {"dataset": text, "evaluated": text, "records": {"validation": 1}, "command": text}
-    evaluation["exact_match"] = {"the model": {"correct": 1, "records": 2, "share": 0.5}}
+    evaluation["exact_match"] = {"model": {"correct": 1, "records": 2, "share": 0.5}}
     model.config.text_config._name_or_path = text
     arguments = push_to_hub.PushArguments(**ARGUMENTS, license=text)
     run = runs.Run([recipe, recipe], results, evaluation if is_evaluated else {})
-    return push_to_hub.model_card(arguments, run, model, tokenizer, list(push_to_hub.PICTURES))
+    return cards.model_card(arguments, run, model, tokenizer, list(push_to_hub.PICTURES))
 
 
 def shape(markdown: str) -> tuple[list, list[str]]:
@@ -237,12 +236,12 @@ def test_the_metadata_of_a_card_are_what_was_given(model, chat_tokenizer, tmp_pa
 def test_a_name_that_the_hub_cannot_have_is_refused(flag, name):
     value = [name] if flag == "datasets" else name
     with pytest.raises(ValueError, match="(?i)repo.id"):
-        push_to_hub.check_arguments(push_to_hub.PushArguments(**ARGUMENTS | {flag: value}))
+        push_to_hub.PushArguments(**ARGUMENTS | {flag: value})
 
 
 def test_words_stay_words_and_anything_else_is_code():
     words = "64 records of gsm8k_test.jsonl, from the last 9.5 %; the run held them out (Δ = 0, Intel Xeon @ 2 GHz)"
-    rows = (evaluation.OTHER_SOFT_PROMPT, evaluation.FIRST_SOFT_PROMPT, evaluation.NOT_CARRIED, evaluation.OWN_WORDS)
+    rows = map(evaluation.label, evaluation.LABELS)
     for text in (words, "baseline: café-1", *rows):
         assert reports.cell(text) == text
     for text in ("http://evil.test", "www.evil.test", "me@evil.test", "@admin", ":octocat:", "_x_", "__x__"):

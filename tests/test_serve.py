@@ -33,7 +33,7 @@ from modeling_phase15 import Phase15ForCausalLM
 
 pytest.importorskip("uvicorn", reason="serving needs pip install -r requirements-extra.txt")
 fastapi = pytest.importorskip("fastapi", reason="the same")
-serve = pytest.importorskip("serve", reason="the same")
+serve = pytest.importorskip("scripts.serve", reason="the same")
 openai = pytest.importorskip("openai", reason="its client asks the server: pip install -r requirements-extra.txt")
 
 pytestmark = pytest.mark.extra

@@ -353,8 +353,8 @@ def test_lora(recipe, tmp_path, capfd):
     assert (expected - warm).abs().max() > 1e-2
     results = json.loads((Path(recipe["output_dir"]) / "results.json").read_text())["validation"]
     loss = trainer.evaluate()["eval_loss"]
-    assert_close(results["the model"]["loss"], loss, atol=1e-5, rtol=1e-5)
-    assert abs(results["Δ = 0"]["loss"] - loss) > 1e-5
+    assert_close(results["model"]["loss"], loss, atol=1e-5, rtol=1e-5)
+    assert abs(results["window"]["loss"] - loss) > 1e-5
 
     folder = str(tmp_path / "merged")
     main(*prepare([write(recipe, tmp_path, stage="lora", lora_r=2), "--merge_adapter", "--output_dir", folder]))
@@ -565,7 +565,7 @@ def test_what_a_run_on_a_stream_leaves(recipe, tmp_path, capfd):
     results = json.loads((folder / "results.json").read_text())
     assert results["records"] == {"training": 24, "validation": 3}  # three steps of two batches of four
     assert [row["number"] for row in trainer.eval_dataset] == [1, 2, 3]
-    assert_close(results["validation"]["the model"]["loss"], trainer.evaluate()["eval_loss"], atol=1e-5, rtol=1e-5)
+    assert_close(results["validation"]["model"]["loss"], trainer.evaluate()["eval_loss"], atol=1e-5, rtol=1e-5)
     assert [log["step"] for log in trainer.state.log_history if "eval_loss" in log][:1] == [2]
     first = json.loads(Path(recipe["dataset_name"]).read_text().splitlines()[3])
     assert re.search(rf"^Q: .*{re.escape(first['question'])}.*^A: ", capfd.readouterr().out, re.M | re.S)
@@ -698,9 +698,9 @@ def test_what_a_run_leaves_and_says(killed_run):
     path, folder, _, done = killed_run
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((folder / "results.json").read_text())
-    rows = ["the model", "Δ = 0", "soft prompt at sp_0", "another record's soft prompt", "another record's Δ"]
-    assert list(results["validation"]) == [*rows, "full context"]
-    assert list(results["context_recovery"]) == ["same LLM", "same LLM, with another record's Δ"]
+    rows = ["model", "window", "first_soft_prompt", "shuffled_soft_prompt", "shuffled_delta"]
+    assert list(results["validation"]) == [*rows, "full_context"]
+    assert list(results["context_recovery"]) == ["same_llm", "same_llm_shuffled_delta"]
     assert all(f"- context recovery, {name}: " in done.stdout for name in results["context_recovery"])
     for variant, result in results["validation"].items():
         assert f"| {variant} | {result['loss']:.4f} |" in done.stdout
