@@ -1,7 +1,7 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """
-lm-evaluation-harness for a Phase15 model, in the form it was trained in: the context is the query, read into the soft
-prompt, and the continuation is predicted from there, chunk by chunk.
+lm-evaluation-harness for a Phase15 model, as it was trained: the context is the query, which is read into the soft
+prompt, and the continuation is predicted chunk by chunk.
 
     pip install -r requirements-extra.txt -c requirements.lock
     python -m scripts.eval_lm --model_dir outputs/quickstart --tasks hellaswag --limit 100 --batch_size 8
@@ -10,8 +10,8 @@ prompt, and the continuation is predicted from there, chunk by chunk.
 
     lm_eval --model hf --model_args pretrained=DIR,trust_remote_code=True --tasks hellaswag
 
-The last command evaluates the same model without this file, as a causal LM over text: there the query is the first
-token, and lm_eval cuts what is longer than the base's `max_position_embeddings`. Here nothing is cut.
+The last command evaluates the same model without this file, as a causal LM over text. Its query is the first token,
+and lm_eval cuts texts longer than the base's `max_position_embeddings`. This file cuts nothing.
 """
 
 import argparse
@@ -42,8 +42,8 @@ from phase15.models import check_kind
 
 AutoConfig.register(Phase15Config.model_type, Phase15Config)  # the code here, not the copy in the model's folder
 
-PREDICTIONS = 4096  # logits computed at a time: memory stays bounded, but each time the recursion runs anew
-QUERY_END = -1  # no token's id
+PREDICTIONS = 4096  # logits computed at a time, so that memory stays bounded
+QUERY_END = -1  # not the id of any token
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # strings, context, continuation
 
@@ -56,7 +56,7 @@ class Phase15LM(HFLM):
     max_length = 10**12  # the recursion reads a context of any length: nothing is cut, no window rolls
 
     def __init__(self, *args, **kwargs):
-        # lm_eval knows of transformers' own classes only that they are causal
+        # lm_eval recognises only transformers' own classes as causal
         super().__init__(*args, **kwargs | {"backend": "causal"})
         if self.tokenizer.eos_token_id is None:
             raise ValueError(
@@ -74,8 +74,8 @@ class Phase15LM(HFLM):
         if not context:
             tokens, prefix = self.tok_encode(continuation, add_special_tokens=False), self.prefix_token_id
             return (tokens[:1], tokens[1:]) if tokens[0] == prefix else ([prefix], tokens)
-        # White space at the context's end may begin a word's token: it goes to the continuation, as everywhere in
-        # lm_eval. A line break does not, and it ends the queries that chat templates make: it stays, as in training.
+        # White space at the end of the context may be the start of a token: lm_eval moves it to the continuation. A
+        # line break is not, and queries from chat templates end in one: it stays, as in training.
         end = len(context) if context.endswith("\n") else len(context.rstrip())
         query = self.tok_encode(context[:end])
         return query, self.tok_encode(context + continuation)[len(query) :]
@@ -91,7 +91,7 @@ class Phase15LM(HFLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         is_auto = self.batch_size == "auto"
-        if is_auto:  # the memory that generation takes does not grow with the length; HFLM tries `max_length`
+        if is_auto:  # generation needs the same memory at any length; HFLM would try `max_length`
             sizes = self.config.max_query_length, self.config.chunk_length
             self.batch_size_per_gpu = self.largest_batch_size((None, *([0] * size for size in sizes)))
         try:
@@ -101,14 +101,14 @@ class Phase15LM(HFLM):
                 self.batch_size_per_gpu = "auto"
 
     def score(self, requests: list[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        # Requests that differ in their last token alone share a row. HFLM would also if their queries ended elsewhere.
+        # Requests that differ only in their last token share a row, if their queries end at the same position.
         order = Collator(
             requests,
             sort_fn=lambda request: (-len(request[1]) - len(request[2]), request[1] + request[2]),
             group_by="contexts",
             group_fn=lambda request: [*request[1], QUERY_END, *request[2][:-1]],
         )
-        is_auto, self.batch_sizes = self.batch_size == "auto", {}  # found anew for the lengths of these requests
+        is_auto, self.batch_sizes = self.batch_size == "auto", {}  # by length of the requests
         batches = order.get_batched(0 if is_auto else self.batch_size, self.batch_size_at if is_auto else None)
         answers, progress = [], tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0)
         for batch in batches:
@@ -125,29 +125,31 @@ class Phase15LM(HFLM):
 
     @torch.no_grad()
     def _score(self, batch: list[Request]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Of each request: log-probability of all its continuation but the last token, whether greedy decoding gives
-        that, and the log-probabilities `(vocab_size,)` of the last token."""
+        """For each request: the log-probability of its continuation without the last token, whether that is greedy, and
+        the log-probabilities `(vocab_size,)` of the last token."""
         rows = [torch.tensor(context + tokens[:-1], device=self.device) for _, context, tokens in batch]
         ones, width = [torch.ones_like(row) for row in rows], max(map(len, rows))
         input_ids, mask = (pad_and_concat(width, tensors, padding_side="left") for tensors in (rows, ones))
         query_lengths, lengths = torch.tensor([(len(c), len(t)) for _, c, t in batch], device=self.device).T
-        column, targets = torch.arange(width, device=self.device), input_ids.roll(-1, dims=1)
-        is_target = (column >= width - lengths[:, None]) & (column < width - 1)  # the last column's is no input
-        logprob, is_greedy = 0, True
-        for kept in column[-int(lengths.max()) :].split(max(1, PREDICTIONS // len(batch))):
-            with torch.autocast(
-                self.device.type, self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
-            ):
-                outputs = self.model(input_ids, attention_mask=mask, query_lengths=query_lengths, logits_to_keep=kept)
-            scores = F.log_softmax(outputs.logits, dim=-1, dtype=self.softmax_dtype or torch.float32)  # (B, kept, V)
-            chosen = scores.gather(2, targets[:, kept, None]).squeeze(2)
-            best = scores.argmax(dim=2) == targets[:, kept]
-            logprob += chosen.masked_fill(~is_target[:, kept], 0).sum(dim=1)
-            is_greedy &= (best | ~is_target[:, kept]).all(dim=1)
+        kept = int(lengths.max())  # columns at the end that predict a continuation
+        column, targets = torch.arange(kept, device=self.device), input_ids.roll(-1, dims=1)[:, -kept:]
+        is_target = (column >= kept - lengths[:, None]) & (column < kept - 1)  # the last token is scored by the caller
+        arguments = {"attention_mask": mask, "query_lengths": query_lengths, "logits_to_keep": kept}
+        logprob, is_greedy, dtype = 0, True, self.mixed_precision_dtype
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            hidden_states = self.model(input_ids, **arguments, skip_logits=True).last_hidden_state  # (B, kept, d)
+        for part in column.split(max(1, PREDICTIONS // len(batch))):
+            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                logits = self.model.get_output_embeddings()(hidden_states[:, part])
+            scores = F.log_softmax(logits, dim=-1, dtype=self.softmax_dtype or torch.float32)  # (B, part, V)
+            chosen = scores.gather(2, targets[:, part, None]).squeeze(2)
+            best = scores.argmax(dim=2) == targets[:, part]
+            logprob += chosen.masked_fill(~is_target[:, part], 0).sum(dim=1)
+            is_greedy &= (best | ~is_target[:, part]).all(dim=1)
         return zip(logprob, is_greedy, scores[:, -1], strict=True)
 
     def batch_size_at(self, position: int, requests: Sequence[Request]) -> int:
-        """Found anew `batch_schedule` times, as the requests grow shorter."""
+        """Searches `batch_schedule` times, since the requests grow shorter."""
         part = int(position * self.batch_schedule / len(requests))
         if part not in self.batch_sizes:
             self.batch_sizes[part] = self.largest_batch_size(requests[position])
@@ -173,16 +175,16 @@ def main(argv: list[str]):
     parser.add_argument("--model", "-M", help=argparse.SUPPRESS)
     if {"-h", "--help"} & set(argv):
         parser.print_help()
-        print("\noptions of lm_eval, of which --model is given already:\n")
+        print("\noptions of lm_eval (--model is set):\n")
         flags = ["--help"]
     else:
         args, flags = parser.parse_known_args(argv)
         if args.model is not None:
-            raise ValueError("`--model` cannot be given: it is phase15. For other models there is lm_eval itself.")
+            raise ValueError("`--model` cannot be given: it is phase15. Other models: use lm_eval itself.")
         if not Path(args.model_dir).is_dir() and args.model_dir.count("/") != 1:
             raise ValueError(f"{args.model_dir}: no such folder, and no USER/NAME on the Hub.")
         check_kind(args.model_dir)
-        # as JSON, which lm_eval adds to the model_args in `flags` without parsing the folder's name
+        # JSON, so that lm_eval does not parse the folder's name; it adds the model_args in `flags`
         flags += ["--model", "phase15", "--model_args", json.dumps({"pretrained": args.model_dir})]
     sys.argv = ["eval_lm.py", "run", *flags]  # where lm_eval's command reads its flags
     cli_evaluate()

@@ -1,18 +1,18 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """
-An OpenAI-compatible server for a Phase15 model: `transformers serve`, told where the model's class is.
+An OpenAI-compatible server for a Phase15 model: `transformers serve` with the model's class registered.
 
     pip install -r requirements-extra.txt -c requirements.lock
     python -m scripts.serve                                          outputs/quickstart, at http://127.0.0.1:8000/v1
-    python -m scripts.serve --model_dir DIR_OR_HUB_ID --port 8001    other flags go on: see transformers serve --help
+    python -m scripts.serve --model_dir DIR_OR_HUB_ID --port 8001    other flags: see transformers serve --help
 
-The model's name in requests is `--model_dir`, as /v1/models says. Requests are answered one after another, each with a
-cache of its own, and in at most 1024 tokens unless they set `max_tokens`; `temperature` is for models whose
-generation_config.json has `do_sample`, as everywhere in `transformers serve`. No code of the model's folder is run.
+The model's name in requests is `--model_dir`, as /v1/models shows. Requests are answered one after another, each with
+its own cache, in at most 1024 tokens unless they set `max_tokens`. `temperature` needs a model whose
+generation_config.json has `do_sample`, as in `transformers serve`. No code of the model's folder is run.
 
-Only this machine reaches the server unless `--host` says otherwise. It asks for no key, and limits neither the size of
-a request, nor `max_tokens`, nor how many requests wait; an answer that is not streamed is finished though its client
-has gone. Where others reach it, put a proxy before it that limits these.
+Only this machine can reach the server unless `--host` allows others. The server asks for no key. It limits neither the
+size of a request, nor `max_tokens`, nor the number of waiting requests. It finishes an answer that is not streamed
+even if the client has left. If others can reach it, put a proxy before it that limits these.
 """
 
 import argparse
@@ -32,9 +32,9 @@ from modeling_phase15 import Phase15ForCausalLM
 
 class EndWithTheClient:
     """
-    Middleware that tells the library that a client has left only while the response's generator waits for a token:
-    there the generator is cancelled, and ends what the request generates. One that Starlette cancels while it sends,
-    or before it starts, is left to the garbage collector, and no other request is answered until that answer ends.
+    Middleware that reports a client's departure only while the response's generator waits for a token. There the
+    generator is cancelled, and ends its generation. A generator that Starlette cancels while it sends, or before it
+    starts, is left to the garbage collector, and no other request is answered until that answer ends.
     """
 
     def __init__(self, app):
@@ -47,7 +47,7 @@ class EndWithTheClient:
         async def receive_in_time():
             nonlocal is_read, has_left
             message = await receive()
-            if message["type"] == "http.disconnect" and is_read:  # a request that was cut off gets no response
+            if message["type"] == "http.disconnect" and is_read:  # a request that was cut short gets no response
                 has_left = True
                 await waiting.wait()
             is_read = is_read or (message["type"] == "http.request" and not message.get("more_body", False))
@@ -57,29 +57,29 @@ class EndWithTheClient:
             waiting.clear()
             if not has_left or message["type"] != "http.response.body":
                 await send(message)
-            waiting.set()  # the caller goes on to its generator, and no other task runs until that waits
+            waiting.set()  # no other task runs until the generator waits
 
         await self.app(scope, receive_in_time, send_if_here)
 
 
 def command_for(model_dir: str) -> type[Serve]:
-    """The class that is `transformers serve`, for this model alone."""
+    """The class of `transformers serve`, for this model alone."""
 
     class ServeOne(Serve):
         def start_server(self):
-            """`Serve` calls this under `--non-blocking`, when it has built the server."""
+            """Overrides Serve, which calls this under `--non-blocking` when it has built the server."""
             from starlette.middleware import Middleware
 
             config = self.server.config
             app = config.app
-            # Anybody who reaches the server could have it load other models, or drop this one. Its list of models
-            # was, before transformers 5.24, the Hub's cache, which it refuses to serve beside the one it was given.
+            # Every client could make the server load other models, or drop this one. Before transformers 5.24 its list
+            # of models was the Hub's cache, whose models it refuses to serve.
             replaced = "/load_model", "/reset", "/v1/models"
             app.router.routes[:] = [route for route in app.routes if route.path not in replaced]
             models = [{"id": model_dir, "object": "model", "created": 0, "owned_by": ""}]
             app.add_api_route("/v1/models", lambda: {"object": "list", "data": models}, methods=["GET", "OPTIONS"])
             app.user_middleware.append(Middleware(EndWithTheClient))  # the innermost, next to the generator
-            # Without a limit the server waits for the running answer, which may never end.
+            # the running answer may never end
             config.timeout_graceful_shutdown = 3
             self.server.run()
 
@@ -102,16 +102,16 @@ def main(argv: list[str]):
         config, _ = Phase15Config.get_config_dict(repository, revision=revision or "main")
         if config.get("model_type") != Phase15Config.model_type:
             raise ValueError(f"it has no config.json with the model_type {Phase15Config.model_type!r}")
-        # The server looks a model's class up by its name, in transformers itself.
+        # The server looks up a model's class by name, in transformers itself.
         AutoConfig.register(Phase15Config.model_type, Phase15Config)
         AutoModelForCausalLM.register(Phase15Config, Phase15ForCausalLM)
         transformers.Phase15ForCausalLM = Phase15ForCausalLM
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # as SIGTERM: Python's way out aborts if a thread is generating
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # as SIGTERM: Python's shutdown aborts while a thread generates
         cli = typer_factory(help="Phase15")
         cli.command(name="serve")(command_for(model_dir))
         # `--non-blocking` makes `Serve` call `start_server`
         cli(["serve", model_dir, "--host", args.host, "--port", args.port, *rest, "--non-blocking"])
-    except (OSError, ValueError) as error:  # about the model: the server answers for itself
+    except (OSError, ValueError) as error:  # about the model; the server reports its own errors
         raise SystemExit(f"serve.py: cannot serve {model_dir!r}: {' '.join(str(error).split())}") from error
 
 

@@ -148,7 +148,7 @@ def test_a_recorder_holds_every_step_of_the_reference(tiny):
     assert any(step.tokens != step.carried for step in recorder.steps)
 
 
-def test_a_recorder_leaves_nothing_on_the_model_even_after_an_error(tiny):
+def test_a_recorder_leaves_nothing_on_the_model(tiny):
     with app.Recorder(tiny, 1, 60):
         assert tiny.hypernet._forward_hooks
     with pytest.raises(KeyError), app.Recorder(tiny, 1, 60):
@@ -166,7 +166,7 @@ def test_a_recorder_does_not_see_the_steps_of_another_thread(tiny):
         assert len(recorder.steps) == 1
 
 
-def test_embeddings_that_the_tokenizer_does_not_know_are_never_shown(tiny):
+def test_embeddings_unknown_to_the_tokenizer_are_never_shown(tiny):
     ids = torch.full((1, 5), 50)
     tiny.hypernet.alpha.data.zero_()
     shown = []
@@ -177,7 +177,7 @@ def test_embeddings_that_the_tokenizer_does_not_know_are_never_shown(tiny):
     assert shown[0] == [50] * 5 and all(token < 50 for token in shown[1])
 
 
-def test_without_delta_the_slots_show_the_window_and_nothing_has_moved(bases, tokenizer):
+def test_without_delta_the_slots_show_the_window(bases, tokenizer):
     model = Phase15ForCausalLM.from_base(bases["llama"], **SIZES)
     *_, (text, steps) = app.reply(model, tokenizer, [{"role": "user", "content": "PHASEFIFTEEN"}], max_new_tokens=40)
     query = tokenizer("PHASEFIFTEEN")["input_ids"]  # a tokenizer without a chat template: plain text
@@ -195,7 +195,7 @@ class Tags:
         return f'<b id="{ids[0]}">&\n'
 
 
-def test_the_table_escapes_tokens_marks_what_moved_and_leaves_unused_slots_blank():
+def test_the_table_of_slots():
     step = app.Step("sp_0", 2, tokens=[7, 8], cosines=[0.5, 1.0], carried=[7, 9], shares=[0.1, 0.2])
     page = app.table([step], Tags(), num_slots=3, num_sinks=1)
     cells = re.findall(r"<td( class=\"moved\")?(?: style=\"--d:([\d.]+)\" title=\"([^\"]*)\")?>(.*?)</td>", page)
@@ -277,7 +277,7 @@ def loaded(monkeypatch) -> list[str]:
     return names
 
 
-def test_the_model_is_the_flag_then_the_variable_then_the_quickstart(loaded, monkeypatch, tmp_path):
+def test_the_model_is_the_flag_the_variable_or_the_quickstart(loaded, monkeypatch, tmp_path):
     (tmp_path / "config.json").touch()
     monkeypatch.setattr(app, "HERE", tmp_path)  # nothing can be trained
     monkeypatch.setattr(app, "QUICKSTART", tmp_path)
@@ -428,7 +428,7 @@ def shown_table(page) -> tuple[list[list[str]], set]:
     return [[text for text, _ in row] for row in rows], moved
 
 
-def test_an_answer_grows_beside_its_soft_prompt_and_the_next_turn_follows_it(page, model, chat_tokenizer):
+def test_an_answer_grows_beside_its_soft_prompt(page, model, chat_tokenizer):
     page.evaluate(
         """() => {
             window.grown = new Set();
@@ -477,7 +477,7 @@ def ask_for_a_long_answer(page, question: str = "Why is the sky blue?"):
     page.wait_for_function("document.querySelector('[data-testid=bot]')?.textContent.length > 20")
 
 
-def test_stop_ends_the_generation_and_the_next_question_is_answered(page, server):
+def test_stop_ends_the_generation(page, server):
     ask_for_a_long_answer(page)
     page.get_by_role("button", name="Stop").click()
     wait_until_idle(server[0])
@@ -548,7 +548,7 @@ def toast(page) -> str:
     return " ".join(page.get_by_test_id("toast-text").all_text_contents())
 
 
-def test_what_a_user_a_model_its_vocabulary_and_its_name_hold_is_text_on_the_page(hostile):
+def test_untrusted_text_is_text_on_the_page(hostile):
     model, tokenizer, folder, address = hostile
     question = "".join(HOSTILE)
     chat = [{"role": "user", "content": question}]
@@ -574,7 +574,7 @@ def test_what_a_user_a_model_its_vocabulary_and_its_name_hold_is_text_on_the_pag
     assert problems == []
 
 
-def test_a_conversation_above_the_limit_is_refused_and_what_was_written_stays(hostile):
+def test_a_conversation_above_the_limit_is_refused(hostile):
     with browsing(hostile[3]) as (open_page, problems):
         page = open_page()
         ask(page, "A" * 1701)
@@ -586,7 +586,7 @@ def test_a_conversation_above_the_limit_is_refused_and_what_was_written_stays(ho
     assert problems == []
 
 
-def test_one_question_is_answered_one_waits_and_the_next_visitor_is_told(hostile):
+def test_one_question_is_answered_and_one_waits(hostile):
     with browsing(hostile[3]) as (open_page, problems):
         first, second, third = (open_page() for _ in range(3))
         ask_for_a_long_answer(first, "A")
@@ -603,7 +603,7 @@ def test_one_question_is_answered_one_waits_and_the_next_visitor_is_told(hostile
     assert [problem for problem in problems if "503" not in problem] == [] and len(problems) == 1
 
 
-def test_two_visitors_at_once_get_the_answers_that_each_gets_alone(page, server, model, chat_tokenizer):
+def test_two_visitors_get_the_answers_that_each_gets_alone(page, server, model, chat_tokenizer):
     questions = ["Why is the sky blue?", "What is a soft prompt?"]
     pages = [page, page.context.browser.new_page()]
     pages[1].set_default_timeout(120_000)
@@ -644,7 +644,7 @@ def request(address: str, data: bytes | None = None, **headers: str) -> int:
         return error.code
 
 
-def test_the_app_listens_on_the_loopback_address_alone_and_takes_and_gives_no_file(server):
+def test_the_app_is_local_and_takes_and_gives_no_file(server):
     process, address = server
     assert listening(int(address.rpartition(":")[2])) == {"127.0.0.1"}
     for path in ("/etc/passwd", "app.py", f"{os.getcwd()}/README.md", "../app.py"):

@@ -13,7 +13,7 @@ import yaml
 from peft import PeftModel
 from reference import CHUNK, LLM_SIZES, SIZES, SLOTS, randomise_alpha, reference_carry
 from safetensors.torch import load_file
-from test_training import RUN, At, Killed, changed, epochless, kill, losses_of, sentence, state, watched, write
+from test_train_sft import RUN, At, Killed, changed, epochless, kill, losses_of, sentence, state, watched, write
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

@@ -207,16 +207,14 @@ def pairs(trained) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_scores_of_a_trained_model_are_those_of_the_reference_with_the_context_as_query(
-    trained, folders, pairs, batch_size
-):
+def test_scores_are_those_of_the_reference(trained, folders, pairs, batch_size):
     expected = reference_scores(trained, pairs)
     assert {is_greedy for _, is_greedy in expected} == {True, False}
     scores = load(folders["trained"], batch_size=batch_size).loglikelihood(requests_of("loglikelihood", *pairs))
     assert_same(scores, expected)
 
 
-def test_scores_do_not_depend_on_how_many_predictions_are_made_at_a_time(trained, folders, pairs, monkeypatch):
+def test_scores_do_not_depend_on_the_predictions_at_a_time(trained, folders, pairs, monkeypatch):
     monkeypatch.setattr(eval_lm, "PREDICTIONS", 6)
     scores = load(folders["trained"], batch_size=2).loglikelihood(requests_of("loglikelihood", *pairs))
     assert_same(scores, reference_scores(trained, pairs))
@@ -230,7 +228,7 @@ def test_requests_that_differ_in_their_last_token_share_a_row(folders, monkeypat
     assert len(rows) == 2 * len(DOCUMENTS)  # one for the three choices of one token, and one for the long choice
 
 
-def test_an_automatic_batch_size_fits_in_memory_and_changes_no_answer(trained, folders, pairs, answers, monkeypatch):
+def test_an_automatic_batch_size_changes_no_answer(trained, folders, pairs, answers, monkeypatch):
     model, sizes = load(folders["trained"], batch_size="auto", max_batch_size=5), []
     score = model._score
 
@@ -391,7 +389,7 @@ def logged_scores(folder: Path) -> list[tuple[float, bool]]:
     ]
 
 
-def test_the_command_prints_the_table_and_writes_results_and_samples(runs, trained, answers):
+def test_the_command_writes_results_and_samples(runs, trained, answers):
     folder, output = runs["phase15"]
     assert all(f"|{task}" in output for task in TASKS) and "phase15 (" in output
     (path,) = folder.glob("out/**/results_*.json")
@@ -425,7 +423,7 @@ def test_a_missing_folder_ends_in_one_line():
     assert done.stderr.splitlines()[-1] == "eval_lm.py: nowhere: no such folder, and no USER/NAME on the Hub."
 
 
-def test_an_unknown_task_and_a_model_that_is_no_phase15_are_named(folders, monkeypatch):
+def test_an_unknown_task_and_another_model_are_named(folders, monkeypatch):
     monkeypatch.setattr(sys, "argv", sys.argv)  # main replaces it
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     with pytest.raises(ValueError, match="Tasks not found: nonsense"):

@@ -88,7 +88,7 @@ def test_warm_start_gives_the_bases_scores(pair):
     assert isinstance(outputs.past_key_values, Phase15Cache)
 
 
-def test_warm_start_is_the_base_on_sinks_and_window_far_past_its_position_limit(pair):
+def test_warm_start_is_the_base_far_past_its_position_limit(pair):
     base, model = pair
     length = 3 * BASES["llama"].max_position_embeddings
     got = generate(model, LONG_PROMPTS, max_new_tokens=length)

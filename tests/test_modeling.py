@@ -141,7 +141,7 @@ def test_delta_is_the_gated_overwrite_of_the_design(tiny):
             assert weights.max() > 2 / len(weights)
 
 
-def test_hypernet_layers_attend_to_the_slots_then_to_the_memory_then_pass_an_mlp(tiny):
+def test_hypernet_layers_equal_the_equations(tiny):
     """One row without padding, one head at a time."""
     net, seen = tiny.hypernet, []
     old, tokens, length = (
@@ -204,7 +204,7 @@ def test_embedding_scale_is_the_bases(bases, tmp_path):
     assert_close(Phase15ForCausalLM.from_pretrained(tmp_path).hypernet.embedding_scale, 3 * rms[None])
 
 
-def test_a_new_model_starts_with_delta_zero_at_the_embeddings_scale():
+def test_a_new_model_starts_at_zero_and_the_embeddings_scale():
     model = Phase15ForCausalLM(Phase15Config(text_config=LLM_SIZES, **SIZES))
     assert not model.hypernet.alpha.any()
     assert_close(model.hypernet.embedding_scale, torch.tensor([LLM_SIZES["initializer_range"]]))
@@ -228,7 +228,7 @@ def test_warm_start_equals_the_base_within_the_slots(pair, side):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_warm_start_equals_the_base_on_sinks_and_window_beyond_the_slots(pair, side):
+def test_warm_start_equals_the_base_on_sinks_and_window(pair, side):
     base, model = pair
     batch, query_lengths, ids = make_batch([(70, 9), (61, 40), (64, 1), (20, 4)], side)
     logits = model(batch["input_ids"], batch["attention_mask"], query_lengths=query_lengths).logits
@@ -288,7 +288,7 @@ def test_bptt_chunks_stops_the_gradient(tiny):
     assert gradients(tiny, tiny(ids, labels=labels, bptt_chunks=1).loss)["hypernet.alpha"].any()
 
 
-def test_left_right_and_split_padding_give_the_same_loss_and_gradients(tiny):
+def test_padding_of_any_side_gives_the_same_loss_and_gradients(tiny):
     losses, grads = [], []
     for side in ("left", "right", "both"):
         batch, _, _ = make_batch(side=side)
@@ -403,7 +403,7 @@ def test_the_body_is_the_model_without_its_head(tiny):
     assert_close(last[:, -1], full.last_hidden_state[:, -1], atol=1e-5, rtol=1e-5)
 
 
-def test_the_output_layer_is_called_on_targets_or_kept_columns_only(tiny):
+def test_the_head_is_called_on_targets_or_kept_columns_only(tiny):
     batch, query_lengths, _ = make_batch()
     seen = []
     tiny.get_output_embeddings().register_forward_hook(lambda module, arguments, output: seen.append(output))
@@ -462,7 +462,7 @@ def test_query_lengths_override_labels(tiny):
     assert_close(outputs.loss, total / count)  # a target inside the query is not predicted, nor counted
 
 
-def test_without_labels_and_query_lengths_it_is_a_causal_lm_over_any_text(tiny):
+def test_without_a_query_it_is_a_causal_lm_over_any_text(tiny):
     batch, _, ids = make_batch()
     logits = tiny(batch["input_ids"], batch["attention_mask"]).logits
     for index, row in enumerate(ids):
@@ -655,7 +655,7 @@ def test_a_base_that_takes_no_soft_prompt_is_refused_by_name(config, message, tm
         Phase15ForCausalLM.from_base(tmp_path, **SIZES)
 
 
-def test_from_base_keeps_the_bases_weights_config_and_generation_config(bases, tmp_path):
+def test_from_base_keeps_weights_config_and_generation_config(bases, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(bases["qwen2"])
     base.generation_config.update(do_sample=True, temperature=0.3, eos_token_id=[4, 5], pad_token_id=4)
     base.save_pretrained(tmp_path)
@@ -674,7 +674,7 @@ def enable_checkpointing(model):  # transformers 5.23 renamed it
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
-def test_gradient_checkpointing_recomputes_the_llms_layers_and_changes_nothing(tiny):
+def test_gradient_checkpointing_changes_nothing(tiny):
     batch, _, _ = make_batch()
     calls = []
     tiny.llm.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))

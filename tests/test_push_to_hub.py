@@ -364,7 +364,7 @@ def test_the_same_push_again_makes_no_commit(story):
     assert story["again"].succeeded().log == story["first"].log
 
 
-def test_another_model_makes_one_commit_that_removes_what_only_the_old_one_had(story, models):
+def test_another_model_makes_one_commit(story, models):
     """Here its many shards, and its training run."""
     first, second = story["changed"].succeeded().log
     assert [first] == story["first"].log and second.parent == first.sha
@@ -386,7 +386,7 @@ def test_a_pull_request_leaves_main_alone(story, shells, models):
     assert "/discussions/1" in story["pr"].stdout
 
 
-def test_a_branch_is_made_where_there_is_none_and_leaves_main_alone(story, shells, models):
+def test_a_new_branch_leaves_main_alone(story, shells, models):
     assert story["branch"].succeeded().log == story["changed"].log
     repo = shells["story"].hub.repos[REPO]
     assert set(repo.refs) == {"main", "refs/pr/1", "dev/x"}
@@ -395,7 +395,7 @@ def test_a_branch_is_made_where_there_is_none_and_leaves_main_alone(story, shell
     assert uploaded(commit)["model.safetensors"] == (models["third"] / "model.safetensors").read_bytes()
 
 
-def test_a_dry_run_asks_the_hub_nothing_and_needs_neither_it_nor_a_token(story, alone, folder):
+def test_a_dry_run_needs_neither_the_hub_nor_a_token(story, alone, folder):
     """Offline or not makes no difference to what is staged."""
     for run in (story["dry"], alone["dry"]):
         assert run.succeeded().requests == []
@@ -546,7 +546,7 @@ def test_a_public_repository_gets_no_private_push(refusals):
     assert "public" in refusals["public"].error and refusals["public"].log == refusals["at last"].log
 
 
-def test_a_hub_that_dies_during_the_upload_shows_nothing_and_a_second_run_completes(dying):
+def test_a_second_run_completes_an_upload_that_died(dying):
     assert dying["died"].error and dying["died"].log == []
     assert any(r.method == "PUT" and r.status is None for r in dying["died"].requests)
     (commit,) = dying["completed"].succeeded().log

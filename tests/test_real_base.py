@@ -74,7 +74,7 @@ def test_warm_start_equals_the_base_within_the_slots(real):
 
 
 @torch.no_grad()
-def test_warm_start_equals_the_base_on_sinks_and_window_beyond_the_slots(real):
+def test_warm_start_equals_the_base_on_sinks_and_window(real):
     base, model, tokenizer = real
     ids = tokenizer(TEXT * 5, return_tensors="pt").input_ids[0, :330]
     query = 290  # more than one segment

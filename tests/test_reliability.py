@@ -15,7 +15,7 @@ ROWS = {cells[0]: cells[1:] for cells in re.findall(r"^\| `(.+?)` \| (.+?) \| (.
 
 
 @pytest.mark.extra
-def test_every_name_that_others_have_not_promised_is_listed_and_no_other():
+def test_the_list_of_private_names_is_complete():
     for package in ("gradio", "lm_eval", "uvicorn", "openai"):
         pytest.importorskip(package, reason="requirements-extra.txt")
     found = private_names(ROOT)

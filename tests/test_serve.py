@@ -148,7 +148,7 @@ def test_a_chat_answer_is_what_generate_gives(client, saved, chat_tokenizer, pro
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_a_streamed_answer_comes_in_pieces_that_join_to_the_same_text(client, saved, chat_tokenizer, prompt):
+def test_a_streamed_answer_joins_to_the_same_text(client, saved, chat_tokenizer, prompt):
     pieces = ask_for_stream(client, prompt)
     assert len(pieces) > 10
     assert "".join(pieces) == chat_tokenizer.decode(generate_ids(saved[1], chat_tokenizer, prompt))
@@ -252,7 +252,7 @@ def test_a_bad_command_ends_the_process_before_a_server_starts(saved):
     assert "Traceback" not in done.stderr and "Uvicorn" not in done.stderr
 
 
-def test_an_interrupt_ends_the_server_though_an_answer_is_under_way(saved):
+def test_an_interrupt_ends_the_server_during_an_answer(saved):
     with serving(saved[0]) as (process, client):
         chunks = client.chat.completions.create(model=NAME, messages=chat("a"), stream=True, extra_body=NEVER_ENDING)
         next(chunk for chunk in chunks if chunk.choices[0].delta.content)
@@ -270,7 +270,7 @@ def test_the_server_has_no_address_that_nobody_has_looked_at(client):
 
 
 @pytest.mark.parametrize("path", ["load_model", "reset"])
-def test_no_client_can_have_another_model_loaded_or_this_one_dropped(client, path):
+def test_no_client_can_load_or_drop_a_model(client, path):
     url = str(client.base_url).replace("/v1/", f"/{path}")
     with pytest.raises(urllib.error.HTTPError, match="404"):
         urllib.request.urlopen(urllib.request.Request(url, b'{"model": "another"}'), timeout=60)
@@ -403,7 +403,7 @@ def hang_up(client: openai.OpenAI, index: int):
 
 
 @pytest.mark.slow
-def test_200_requests_of_16_clients_some_of_whom_hang_up_are_answered_as_alone_in_flat_memory(saved):
+def test_200_requests_of_16_clients_are_answered_as_alone(saved):
     requests = [
         Request(f"{PROMPTS[index % 4]} " * (1 + 7 * (index % 3)), 6 + 2 * (index % 8), index % 3 > 0, index % 2 > 0)
         for index in range(24)

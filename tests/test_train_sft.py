@@ -1,10 +1,8 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""Steps of Phase15Trainer against naive ones, the stages, and runs of the script."""
+"""train_sft.py: stages, resuming, streams, and what a run leaves."""
 
-import copy
 import functools
 import json
-import math
 import os
 import re
 import runpy
@@ -14,61 +12,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 import yaml
-from datasets import Dataset
 from peft import PeftModel
-from reference import CHUNK, LLM_SIZES, SIZES, VOCAB, random_ids, reference_carry, reference_logits, reference_step
+from reference import LLM_SIZES, SIZES
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainerCallback
 
 from modeling_phase15 import Phase15ForCausalLM
-from phase15.arguments import Phase15TrainingArguments, parse_args
-from phase15.examples import Phase15DataCollator
+from phase15.arguments import parse_args
 from phase15.runs import save_recipe
-from phase15.trainer import Phase15Trainer
 from train_sft import main, prepare
 
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted(path for path in ROOT.glob("recipes/*.yaml") if not path.stem.startswith("accelerate_"))
-QUERIES, ANSWERS = (3, 9, 5, 1, 4), (1, 4, 10, 13, 7)  # lengths; 9 is more than one segment, 4 one whole chunk
-RATES = {"learning_rate": 0.5, "llm_learning_rate": 0.2, "alpha_learning_rate": 3.0}
-
-
-def records(queries=QUERIES, answers=ANSWERS) -> Dataset:
-    rows = zip(queries, answers, strict=True)
-    return Dataset.from_list(
-        [
-            {"input_ids": random_ids(query + answer, seed=i).tolist(), "query_length": query, "record": 11 + i}
-            for i, (query, answer) in enumerate(rows)
-        ]
-    )
-
-
-def trainer_of(model, folder, data=None, eval_dataset=None, callbacks=None, **settings) -> Phase15Trainer:
-    defaults = {"max_steps": 1, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
-    return Phase15Trainer(
-        model=model,
-        args=Phase15TrainingArguments(output_dir=str(folder), **{**defaults, "disable_tqdm": True, **settings}),
-        train_dataset=records() if data is None else data,
-        eval_dataset=eval_dataset,
-        data_collator=Phase15DataCollator(),
-        callbacks=callbacks,
-    )
-
-
-def naive_losses(model, record) -> torch.Tensor:
-    """Cross-entropy of each answer token of one record, from the reference recursion."""
-    ids, query = torch.tensor(record["input_ids"]), record["query_length"]
-    return F.cross_entropy(reference_logits(model, ids, query)[0][query - 1 : -1], ids[query:], reduction="none")
 
 
 def state(model) -> dict[str, torch.Tensor]:
@@ -88,148 +50,6 @@ class At(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step == self.step:
             self.action(model)
-
-
-# the trainer
-
-
-@pytest.mark.parametrize("rows, accumulation", [(4, 1), (2, 2), (1, 4)])
-def test_a_step_is_that_of_the_mean_over_all_answer_tokens(rows, accumulation, tiny, tmp_path):
-    """However the batch is accumulated; plain gradient descent shows the gradient's scale and each learning rate."""
-    expected, data = copy.deepcopy(tiny), records(QUERIES[:4], ANSWERS[:4])
-    loss = torch.cat([naive_losses(expected, record) for record in data]).mean()
-    loss.backward()
-    trainer = trainer_of(
-        tiny,
-        tmp_path,
-        data,
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=accumulation,
-        optim="sgd",
-        max_grad_norm=0,
-        lr_scheduler_type="constant",
-        **RATES,
-    )
-    before = state(tiny)
-    trainer.train()
-    for name, parameter in expected.named_parameters():
-        rate = 3.0 if name.endswith("alpha") else 0.5 if name.startswith("hypernet") else 0.2
-        step = before[name] - tiny.get_parameter(name).detach()
-        assert parameter.grad.abs().max() > 0 and step.abs().max() > 0, name
-        assert_close(step, rate * parameter.grad, atol=2e-5, rtol=2e-3, msg=lambda text, name=name: f"{name}: {text}")
-    assert_close(trainer.state.log_history[0]["loss"], loss.item(), atol=1e-4, rtol=1e-4)
-
-
-def test_optimizer_groups(tiny, tmp_path):
-    tiny.llm.lm_head.requires_grad_(False)
-    optimizer = trainer_of(tiny, tmp_path, weight_decay=0.1, **RATES).create_optimizer()
-    groups = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
-    expected = {}
-    for name, parameter in tiny.named_parameters():
-        rate = 3.0 if name == "hypernet.alpha" else 0.5 if name.startswith("hypernet.") else 0.2
-        expected[id(parameter)] = (rate, 0.0 if "norm" in name or "alpha" in name else 0.1)
-    expected.pop(id(tiny.llm.lm_head.weight))
-    assert groups == expected
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(expected)
-
-
-def test_logs_of_one_row(tiny, tmp_path):
-    """Loss by chunk index and the share of Δ, recomputed token by token."""
-    record = records()[2]
-    ids, query = torch.tensor(record["input_ids"]), record["query_length"]
-    with torch.no_grad():
-        losses, slots, norms = naive_losses(tiny, record), [], []
-        answer = ids[query:]
-        num_read = (len(answer) - 1) // CHUNK * CHUNK  # what follows the last prediction is not
-        for tokens in [*ids[:query].split(SIZES["max_query_length"]), *answer[:num_read].split(CHUNK)]:
-            carried = reference_carry(slots, list(tiny.llm.get_input_embeddings()(tokens)))
-            slots = reference_step(tiny, slots, tokens)
-            norms.append((torch.stack(slots) - torch.stack(carried), torch.stack(slots)))
-    deltas, prompts = (sum(x.norm().item() for x in values) for values in zip(*norms, strict=True))
-    trainer = trainer_of(tiny, tmp_path, records().select([2]))
-    trainer.train()
-    log = trainer.state.log_history[0]
-    by_chunk = [log.pop(name) for name in sorted(log) if name.startswith("loss_chunk")]
-    assert_close(by_chunk, [chunk.mean().item() for chunk in losses.split(CHUNK)], atol=1e-4, rtol=1e-4)
-    assert 0.01 < deltas / prompts < 10
-    assert_close(log["delta_share"], deltas / prompts, atol=1e-4, rtol=1e-4)
-    assert log["target_tokens_per_second"] > 0
-
-
-def test_logs_average_since_the_last_log_whatever_is_evaluated_between(tiny, tmp_path):
-    """Every step sees all records and trains nothing; between the two logs the LLM forgets all it knows."""
-    losses = [naive_losses(tiny, record).split(CHUNK) for record in records()]
-    naive = [torch.cat([row[i] for row in losses if len(row) > i]).mean().item() for i in range(4)]
-    trainer = trainer_of(
-        tiny,
-        tmp_path,
-        eval_dataset=records().select([0, 3]),
-        callbacks=[At(2, lambda model: model.llm.lm_head.weight.data.zero_())],
-        max_steps=4,
-        logging_steps=2,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=3,
-        eval_strategy="steps",
-        eval_steps=1,
-        learning_rate=0,
-        llm_learning_rate=0,
-        alpha_learning_rate=0,
-    )
-    trainer.train()
-    logs = [log for log in trainer.state.log_history if "loss" in log]
-    assert len(logs) == 2
-    for log, expected in zip(logs, (naive, [math.log(VOCAB)] * 4), strict=True):
-        assert_close([log[f"loss_chunk_0{i}"] for i in range(4)], expected, atol=1e-4, rtol=1e-4)
-        assert {"delta_share", "target_tokens_per_second", "learning_rate", "grad_norm"} <= set(log)
-
-
-@torch.no_grad()
-def test_evaluation_loss_is_the_mean_over_tokens(tiny, tmp_path):
-    """Three batches of 5, 23 and 7 answer tokens: the mean over batches would be another."""
-    losses = [naive_losses(tiny, record) for record in records()]
-    by_batch = torch.stack([torch.cat(losses[i : i + 2]).mean() for i in (0, 2, 4)]).mean().item()
-    loss = torch.cat(losses).mean().item()
-    assert abs(by_batch - loss) > 1e-2
-    metrics = trainer_of(tiny, tmp_path, per_device_eval_batch_size=2).evaluate(records())
-    assert_close(metrics["eval_loss"], loss, atol=1e-4, rtol=1e-4)
-    assert_close(
-        [metrics[f"eval_loss_chunk_0{i}"] for i in (0, 3)],
-        [torch.cat([row[:4] for row in losses]).mean().item(), losses[3][12:].mean().item()],
-        atol=1e-4,
-        rtol=1e-4,
-    )
-
-
-def test_a_loss_that_is_not_a_number_stops_the_run(tiny, tmp_path):
-    poison = At(2, lambda model: model.llm.lm_head.weight.data.fill_(float("nan")))
-    trainer = trainer_of(tiny, tmp_path, callbacks=[poison], max_steps=5, per_device_train_batch_size=5)
-    with pytest.raises(FloatingPointError, match=r"nan.*step 3\b") as error:
-        trainer.train()
-    assert sorted(re.findall(r"\b1[1-5]\b", str(error.value))) == ["11", "12", "13", "14", "15"]
-
-
-def test_the_record_behind_a_bad_loss_is_named(tiny, tmp_path):
-    data = records().to_list()
-    data[3]["input_ids"][0] = 2  # which random_ids never gives
-    tiny.llm.get_input_embeddings().weight.data[2] = float("inf")
-    trainer = trainer_of(tiny, tmp_path, Dataset.from_list(data), max_steps=5, per_device_train_batch_size=1)
-    with pytest.raises(FloatingPointError, match=r"nan.*step [1-5]\b.*\b14$"):
-        trainer.train()
-
-
-def test_bptt_chunks_reach_the_training_form(tiny, tmp_path):
-    expected = copy.deepcopy(tiny)
-    ids = torch.tensor(records()[3]["input_ids"])
-    logits, _ = reference_logits(expected, ids, 1, bptt_chunks=2)
-    F.cross_entropy(logits[:-1], ids[1:]).backward()
-    settings = {"optim": "sgd", "max_grad_norm": 0, "lr_scheduler_type": "constant", **RATES}
-    before = state(tiny)
-    trainer_of(tiny, tmp_path, records().select([3]), bptt_chunks=2, **settings).train()
-    step = before["hypernet.alpha"] - tiny.hypernet.alpha
-    assert_close(step, 3 * expected.hypernet.alpha.grad, atol=2e-5, rtol=2e-3)
-
-
-# the stages
 
 
 WORDS = "the cat and a dog ran over the hill to see seven red birds under some old tree by the river at night".split()
@@ -365,14 +185,6 @@ def test_lora(recipe, tmp_path, capfd):
     assert re.search(r"^A: ", capfd.readouterr().out, re.M)
 
 
-def test_the_units_of_fsdp_are_the_llms_layers(tiny, tmp_path):
-    """Not the HyperNetwork's, which processes call in different numbers."""
-    trainer, plugin = trainer_of(tiny, tmp_path), SimpleNamespace(mixed_precision_policy=None)
-    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
-    trainer._prepare_fsdp()
-    assert plugin.transformer_cls_names_to_wrap == ["LlamaDecoderLayer"]
-
-
 class Killed(Exception):
     pass
 
@@ -440,9 +252,6 @@ def test_records_are_split(recipe, tmp_path):
     assert trainer.train_dataset["record"][:] == list(range(1, 16)) and trainer.eval_dataset is None
     main(trainer, *rest)
     assert json.loads((Path(recipe["output_dir"]) / "results.json").read_text())["validation"] == {}
-
-
-# streams
 
 
 STREAM = {"streaming": True, "max_validation_records": 3}
@@ -576,7 +385,7 @@ ON_TWO = """
 import json, os, sys
 from pathlib import Path
 
-from test_training import At, Killed, epochless, kill, watched
+from test_train_sft import At, Killed, epochless, kill, watched
 from phase15.shutdown import leave
 from train_sft import prepare
 
@@ -638,9 +447,6 @@ def test_two_processes_share_a_stream(recipe, tmp_path):
     batches = watched(resumed)
     resumed.train(resume_from_checkpoint=checkpoint)
     assert batches == expected[4:]
-
-
-# the script
 
 
 @pytest.fixture(scope="module")
@@ -783,107 +589,6 @@ def test_an_error_in_a_process_of_its_own(recipe, tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert re.search(r"^train_sft.py: .*null\.jsonl.*record 1\b", last) and "Traceback" not in done.stderr
     assert not Path(recipe["output_dir"]).exists()
-
-
-BAD_RECIPES = {  # text of the recipe, what the error says
-    "list": ("- stage\n", ["mapping", "list"]),
-    "empty": ("", ["mapping"]),
-    "not-yaml": ("stage: [full\n", ["recipe.yaml"]),
-    "unknown": ("lerning_rate: 1.0e-4\n", ["lerning_rate", "learning_rate"]),
-    "unlike-any": ("xyzzy: 1\n", ["xyzzy"]),
-    "number-key": ("1: 2\n", ["1"]),
-}
-
-
-@pytest.mark.parametrize("case", BAD_RECIPES)
-def test_bad_recipes(case, argv, tmp_path):
-    text, words = BAD_RECIPES[case]
-    (tmp_path / "recipe.yaml").write_text(text)
-    message = script(str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run"))
-    assert all(word in message for word in ["recipe.yaml", *words]), message
-    assert not (tmp_path / "run").exists()
-
-
-BAD_VALUES = {
-    "stream-without-steps": (STREAM | {"max_steps": -1}, ["max_steps", "streaming"]),
-    "stream-with-a-share": (STREAM | {"max_validation_records": None}, ["max_validation_records", "0"]),
-    "stream-without-tokenizer": (
-        STREAM | {"model_name_or_path": None, "base_config": {"vocab_size": 270, "hidden_size": 30}},
-        ["base_config", "model_name_or_path"],
-    ),
-    "stream-by-two": (STREAM | {"dataloader_num_workers": 2}, ["dataloader_num_workers", "2", "one"]),
-    "stream-that-validates-all": (STREAM | {"max_validation_records": 15}, ["data.jsonl", "15 records"]),
-    "stream-of-no-file": (STREAM | {"dataset_name": "no/*.jsonl"}, ["no/*.jsonl", "no such file"]),
-    "no-data": ({"dataset_name": None}, ["dataset_name"]),
-    "no-model": ({"model_name_or_path": None}, ["model_name_or_path", "base_config"]),
-    "no-such-file": ({"dataset_name": "none.jsonl"}, ["none.jsonl"]),
-    "no-such-data-set": ({"dataset_name": "nobody/nothing"}, ["nobody/nothing"]),
-    "no-such-folder": ({"model_name_or_path": "/no/such/model"}, ["/no/such/model"]),
-    "no-such-gguf": ({"model_name_or_path": "/no/such/model.gguf"}, ["/no/such/model.gguf"]),
-    "size": ({"num_soft_tokens": 2}, ["num_sink_tokens", "num_soft_tokens"]),
-    "heads": ({"hypernet_num_attention_heads": 5}, ["hypernet_num_attention_heads", "hypernet_hidden_size"]),
-    "stage": ({"stage": "fulll"}, ["stage", "fulll"]),
-    "no-training-record": ({"validation_split": 0.99}, ["data.jsonl", "15 records"]),
-    "negative-split": ({"validation_split": -1.0}, ["validation_split", "-1"]),
-    "not-json": ({"model_name_or_path": None, "base_config": "{vocab"}, ["base_config"]),
-    "llm-heads": (
-        {"model_name_or_path": None, "base_config": {"vocab_size": 270, "hidden_size": 30}},
-        ["hidden size"],
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_VALUES)
-def test_bad_values(case, recipe, argv, tmp_path):
-    """One line, exit code 1, and nothing written."""
-    values, words = BAD_VALUES[case]
-    message = script(write(recipe, tmp_path, **values))
-    assert all(word in message for word in words), message
-    assert not Path(recipe["output_dir"]).exists()
-
-
-def test_a_missing_recipe(argv):
-    assert "none.yaml" in script("recipes/none.yaml")
-    assert "none.yaml" in script("--config", "recipes/none.yaml")
-
-
-def test_flags_override_the_recipe(recipe, tmp_path):
-    path = write(recipe, tmp_path, stage="hypernet", warmup_steps=7)
-    flags = ["--stage", "lora", "--chunk_length", "6", "--learning_rate", "3e-3", "--dataset_name", "x.csv"]
-    for arguments in ([path, *flags], [*flags, path], ["--config", path, *flags]):
-        model, data, training, _ = parse_args(arguments)
-        assert (model.stage, model.chunk_length, data.dataset_name) == ("lora", 6, "x.csv")
-        assert (training.learning_rate, training.warmup_steps, training.max_steps) == (3e-3, 7, 3)
-        assert model.config_fields == {name: recipe[name] for name in model.config_fields} | {"chunk_length": 6}
-        assert set(SIZES) | {"max_answer_length"} == set(model.config_fields)
-
-
-def test_without_arguments_it_is_the_quickstart():
-    model, data, _, _ = parse_args([])
-    assert data.dataset_name == "python-docstrings" and model.base_config["hidden_size"] <= 256
-    assert parse_args(["--model_name_or_path", "x", "--dataset_name", "y"])[0].base_config is None
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes(path, tmp_path):
-    """Every recipe parses; the ones of TinyLlama hold the card's values."""
-    model, data, training, _ = parse_args([str(path), "--use_cpu", "--output_dir", str(tmp_path)])
-    assert data.dataset_name and (model.model_name_or_path or model.base_config)
-    if path.stem == "quickstart":
-        return
-    fields = model.config_fields
-    names = ("chunk_length", "num_soft_tokens", "max_query_length", "max_answer_length")
-    assert tuple(fields[name] for name in names) == (16, 128, 256, 256)
-    assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 64
-    assert (training.learning_rate, training.llm_learning_rate, training.bf16) == (1e-4, 3e-5, True)
-    if path.stem.startswith("tinyllama"):
-        assert training.gradient_checkpointing
-    stage = {"tinyllama_stage1": "hypernet"}.get(path.stem, "full")
-    assert model.stage == stage
-    if path.stem == "tinyllama_stage2":
-        first = yaml.safe_load((path.parent / "tinyllama_stage1.yaml").read_text())
-        assert model.model_name_or_path == first["output_dir"]
 
 
 def test_the_padding_of_a_tokenizer_whose_padding_is_its_end(base, recipe, tmp_path):

@@ -342,7 +342,7 @@ def test_sft_trainer_reads_prompts_as_queries_and_has_our_loss(form, sft, model,
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_sft_trainer_with_its_defaults_saves_a_model_that_travels(sft, saved, model, ids, tmp_path):
+def test_sft_trainer_saves_a_model_that_travels(sft, saved, model, ids, tmp_path):
     """bfloat16 and gradient checkpointing."""
     trainer = sft(model)
     assert trainer.args.bf16 and trainer.args.gradient_checkpointing
