@@ -125,8 +125,8 @@ class Phase15LM(HFLM):
 
     @torch.no_grad()
     def _score(self, batch: list[Request]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """For each request: the log-probability of its continuation without the last token, whether that is greedy, and
-        the log-probabilities `(vocab_size,)` of the last token."""
+        """For each request: the log-probability of its continuation without the last token, whether that is greedy,
+        and the log-probabilities `(vocab_size,)` of the last token."""
         rows = [torch.tensor(context + tokens[:-1], device=self.device) for _, context, tokens in batch]
         ones, width = [torch.ones_like(row) for row in rows], max(map(len, rows))
         input_ids, mask = (pad_and_concat(width, tensors, padding_side="left") for tensors in (rows, ones))

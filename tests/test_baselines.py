@@ -187,7 +187,7 @@ def test_what_a_baseline_leaves(baseline, llm, recipe, tmp_path, capfd):
         losses.append(loss.expand(len(ids) - query))
     results = json.loads((Path(folder) / "results.json").read_text())["validation"]
     ((name, row),) = results.items()
-    assert name == f"baseline: {baseline}" and set(row) == {"loss", "loss_by_chunk", "tokens_by_chunk"}
+    assert name == f"baseline_{baseline}" and set(row) == {"loss", "loss_by_chunk", "tokens_by_chunk"}
     assert_close(row["loss"], torch.cat(losses).mean().item(), atol=1e-4, rtol=1e-4)
     nats = sum(x * n for x, n in zip(row["loss_by_chunk"], row["tokens_by_chunk"], strict=True))
     assert_close(nats / len(torch.cat(losses)), row["loss"], atol=1e-5, rtol=1e-5)

@@ -112,7 +112,7 @@ def test_the_command_writes_and_prints_every_row(evaluated, home):
     assert {path.name for path in folder.iterdir()} == {"evaluation.json", "loss_by_chunk.png"}
     assert (folder / "loss_by_chunk.png").read_bytes()[:4] == b"\x89PNG"
     results = json.loads((folder / "evaluation.json").read_text())
-    rows = [*ROWS, "base_full_context", *(f"baseline: {name}" for name in BASELINES)]
+    rows = [*ROWS, "base_full_context", *(f"baseline_{name}" for name in BASELINES)]
     assert list(results["validation"]) == rows
     for name, row in results["validation"].items():
         low, high = row["interval"]
@@ -151,7 +151,7 @@ def test_the_rows_of_base_and_baselines_are_theirs(evaluated, home, chat_tokeniz
         losses = [
             naive(llm(torch.tensor([r.query + r.answer])).logits[0, len(r.query) - 1 : -1], r.answer) for r in data
         ]
-        close(rows[f"baseline: {name}"]["loss"], torch.cat(losses).mean().item())
+        close(rows[f"baseline_{name}"]["loss"], torch.cat(losses).mean().item())
     assert len({round(row["loss"], 4) for row in rows.values()}) == len(rows) - 2
 
 

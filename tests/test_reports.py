@@ -26,7 +26,7 @@ def test_no_recovery_where_full_context_is_not_better(gap, window, full_context)
 def test_the_table_keeps_what_a_folder_is_called_in_its_cell():
     row = {"loss": 1.0, "tokens_by_chunk": [1200], "interval": [0.5, 1.5]}
     match = {"correct": 1, "records": 8, "share": 0.125}
-    table = reports.table({"validation": {"baseline: a|b\n<b>": row}, "exact_match": {"baseline: a|b\n<b>": match}})
+    table = reports.table({"validation": {"baseline_a|b\n<b>": row}, "exact_match": {"baseline_a|b\n<b>": match}})
     assert table.splitlines()[:3] == [
         "| validation, 1,200 answer tokens | nats per token | 95 % interval | exact match |",
         "|---|---|---|---|",

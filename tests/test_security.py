@@ -153,7 +153,7 @@ def card_of(model, tokenizer, text: str, is_evaluated: bool) -> ModelCard:
     row = {"loss": 1.25, "loss_by_chunk": [1.25], "tokens_by_chunk": [8], "interval": [1.0, 1.5]}
     recovery = {"recovery": None, "interval": None, "gap": 0.0, "gap_interval": [0.0, 0.0]}
     recipe = {"dataset_name": text, "model_name_or_path": text, "output_dir": text, text: {text: [text]}}
-    measured = {"validation": {"model": row, f"baseline: {text}": row}, "context_recovery": {text: recovery}}
+    measured = {"validation": {"model": row, f"baseline_{text}": row}, "context_recovery": {text: recovery}}
     results = measured | {
         "records": {"training": 2, "validation": 1},
         "steps": 3,

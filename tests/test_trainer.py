@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from reference import CHUNK, SIZES, VOCAB, random_ids, reference_carry, reference_logits, reference_step
-from test_train_sft import WORDS, At, sentence, state
+from test_train_sft import At, state
 from torch.testing import assert_close
 
 from phase15.arguments import Phase15TrainingArguments
