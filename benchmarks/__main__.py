@@ -23,11 +23,12 @@ from benchmarks.harness import SHAPES, commit, device, device_name, quiet, shown
 from benchmarks.load import load
 from benchmarks.long import long
 from benchmarks.train import train
+from phase15.errors import one_line_errors
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cuda = torch.cuda.is_available()
     parser.add_argument("what", choices=["train", "decode", "long", "load"])
@@ -95,4 +96,5 @@ def main(args: argparse.Namespace) -> dict:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    with one_line_errors("benchmarks"):
+        main(parse_args())

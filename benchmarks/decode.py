@@ -84,5 +84,5 @@ def decode_batch(args: argparse.Namespace, model, base, limits: dict[str, float]
         same = variants[COMPILED]() == variants[PLAIN]()
         rows[COMPILED]["tokens_equal_to_the_librarys_loop"] = same[:, args.prompt_length :].float().mean().item()
         if args.dtype == torch.float32 and not same.all():
-            raise SystemExit(f"benchmark.py: the compiled path gives other tokens than the library's loop: {rows}")
+            raise ValueError(f"the compiled path gives other tokens than the library's loop: {rows}")
     return rows

@@ -59,7 +59,7 @@ def long(args: argparse.Namespace) -> dict:
     model, base = make_models(args)
     lengths = [256 * 2**power for power in range(32) if 256 * 2**power <= args.new_tokens]
     if not lengths:
-        raise SystemExit("benchmark.py: long needs --new_tokens of at least 256.")
+        raise ValueError("`long` needs --new_tokens of at least 256.")
     window = 128  # tokens that a figure is the mean of: whole chunks
     prompt = torch.randint(5, model.config.text_config.vocab_size, (1, args.prompt_length), device=args.device)
     options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}

@@ -1,12 +1,12 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """
-Chat with a Phase15 model and see what the recursion does while the answer grows; also a Hub Space as it is.
+Chat with a Phase15 model, and watch the recursion while the answer grows. This file alone is also a Hub Space.
 
     python -m scripts.app                                  outputs/quickstart, trained first if it is not there
-    python -m scripts.app --model_dir DIR_OR_HUB_ID        any Phase15 model, whose code is run: read it before
-    PHASE15_MODEL=HUB_ID python -m scripts.app             the same, as a Space says it
+    python -m scripts.app --model_dir DIR_OR_HUB_ID        any Phase15 model; its code is run: read it before
+    PHASE15_MODEL=HUB_ID python -m scripts.app             the same, as in a Space
     python -m scripts.app --port 8080                      or GRADIO_SERVER_PORT
-    python -m scripts.app --help                           every flag, with the limits of what one visitor may ask
+    python -m scripts.app --help                           every flag, with the limits for one visitor
 
 Needs no other file of this repository when it is given a model.
 """
@@ -94,7 +94,7 @@ def nearest_tokens(slots: torch.Tensor, embeddings: torch.Tensor) -> tuple[torch
 
 class Recorder:
     """
-    A context that collects in `steps` what this thread's calls of the model do in the recursion, for the first row.
+    A context that collects in `steps` the recursion's steps of this thread's calls of the model, for the first row.
 
     Args:
         model (`Phase15ForCausalLM`): the model; it is left as it was.
@@ -146,7 +146,7 @@ def reply(
 ) -> Iterator[tuple[str, list[Step]]]:
     """
     Answers a conversation: the text so far and the steps so far, again and again. Closing the iterator ends the
-    generation; what goes wrong in it is raised here.
+    generation. Its errors are raised here.
     """
     if tokenizer.chat_template:
         settings = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
@@ -267,7 +267,7 @@ def build_demo(
                         panel = [facts, picture(steps, *sizes), table(steps, tokenizer, *sizes)]
                     yield gr.skip(), [*history, turn("assistant", text)], *panel
         except Exception as error:
-            raise gr.Error(html.escape(f"{type(error).__name__}: {error}")) from error  # which the page takes for HTML
+            raise gr.Error(html.escape(f"{type(error).__name__}: {error}")) from error  # the page shows it as HTML
 
     with gr.Blocks(title="Phase15", analytics_enabled=False, fill_width=True) as demo:
         gr.HTML(f"<h2>Phase15 · {html.escape(name)}</h2>")

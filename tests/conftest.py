@@ -19,14 +19,20 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, one on each core
 QUICK = {
     "test_compat",
     "test_configuration",
-    "test_data",
+    "test_errors",
+    "test_evaluation",
     "test_examples",
     "test_generation",
     "test_hub_server",
     "test_modeling",
+    "test_models",
     "test_properties",
+    "test_quickstart",
+    "test_recursion",
     "test_records",
     "test_reliability",
+    "test_reports",
+    "test_runs",
 }
 
 

@@ -384,14 +384,14 @@ CASES = {
         "push_to_hub.py", PUSH, "chat template cannot be used", build=content("model/chat_template.jinja", "{% if %}")
     ),
     "push in shards of words": command("push_to_hub.py", [*PUSH, "--max_shard_size", "many"], "many", "GB"),
-    # benchmark.py, serve.py, eval_lm.py, app.py
-    "benchmark nothing": command("benchmark.py", ["fly"], "invalid choice: 'fly'", "decode"),
-    "benchmark on a device": command("benchmark.py", ["decode", "--device", "abacus"], "--device", "abacus"),
-    "benchmark no batch": command("benchmark.py", ["decode", "--batch_sizes", "0"], "--batch_sizes", "1 or more"),
+    # benchmarks, serve.py, eval_lm.py, app.py
+    "benchmark nothing": command("benchmarks", ["fly"], "invalid choice: 'fly'", "decode"),
+    "benchmark on a device": command("benchmarks", ["decode", "--device", "abacus"], "--device", "abacus"),
+    "benchmark no batch": command("benchmarks", ["decode", "--batch_sizes", "0"], "--batch_sizes", "1 or more"),
     "benchmark too few tokens": command(
-        "benchmark.py", ["long", "--shape", "tiny", "--new_tokens", "9"], "--new_tokens of at least 256"
+        "benchmarks", ["long", "--shape", "tiny", "--new_tokens", "9"], "--new_tokens of at least 256"
     ),
-    "benchmark no folders": command("benchmark.py", ["load", "--folders", "a", "b"], "a is no folder of a model"),
+    "benchmark no folders": command("benchmarks", ["load", "--folders", "a", "b"], "a is no folder of a model"),
     "serve compiled": command("serve.py", ["--model_dir", "{model}", "--compile"], "--compile needs"),
     "serve a base": command("serve.py", ["--model_dir", "{base}"], "model_type 'phase15'", needs="uvicorn"),
     "serve nothing": command("serve.py", ["--model_dir", "none"], "cannot serve 'none'", needs="uvicorn"),

@@ -1,5 +1,5 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""benchmark.py at the tiny shape: what it prints, and that its variants are what they are called."""
+"""python -m benchmarks at the tiny shape: what it prints, and that its variants are what they are called."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_decode(capsys):
 
 
 def test_the_base_is_compiled_on_a_cpu_too(bases, monkeypatch):
-    """Or `benchmark.py decode --compile` would time a base that is not."""
+    """Or `python -m benchmarks decode --compile` would time a base that is not."""
     base, calls = AutoModelForCausalLM.from_pretrained(bases["llama"]), []
     monkeypatch.setattr(type(base), "get_compiled_call", lambda self, config: calls.append(config) or self.__call__)
     config = decode_benchmark.compile_everywhere()

@@ -229,7 +229,7 @@ def test_the_steps_are_one_graph_each(tiny):
 
 
 def test_generate_compiles_the_steps_once(tiny, monkeypatch):
-    """For two answers, and without inductor, whose first use takes a minute; `benchmark.py decode` runs that."""
+    """For two answers, without inductor, whose first use takes a minute (`python -m benchmarks decode`)."""
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(decoding_phase15, "_COMPILED", {})
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))

@@ -34,7 +34,6 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import push_to_hub
 from modeling_phase15 import Phase15ForCausalLM
 from phase15 import models, runs
 from phase15.checkpoints import (
@@ -47,7 +46,6 @@ from phase15.checkpoints import (
     write_manifest,
     write_text,
 )
-from scripts import eval_sft
 from train_sft import main, prepare
 
 
@@ -727,16 +725,13 @@ def pickled(source: str | Path, folder: Path, name: str = "model") -> str:
 
 
 def test_pickled_weights_are_refused(bases, short, recipe, tmp_path):
-    """Of bases, models and adapters, by every way in; and loaded where a caller asks for just that."""
+    """Of bases, models and adapters, by every command; and loaded where a caller asks for just that."""
     base, model = pickled(bases["llama"], tmp_path / "base"), pickled(short, tmp_path / "model")
-    arguments = eval_sft.EvaluationArguments(model_dir=model, dataset="x", device="cpu", base=bases["llama"])
     ways = [
         lambda: Phase15ForCausalLM.from_base(base),
-        lambda: Phase15ForCausalLM.from_pretrained(model),
-        lambda: AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True),
-        lambda: push_to_hub.load(Path(model)),
-        lambda: models.load(model, arguments),
-        lambda: models.load(base, arguments),
+        lambda: models.load_phase15(model),
+        lambda: models.load_any(model),
+        lambda: models.load_any(base),
         lambda: prepare([str(write(recipe, tmp_path, model_name_or_path=base))]),
         lambda: prepare([str(write(recipe, tmp_path, model_name_or_path=model))]),
     ]
@@ -744,9 +739,9 @@ def test_pickled_weights_are_refused(bases, short, recipe, tmp_path):
         with pytest.raises(OSError, match="safetensors"):
             way()
     assert isinstance(Phase15ForCausalLM.from_base(base, use_safetensors=False), PreTrainedModel)
-    assert isinstance(Phase15ForCausalLM.from_pretrained(model, use_safetensors=False), PreTrainedModel)
+    assert isinstance(Phase15ForCausalLM.from_pretrained(model), PreTrainedModel)
     adapter = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     get_peft_model(AutoModelForCausalLM.from_pretrained(bases["llama"]), adapter).save_pretrained(tmp_path / "lora")
-    assert isinstance(models.load(str(tmp_path / "lora"), arguments), PeftModel)
+    assert isinstance(models.load_any(str(tmp_path / "lora"), base=bases["llama"]), PeftModel)
     with pytest.raises(ValueError, match="no adapter_model.safetensors"):
-        models.load(pickled(tmp_path / "lora", tmp_path / "adapter", "adapter_model"), arguments)
+        models.load_any(pickled(tmp_path / "lora", tmp_path / "adapter", "adapter_model"), base=bases["llama"])

@@ -1,5 +1,5 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""tests/hub_server.py through the unmodified client: answers that test_push.py relies on and does not reach itself."""
+"""tests/hub_server.py through the unmodified client: answers that test_push_to_hub.py relies on."""
 
 import json
 import os

@@ -198,13 +198,13 @@ def test_the_fast_path_gives_the_same_answers(real):
     with torch.no_grad():
         model.hypernet.alpha.normal_(std=0.1, generator=generator)
         expected = model.generate(**inputs, **settings)
-        with torch.compiler.set_stance("force_eager"):  # `benchmark.py decode` compiles
+        with torch.compiler.set_stance("force_eager"):  # `python -m benchmarks decode` compiles
             assert torch.equal(model.generate(**inputs, compile=True, **settings), expected)
         model.hypernet.alpha.copy_(alpha)
 
 
 def test_loading_costs_little_more_than_the_bases(real, tmp_path):
-    """`benchmark.py load` measures the ratio (docs/measurements.md); the bound here is one that noise cannot reach."""
+    """`python -m benchmarks load` measures the ratio; noise cannot reach the bound here."""
     base, model, _ = real
     model.save_pretrained(tmp_path / "phase15")
     base.save_pretrained(tmp_path / "base")
