@@ -1,4 +1,6 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""Body and head: the training form, the cached form, and loading."""
+
 import contextlib
 import copy
 
@@ -9,9 +11,7 @@ from accelerate import infer_auto_device_map
 from reference import (
     BASES,
     CHUNK,
-    LLM_SIZES,
     QUERY,
-    SINKS,
     SIZES,
     SLOTS,
     VOCAB,
@@ -19,7 +19,6 @@ from reference import (
     pad,
     random_ids,
     randomise_alpha,
-    reference_carry,
     reference_logits,
     window_logits,
 )
@@ -34,7 +33,7 @@ from transformers import (
 )
 
 from configuration_phase15 import Phase15Config
-from modeling_phase15 import Phase15Cache, Phase15ForCausalLM, Phase15Model, SoftPrompt, carry
+from modeling_phase15 import Phase15Cache, Phase15ForCausalLM, Phase15Model
 
 
 # (tokens, query tokens) of a row: one-token answers; answers that end one before, at and one after a chunk boundary;
@@ -69,153 +68,6 @@ def gradients(model, loss):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-# the recursion
-
-
-@pytest.mark.parametrize("num_slots, num_sinks", [(24, 2), (5, 4), (3, 1), (2, 1)])
-def test_carry_equals_a_python_list(num_slots, num_sinks):
-    """Streams of single numbers, through every fill level, with no, some and more new tokens than there are slots."""
-    generator = torch.Generator().manual_seed(0)
-    streams, counter = [[] for _ in range(6)], 0
-    state = SoftPrompt(torch.zeros(6, num_slots, 1), torch.zeros(6, dtype=torch.long))
-    for _ in range(25):
-        lengths = torch.randint(0, int(torch.randint(1, 2 * num_slots, (), generator=generator)) + 1, (6,))
-        tokens = torch.full((6, int(lengths.max()) + 2, 1), -1e9)  # what is not a token must not matter
-        for row, length in enumerate(lengths.tolist()):
-            new = [float(number) for number in range(counter + 1, counter + length + 1)]
-            tokens[row, :length, 0] = torch.tensor(new)
-            streams[row] = reference_carry(streams[row], new, num_slots, num_sinks)
-            counter += length
-        state = carry(state, tokens, lengths, num_sinks)
-        assert state.length.tolist() == [len(stream) for stream in streams]
-        for row, stream in enumerate(streams):
-            assert state.embeds[row, :, 0].tolist() == stream + [0.0] * (num_slots - len(stream))
-            assert state.mask[row].tolist() == [True] * len(stream) + [False] * (num_slots - len(stream))
-
-
-def test_carry_holds_sinks_and_newest():
-    state = SoftPrompt(torch.zeros(1, 5, 1), torch.zeros(1, dtype=torch.long))
-    for token in range(1, 10):
-        state = carry(state, torch.full((1, 1, 1), float(token)), torch.ones(1, dtype=torch.long), num_sinks=2)
-    assert state.embeds[0, :, 0].tolist() == [1, 2, 7, 8, 9]
-
-
-def test_delta_is_exactly_zero_before_training_and_not_after(bases):
-    model = Phase15ForCausalLM.from_base(bases["llama"], **SIZES)
-    query, length = random_ids(2, QUERY), torch.tensor([QUERY, 3])
-    untrained = model.read(model.empty_soft_prompt(2), query, length)
-    embeds = model.get_input_embeddings()(query)
-    assert torch.equal(untrained.embeds[0, :QUERY], embeds[0]) and torch.equal(untrained.embeds[1, :3], embeds[1, :3])
-    trained = randomise_alpha(model).read(model.empty_soft_prompt(2), query, length)
-    assert ((trained.embeds - untrained.embeds).abs().sum(dim=-1) > 0).equal(trained.mask)  # and none in unused slots
-
-
-def test_delta_is_the_gated_overwrite_of_the_design(tiny):
-    """With α → ∞ and the gate open the slots hold O y and what they point at; with it closed, what was carried."""
-    net = tiny.hypernet
-    old, tokens = as_soft_prompt(list(torch.randn(SLOTS - 5, 32)), 32), torch.randn(1, QUERY, 32)
-    length = torch.tensor([QUERY - 1])
-    carried = carry(old, tokens, length, 2)
-    stream = torch.cat([old.embeds[0, : SLOTS - 5], tokens[0, : QUERY - 1]])
-    seen, written = {}, []
-    net.memory_norm.register_forward_hook(lambda module, arguments, output: seen.update(memory=output[0]))
-    net.norm.register_forward_hook(lambda module, arguments, output: seen.update(y=output[0]))
-    net.output_proj.register_forward_hook(lambda module, arguments, output: written.append(output[0]))
-    with torch.no_grad():
-        net.alpha.fill_(50.0)
-        net.pointer_q_proj.weight.mul_(30)  # far from a mean of everything
-        for gate in (1e4, -1e4):
-            hook = net.gate_proj.register_forward_hook(lambda m, a, output, gate=gate: output * 0 + gate)
-            stepped = tiny.step(old, tokens, length)
-            hook.remove()
-            if gate < 0:
-                assert_close(stepped.embeds, carried.embeds)
-                continue
-            real = [*range(SLOTS - 5), *range(SLOTS, SLOTS + QUERY - 1)]  # not the slots and tokens that are none
-            keys = net.pointer_k_proj(seen["memory"][real])
-            for slot in range(SLOTS):
-                query = net.pointer_q_proj(seen["y"][slot])
-                weights = torch.softmax(keys @ query / len(query) ** 0.5, dim=0)
-                expected = written[0][slot] * net.embedding_scale + (weights[:, None] * stream).sum(dim=0)
-                assert_close(stepped.embeds[0, slot], expected, atol=1e-4, rtol=1e-4)
-            assert weights.max() > 2 / len(weights)
-
-
-def test_hypernet_layers_equal_the_equations(tiny):
-    """One row without padding, one head at a time."""
-    net, seen = tiny.hypernet, []
-    old, tokens, length = (
-        as_soft_prompt(list(torch.randn(SLOTS, 32)), 32),
-        torch.randn(1, QUERY, 32),
-        torch.tensor([QUERY]),
-    )
-    carried = carry(old, tokens, length, SINKS)
-    net.norm.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0][0]))
-    net(carried, old, tokens, length)
-
-    def attend(attention, x, memory):
-        heads = []
-        for rows in torch.arange(32).split(8):
-            q, k, v = (
-                (attention.get_submodule(f"{name}_proj").weight[rows] @ x.T).T
-                for name, x in zip("qkv", (x, memory, memory), strict=True)
-            )
-            heads.append(torch.softmax(q @ k.T / 8**0.5, dim=-1) @ v)
-        return attention.o_proj(torch.cat(heads, dim=-1))
-
-    unit = [embeds[0] / net.embedding_scale for embeds in (carried.embeds, old.embeds, tokens)]
-    position = net.position_embeddings.weight
-    slots, old_slots = (net.slot_proj(embeds) + position[:SLOTS] for embeds in unit[:2])
-    memory = net.memory_norm(torch.cat([old_slots, net.token_proj(unit[2]) + position[:QUERY]]))
-    for layer in net.layers:
-        slots = slots + attend(layer.self_attn, layer.self_norm(slots), layer.self_norm(slots))
-        slots = slots + attend(layer.cross_attn, layer.cross_norm(slots), memory)
-        slots = slots + layer.down_proj(F.gelu(layer.up_proj(layer.mlp_norm(slots))))
-    assert_close(seen[0], slots, atol=1e-5, rtol=1e-4)
-    assert {module.eps for module in net.modules() if isinstance(module, torch.nn.RMSNorm)} == {1e-5}
-
-
-def test_hypernet_sees_old_slots_and_new_tokens_and_no_padding(tiny):
-    old = as_soft_prompt(list(torch.randn(SLOTS, 32)), 32)
-    tokens, length = torch.randn(1, CHUNK + 2, 32), torch.tensor([CHUNK])
-    carried = carry(old, tokens, length, 2)
-    delta = tiny.hypernet(carried, old, tokens, length)
-
-    def changed(old=old, tokens=tokens):
-        return not torch.equal(delta, tiny.hypernet(carried, old, tokens, length))
-
-    evicted = torch.zeros(1, SLOTS, 1).index_fill(1, torch.tensor([2]), 1.0)  # the oldest slot that is not a sink
-    assert changed(old=old._replace(embeds=old.embeds + evicted))
-    assert changed(tokens=tokens + F.one_hot(torch.tensor(CHUNK - 1), CHUNK + 2)[:, None])
-    assert not changed(tokens=tokens + F.one_hot(torch.tensor(CHUNK), CHUNK + 2)[:, None])
-    fresh = as_soft_prompt(list(torch.randn(3, 32)), 32)  # what stands in slots that are not used must not matter
-    noisy = fresh._replace(embeds=fresh.embeds + torch.randn(1, SLOTS, 32) * ~fresh.mask[..., None])
-    carried = carry(fresh, tokens, length, 2)
-    deltas = [tiny.hypernet(carried, old, tokens, length) for old in (fresh, noisy)]
-    assert torch.equal(*deltas)
-
-
-def test_embedding_scale_is_the_bases(bases, tmp_path):
-    model = Phase15ForCausalLM.from_base(bases["llama"], **SIZES)
-    rms = model.get_input_embeddings().weight.square().mean().sqrt()
-    assert_close(model.hypernet.embedding_scale, rms[None])
-    model.hypernet.embedding_scale.mul_(3)
-    model.save_pretrained(tmp_path)
-    assert_close(Phase15ForCausalLM.from_pretrained(tmp_path).hypernet.embedding_scale, 3 * rms[None])
-
-
-def test_a_new_model_starts_at_zero_and_the_embeddings_scale():
-    model = Phase15ForCausalLM(Phase15Config(text_config=LLM_SIZES, **SIZES))
-    assert not model.hypernet.alpha.any()
-    assert_close(model.hypernet.embedding_scale, torch.tensor([LLM_SIZES["initializer_range"]]))
-    position, std = model.hypernet.position_embeddings.weight, model.config.initializer_range * 32**0.5
-    assert_close(position.std(), torch.tensor(std), rtol=0.1, atol=0.0)
-    assert position.mean().abs() < 0.2 * std
-
-
-# warm start
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_warm_start_equals_the_base_within_the_slots(pair, side):
     base, model = pair
@@ -234,9 +86,6 @@ def test_warm_start_equals_the_base_on_sinks_and_window(pair, side):
     logits = model(batch["input_ids"], batch["attention_mask"], query_lengths=query_lengths).logits
     for row, mask, query, tokens in zip(logits, batch["attention_mask"], query_lengths, ids, strict=True):
         assert_close(row[mask.bool()], window_logits(base, tokens, query), atol=1e-4, rtol=1e-4)
-
-
-# the training form against the equations
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
@@ -443,9 +292,6 @@ def test_num_items_in_batch_divides_the_sum(tiny, as_type):
     assert_close(gradients(tiny, loss), gradients(tiny, whole), atol=1e-6, rtol=1e-4)
 
 
-# what is the query
-
-
 def test_query_is_what_comes_before_the_first_label(tiny):
     batch, query_lengths, _ = make_batch([(31, 5), (20, 11), (9, 3)])
     by_labels = tiny(**batch)
@@ -492,9 +338,6 @@ def test_no_logit_depends_on_a_later_token(tiny, query_length, trained):
     # and what has fallen out of the window is forgotten by the window alone, but not by a trained model
     last, gone = length - 1, range(2, length - SLOTS - CHUNK)
     assert len(gone) and (change[gone, last] > 1e-5).all() if trained else (change[gone, last] < 1e-5).all()
-
-
-# the cached form
 
 
 def splits_of(length, query, seed):
@@ -598,9 +441,6 @@ def test_output_as_a_tuple(tiny):
     assert torch.equal(loss, expected.loss) and torch.equal(logits, expected.logits)
 
 
-# errors
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -665,9 +505,6 @@ def test_from_base_keeps_weights_config_and_generation_config(bases, tmp_path):
     assert {name: getattr(model.config, name) for name in SIZES} == SIZES
     assert model.generation_config.eos_token_id == [4, 5] and model.generation_config.temperature == 0.3
     assert_close(model.llm.state_dict(), base.state_dict(), atol=0, rtol=0)
-
-
-# training aids, dtypes, devices
 
 
 def enable_checkpointing(model):  # transformers 5.23 renamed it
