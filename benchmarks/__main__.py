@@ -1,14 +1,16 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """
-Speed and memory of Phase15 beside its baselines, in one process, with random weights at a named shape.
+Speed and memory of Phase15 beside its baselines, with random weights at a named shape or with saved folders.
 
-    python -m benchmarks decode --shape tinyllama    ms per token, against the base under transformers' `generate`
-    python -m benchmarks long --shape tinyllama      the same, as the answer grows: a table and a curve
-    python -m benchmarks train --shape tinyllama     a step, against chunk by chunk and full-context fine-tuning
-    python -m benchmarks load --shape smollm2        `from_pretrained`, against the bare base
+    python -m benchmarks decode --shape tinyllama    ms per token, beside the base under transformers' `generate`
+    python -m benchmarks long --shape tinyllama      the same as the answer grows: a table and a curve
+    python -m benchmarks train --shape tinyllama     a step, beside chunk by chunk and full-context fine-tuning
+    python -m benchmarks load --shape smollm2        `from_pretrained`, beside the bare base's
+    python -m benchmarks serve --model_dir DIR       time to the first token of the server, beside `generate`'s
 
-Every variant runs once uncounted, then all take turns; figures are medians over the rounds. Ceilings are measured on
-the spot: bytes/s of a large copy, FLOP/s of a large matrix product. The last line is JSON; with --json, the only one.
+Every variant first runs uncounted. Then all take turns; figures are medians over the rounds. Ceilings are measured in
+the same run: bytes/s of a large copy, FLOP/s of a large matrix product. The last line is JSON,
+with --json the only one.
 """
 
 import argparse
@@ -19,11 +21,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.decode import decode
-from benchmarks.harness import SHAPES, commit, device, device_name, quiet, shown, table
+from benchmarks.harness import LABELS, SHAPES, commit, device, device_name, quiet, shown, table
 from benchmarks.load import load
 from benchmarks.long import long
+from benchmarks.serve import serve
 from benchmarks.train import train
 from phase15.errors import one_line_errors
+
+
+KINDS = {"decode": decode, "long": long, "train": train, "load": load, "serve": serve}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,10 +37,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cuda = torch.cuda.is_available()
-    parser.add_argument("what", choices=["train", "decode", "long", "load"])
+    parser.add_argument("kind", choices=list(KINDS))
     parser.add_argument("--shape", choices=list(SHAPES), default="tinyllama" if cuda else "smollm2")
     parser.add_argument("--json", action="store_true", help="print the JSON line alone")
-    parser.add_argument("--rounds", type=int, help="counted calls of each variant (default 5; load 30; long 1)")
+    parser.add_argument(
+        "--rounds", type=int, help="counted calls of each variant (default 5; load 30; serve 15; long 1)"
+    )
     parser.add_argument("--batch_sizes", type=int, nargs="+", help="rows (default: decode 1, on CUDA 1 64; train 8)")
     parser.add_argument("--prompt_length", type=int, default=256, help="tokens of the prompt or query")
     parser.add_argument("--new_tokens", type=int, help="tokens of the answer (default 256; long 8192)")
@@ -43,6 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stage", choices=["hypernet", "full"], default="full", help="train: what is trained")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="train: recompute the LLM's activations")
     parser.add_argument("--folders", nargs=2, metavar=("PHASE15", "BASE"), help="load: these, not random weights")
+    parser.add_argument("--model_dir", default="outputs/quickstart", help="serve: folder or Hub id of a Phase15 model")
     parser.add_argument("--picture", type=Path, help="long: the curve (default outputs/long_SHAPE.png)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16" if cuda else "float32")
     parser.add_argument("--device", type=device, default=torch.device("cuda" if cuda else "cpu"))
@@ -54,22 +63,42 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for folder in args.folders or ():
         if not Path(folder, "config.json").is_file():
             parser.error(f"argument --folders: {folder} is no folder of a model, it has no config.json")
+    args.model_dir = args.model_dir.rstrip("/")  # the server's name for the model has no slash
     args.dtype = getattr(torch, args.dtype)
-    args.rounds = args.rounds or {"load": 30, "long": 1}.get(args.what, 5)
-    args.new_tokens = args.new_tokens or (8192 if args.what == "long" else 256)
+    args.rounds = args.rounds or {"load": 30, "serve": 15, "long": 1}.get(args.kind, 5)
+    args.new_tokens = args.new_tokens or (8192 if args.kind == "long" else 256)
     if args.batch_sizes is None:
-        args.batch_sizes = {"decode": [1, 64] if cuda else [1], "train": [8]}.get(args.what, [1])
+        args.batch_sizes = {"decode": [1, 64] if cuda else [1], "train": [8]}.get(args.kind, [1])
     args.picture = args.picture or Path("outputs") / f"long_{args.shape}.png"
     return args
 
 
+def print_tables(report: dict):
+    settings, results = report["settings"], report["results"]
+    model = settings["model_dir"] if report["benchmark"] == "serve" else f"{settings['shape']}, {settings['dtype']}"
+    print(f"{report['benchmark']}, {model}, {report['device']}, commit {report['commit']}")
+    if limits := report.get("ceilings"):
+        rates = limits["bytes_per_second"] / 1e9, limits["flop_per_second"] / 1e12
+        print("ceilings: a large copy {:.0f} GB/s, a large matrix product {:.2f} TFLOP/s".format(*rates))
+    if report["benchmark"] in ("load", "serve"):  # one table
+        print(f"\n{table(results)}")
+        results = {}
+    for name, rows in results.items():
+        heading = LABELS.get(name, name.replace("_", " "))
+        if "faster_than_base_from_token" in rows:
+            token = shown(rows["faster_than_base_from_token"])
+            heading += f"; whole answer faster than the base's from token: {token}"
+        print(f"\n{heading}\n{table({key: row for key, row in rows.items() if isinstance(row, dict)})}")
+    print()
+
+
 def main(args: argparse.Namespace) -> dict:
     with quiet():
-        report = {"train": train, "decode": decode, "long": long, "load": load}[args.what](args)
+        report = KINDS[args.kind](args)
     settings = {name: value for name, value in vars(args).items() if name not in ("json", "picture", "folders")}
     settings |= {name: str(settings[name]).removeprefix("torch.") for name in ("dtype", "device")}
     report = {
-        "benchmark": args.what,
+        "benchmark": args.kind,
         "commit": commit(),
         "device": device_name(args.device),
         "versions": {package: version(package) for package in ("torch", "transformers")},
@@ -77,20 +106,7 @@ def main(args: argparse.Namespace) -> dict:
         **report,
     }
     if not args.json:
-        print(f"{args.what}, {args.shape}, {settings['dtype']}, {report['device']}, commit {report['commit']}")
-        if limits := report.get("ceilings"):
-            rates = limits["bytes_per_second"] / 1e9, limits["flop_per_second"] / 1e12
-            print("ceilings: a large copy {:.0f} GB/s, a large matrix product {:.2f} TFLOP/s".format(*rates))
-        results = report["results"]
-        if args.what == "load":
-            results = {"": results}
-        for name, rows in results.items():
-            if args.what == "long":
-                found = rows.get("faster_than_base_from_token", "")
-                name += f"; whole answer faster than the base's from token: {shown(found)}" if found != "" else ""
-                rows = {key: row for key, row in rows.items() if isinstance(row, dict)}
-            print(f"\n{name}\n{table(rows)}")
-        print()
+        print_tables(report)
     print(json.dumps(report))
     return report
 

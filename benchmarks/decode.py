@@ -1,5 +1,5 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""Whole calls of `generate`, prompt included, against the base under transformers' `generate`."""
+"""Decoding: ms per token of whole calls of `generate`, beside the base's."""
 
 import argparse
 import statistics
@@ -7,30 +7,19 @@ import statistics
 import torch
 from transformers import CompileConfig
 
-from benchmarks.harness import (
-    BASE,
-    BASE_COMPILED,
-    COMPILED,
-    PLAIN,
-    ceilings,
-    hypernet_parameters,
-    make_models,
-    peak_memory,
-    read_parameters,
-    rounds,
-)
+from benchmarks.harness import ceilings, hypernet_parameters, make_models, peak_memory, read_parameters, rounds
 
 
 def decode(args: argparse.Namespace) -> dict:
-    """Whole calls of `generate`, prompt included."""
+    """Times whole calls of `generate`, prompt included."""
     model, base = make_models(args)
     limits = ceilings(args.device, args.dtype)
-    results = {f"batch {size}": decode_batch(args, model, base, limits, size) for size in args.batch_sizes}
+    results = {f"batch_{size}": decode_batch(args, model, base, limits, size) for size in args.batch_sizes}
     return {"ceilings": limits, "results": results}
 
 
 def compile_everywhere() -> CompileConfig:
-    """Has the library compile a model on a CPU too; it compiles on GPUs alone unless told so."""
+    """A configuration with which the library compiles on a CPU, too. By default it compiles on GPUs alone."""
     config = CompileConfig()
     config._compile_all_devices = True
     return config
@@ -47,14 +36,14 @@ def decode_batch(args: argparse.Namespace, model, base, limits: dict[str, float]
     }
     everywhere = compile_everywhere()
     variants = {
-        BASE: lambda: base.generate(prompt, **options),
-        PLAIN: lambda: model.generate(prompt, compile=False, **options),
+        "base": lambda: base.generate(prompt, **options),
+        "phase15": lambda: model.generate(prompt, compile=False, **options),
     }
     if args.compile:
-        variants[BASE_COMPILED] = lambda: base.generate(
+        variants["base_compiled"] = lambda: base.generate(
             prompt, cache_implementation="static", compile_config=everywhere, **options
         )
-        variants[COMPILED] = lambda: model.generate(prompt, compile=True, **options)
+        variants["phase15_compiled"] = lambda: model.generate(prompt, compile=True, **options)
     medians = {name: statistics.median(times) for name, times in rounds(variants, args.rounds).items()}
     peaks = {name: peak_memory(function) for name, function in variants.items()}
 
@@ -64,25 +53,26 @@ def decode_batch(args: argparse.Namespace, model, base, limits: dict[str, float]
     position = 2 * config.text_config.num_hidden_layers * config.text_config.num_key_value_heads * head_dim
     context = args.prompt_length + args.new_tokens / 2
     weights, window = read_parameters(base), num_slots + chunk_length / 2
-    read = {  # bytes per step of the whole batch: weights once, keys and values of every row
-        True: size * (weights + hypernet_parameters(model) / chunk_length + batch_size * window * position),
-        False: size * (weights + batch_size * context * position),
+    bytes_read = {  # per step of the whole batch: weights once, keys and values of every row
+        "phase15": size * (weights + hypernet_parameters(model) / chunk_length + batch_size * window * position),
+        "base": size * (weights + batch_size * context * position),
     }
     rows = {}
     for name, seconds in medians.items():
         step = seconds / args.new_tokens
-        bandwidth = read[name in (PLAIN, COMPILED)] / step
+        bandwidth = bytes_read[name.removesuffix("_compiled")] / step
         rows[name] = {
             "ms_per_token": 1e3 * step,
             "tokens_per_second": batch_size / step,
-            "ratio_to_base": seconds / medians[BASE],
+            "ratio_to_base": seconds / medians["base"],
             "peak_mb": None if peaks[name] is None else peaks[name] / 2**20,
             "gb_per_second": bandwidth / 1e9,
             "share_of_copy": bandwidth / limits["bytes_per_second"],
         }
     if args.compile and not args.sample:
-        same = variants[COMPILED]() == variants[PLAIN]()
-        rows[COMPILED]["tokens_equal_to_the_librarys_loop"] = same[:, args.prompt_length :].float().mean().item()
+        same = variants["phase15_compiled"]() == variants["phase15"]()
+        share = same[:, args.prompt_length :].float().mean().item()
+        rows["phase15_compiled"]["share_of_tokens_equal_to_phase15"] = share
         if args.dtype == torch.float32 and not same.all():
             raise ValueError(f"the compiled path gives other tokens than the library's loop: {rows}")
     return rows

@@ -1,5 +1,5 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""What the benchmarks share: interleaved timing, memory, ceilings, models of random weights, and their printing."""
+"""Shared by the benchmarks: interleaved timing, memory, ceilings, models of random weights, tables."""
 
 import argparse
 import gc
@@ -44,8 +44,17 @@ SHAPES = {
     "smollm2": (SMOLLM2, {}),
     "tiny": (TINY, {"hypernet_hidden_size": 64, "hypernet_intermediate_size": 256, "hypernet_num_attention_heads": 4}),
 }
-BASE, PLAIN, COMPILED = "base", "phase15, library's loop", "phase15, compiled"
-BASE_COMPILED = "base, static cache, compiled"
+# How tables and curves name the variants, whose names are the keys of the JSON.
+LABELS = {
+    "base": "base",
+    "base_compiled": "base, static cache, compiled",
+    "base_full_context": "base, full context",
+    "generate": "generate, with a streamer",
+    "phase15": "phase15",
+    "phase15_chunk_by_chunk": "phase15, chunk by chunk",
+    "phase15_compiled": "phase15, compiled",
+    "server": "scripts.serve",
+}
 
 
 def synchronize():
@@ -67,18 +76,23 @@ def timed(function: Callable) -> float:
 
 
 def rounds(variants: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each variant, taking turns, after one call each that does not count."""
+    """Seconds of every counted call of each variant. They take turns, after one call each that does not count."""
     for function in variants.values():
         function()
     seconds = {name: [] for name in variants}
     for index in range(repeats):
-        for name in sorted(variants, reverse=bool(index % 2)):
+        for name in in_turn(variants, index):
             seconds[name].append(timed(variants[name]))
     return seconds
 
 
+def in_turn(variants: dict, index: int) -> list[str]:
+    """The names of the variants, backwards in every other round: none always follows the same one."""
+    return list(variants)[:: -1 if index % 2 else 1]
+
+
 def peak_memory(function: Callable) -> int | None:
-    """Most bytes allocated on the GPU during a call, over what was there before; not measured on a CPU."""
+    """Most bytes that a call adds to the GPU's allocated memory; not measured on a CPU."""
     if not torch.cuda.is_available():
         return None
     gc.collect()
@@ -132,7 +146,7 @@ def make_models(args: argparse.Namespace) -> tuple[Phase15ForCausalLM, torch.nn.
 
 
 def read_parameters(module: torch.nn.Module) -> int:
-    """Parameters that a pass reads: all but the table of input embeddings, of which it reads single rows."""
+    """Parameters that a pass reads: all but the input embeddings, of which it reads single rows."""
     table = module.get_input_embeddings().weight
     tied = module.get_output_embeddings().weight is table
     return sum(parameter.numel() for parameter in module.parameters()) - (0 if tied else table.numel())
@@ -144,7 +158,7 @@ def hypernet_parameters(model: Phase15ForCausalLM) -> int:
 
 @contextmanager
 def quiet():
-    """Without the library's advice, which is about single calls, and its progress bars."""
+    """Silences the library's advice about single calls, and its progress bars."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -156,12 +170,14 @@ def quiet():
 
 
 def table(rows: dict[str, dict]) -> str:
-    """Markdown; a row per variant."""
+    """A Markdown table: a row for each variant, or for each length."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = ["| |" + "|".join(f" {column.replace('_', ' ')} " for column in columns) + "|"]
     lines.append("|---|" + "---|" * len(columns))
     for name, row in rows.items():
-        lines.append(f"| {name} |" + "|".join(f" {shown(row.get(column))} " for column in columns) + "|")
+        lines.append(
+            f"| {LABELS.get(name, name)} |" + "|".join(f" {shown(row.get(column))} " for column in columns) + "|"
+        )
     return "\n".join(lines)
 
 
@@ -172,7 +188,7 @@ def shown(value) -> str:
 
 
 def device(name: str) -> torch.device:
-    """A device that is here."""
+    """A device of this machine."""
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

@@ -1,5 +1,5 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""`from_pretrained` of saved folders, against the bare base."""
+"""Loading: `from_pretrained` of a Phase15 folder, beside that of the bare base."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ from benchmarks.harness import make_models, rounds
 
 
 def load(args: argparse.Namespace) -> dict:
-    """`from_pretrained` of saved folders, files in the page cache."""
+    """Times `from_pretrained`, with the files in the page cache."""
     with tempfile.TemporaryDirectory() as work:
         if args.folders is None:
             model, base = make_models(args)

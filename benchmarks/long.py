@@ -1,5 +1,5 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""Time per token and size of the state as an answer grows: a table and a curve."""
+"""Long answers: time per token and size of the state as an answer grows, as a table and a curve."""
 
 import argparse
 import statistics
@@ -13,13 +13,13 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 import decoding_phase15
-from benchmarks.harness import BASE, COMPILED, PLAIN, commit, device_name, make_models, synchronize
+from benchmarks.harness import LABELS, commit, device_name, in_turn, make_models, synchronize
 from compat_phase15 import CACHE_NAME
 from modeling_phase15 import Phase15Cache, Phase15ForCausalLM
 
 
 def state_bytes(cache) -> int:
-    """Of everything that a cache carries from token to token."""
+    """Bytes that a cache carries from token to token."""
     if isinstance(cache, Phase15Cache):
         own = (*cache.soft_prompt, cache.chunk)
         return sum(tensor.nbytes for tensor in own) + state_bytes(cache.llm_cache)
@@ -27,7 +27,7 @@ def state_bytes(cache) -> int:
 
 
 def decoder_bytes(model: Phase15ForCausalLM) -> int:
-    """Of all buffers of the compiled path."""
+    """Bytes of all buffers of the compiled path."""
     decoders = decoding_phase15._DECODERS[model].values()
     tensors = (
         (*d.soft_prompt, d.chunk, d.finished, d.column, *d.slot_cache.keys, *d.slot_cache.values) for d in decoders
@@ -36,7 +36,7 @@ def decoder_bytes(model: Phase15ForCausalLM) -> int:
 
 
 class Clock(BaseStreamer):
-    """Notes when each token came, and how large the state was at some of them."""
+    """A streamer that records the time of every token, and the size of the state at some lengths."""
 
     def __init__(self, state: Callable[[], int] | None, lengths: list[int]):
         self.state, self.lengths = state, lengths
@@ -44,7 +44,7 @@ class Clock(BaseStreamer):
 
     def put(self, value):
         synchronize()
-        self.times.append(time.perf_counter())  # the first is the prompt's
+        self.times.append(time.perf_counter())  # of the prompt, then of each token
         if (length := len(self.times) - 1) in self.lengths:
             self.states[length] = self.state()
             if torch.cuda.is_available():
@@ -55,28 +55,28 @@ class Clock(BaseStreamer):
 
 
 def long(args: argparse.Namespace) -> dict:
-    """One long answer of each; every token is waited for, so single tokens cost more than in `decode`."""
+    """Times one long answer of each variant. It waits for every token, so a token costs more than in `decode`."""
     model, base = make_models(args)
     lengths = [256 * 2**power for power in range(32) if 256 * 2**power <= args.new_tokens]
     if not lengths:
         raise ValueError("`long` needs --new_tokens of at least 256.")
-    window = 128  # tokens that a figure is the mean of: whole chunks
+    window = 128  # a figure is the mean of so many tokens: whole chunks
     prompt = torch.randint(5, model.config.text_config.vocab_size, (1, args.prompt_length), device=args.device)
     options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
     variants = {
-        BASE: (base, DynamicCache, {}),
-        PLAIN: (model, Phase15Cache, {"compile": False}),
-        **({COMPILED: (model, Phase15Cache, {"compile": True})} if args.compile else {}),
+        "base": (base, DynamicCache, {}),
+        "phase15": (model, Phase15Cache, {"compile": False}),
+        **({"phase15_compiled": (model, Phase15Cache, {"compile": True})} if args.compile else {}),
     }
     rows, curves, ends = {}, {}, {}
-    for candidate, _, kwargs in variants.values():
-        candidate.generate(prompt, max_new_tokens=2 * window, **options, **kwargs)  # not counted
+    for candidate, _, kwargs in variants.values():  # not counted
+        candidate.generate(prompt, max_new_tokens=2 * window, **options, **kwargs)
     clocks = {name: [] for name in variants}
     for index in range(args.rounds):
-        for name in sorted(variants, reverse=bool(index % 2)):
+        for name in in_turn(variants, index):
             candidate, cache_class, kwargs = variants[name]
             cache = cache_class(config=candidate.config)
-            state = partial(decoder_bytes, model) if name == COMPILED else partial(state_bytes, cache)
+            state = partial(decoder_bytes, model) if name == "phase15_compiled" else partial(state_bytes, cache)
             clock = Clock(state, lengths)
             started = time.perf_counter()
             candidate.generate(
@@ -104,12 +104,11 @@ def long(args: argparse.Namespace) -> dict:
         rows[name]["growth"] = {
             key: last[key] / first[key] for key in ("ms_per_token", "state_mb", "allocated_mb") if first[key]
         }
-    for name in variants:
-        pairs = enumerate(zip(ends[name], ends[BASE], strict=True), start=1)
+    for name in variants.keys() - {"base"}:
+        pairs = enumerate(zip(ends[name], ends["base"], strict=True), start=1)
         behind = [length for length, (ours, bases) in pairs if ours > bases]
-        if name != BASE:  # from here on its whole answer was there before the base's
-            ahead = max(behind, default=0) + 1
-            rows[name]["faster_than_base_from_token"] = ahead if ahead <= len(ends[name]) else None
+        ahead = max(behind, default=0) + 1  # from here on the whole answer took less time than the base's
+        rows[name]["faster_than_base_from_token"] = ahead if ahead <= len(ends[name]) else None
     picture = draw(curves, window, args)
     return {"lengths": lengths, "window": window, "results": rows, "picture": str(picture)}
 
@@ -120,7 +119,9 @@ def draw(curves: dict[str, list[float]], window: int, args: argparse.Namespace) 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, values in curves.items():
-        axes.plot([window * (i + 1) for i in range(len(values))], [1e3 * value for value in values], label=name)
+        axes.plot(
+            [window * (i + 1) for i in range(len(values))], [1e3 * value for value in values], label=LABELS[name]
+        )
     axes.set(xlabel="tokens generated", ylabel=f"ms per token, mean of {window}", ylim=(0, None))
     axes.set_title(f"{args.shape}, {device_name(args.device)}, {commit()}", fontsize=9)
     axes.legend()

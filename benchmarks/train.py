@@ -1,5 +1,5 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""A training step, against chunk by chunk and full-context fine-tuning."""
+"""Training: a step of fine-tuning, beside the loss chunk by chunk and beside full-context fine-tuning."""
 
 import argparse
 import copy
@@ -16,7 +16,7 @@ from phase15.models import compile_layers
 
 
 def chunk_by_chunk(model: Phase15ForCausalLM, ids: torch.LongTensor, query_length: int) -> torch.Tensor:
-    """The loss as the recursion is written down: the LLM is called once per chunk."""
+    """The loss in the recursion's own order: one call of the LLM per chunk."""
     embed, chunk_length = model.get_input_embeddings(), model.config.chunk_length
     length = torch.full_like(ids[:, 0], query_length)
     soft_prompt, loss = model.read(model.empty_soft_prompt(len(ids)), ids[:, :query_length], length), 0
@@ -31,7 +31,7 @@ def chunk_by_chunk(model: Phase15ForCausalLM, ids: torch.LongTensor, query_lengt
 
 
 def train(args: argparse.Namespace) -> dict:
-    """Steps of fine-tuning: forward, backward and AdamW, every row a query and an answer of full length."""
+    """Times steps of fine-tuning: forward, backward and AdamW. Every row is a query and an answer of full length."""
     model, base = make_models(args)
     model.train()
     limits = ceilings(args.device, args.dtype)
@@ -41,7 +41,7 @@ def train(args: argparse.Namespace) -> dict:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     compiled = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})  # the same weights
     compile_layers(compiled)
-    results = {f"batch {size}": train_batch(args, model, base, compiled, limits, size) for size in args.batch_sizes}
+    results = {f"batch_{size}": train_batch(args, model, base, compiled, limits, size) for size in args.batch_sizes}
     return {"ceilings": limits, "results": results}
 
 
@@ -54,15 +54,15 @@ def train_batch(args: argparse.Namespace, model, base, compiled, limits, batch_s
     labels[:, :query_length] = -100
     losses = {
         "phase15": lambda: model(ids, labels=labels, skip_logits=True).loss,
-        "phase15, chunk by chunk": lambda: chunk_by_chunk(model, ids, query_length),
-        "base, full context": lambda: base(ids, labels=labels).loss,
+        "phase15_chunk_by_chunk": lambda: chunk_by_chunk(model, ids, query_length),
+        "base_full_context": lambda: base(ids, labels=labels).loss,
     }
     if args.stage == "hypernet":
-        del losses["base, full context"]  # frozen: there is nothing to train
+        del losses["base_full_context"]  # frozen: there is nothing to train
     if args.compile:
-        losses["phase15, compiled layers"] = lambda: compiled(ids, labels=labels, skip_logits=True).loss
+        losses["phase15_compiled"] = lambda: compiled(ids, labels=labels, skip_logits=True).loss
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=0.0, fused=True)  # at rate 0, so that no variant moves the others
+    optimizer = torch.optim.AdamW(trainable, lr=0.0, fused=True)  # rate 0: all variants keep the same weights
 
     def step(loss: Callable):
         loss().backward()
@@ -75,7 +75,7 @@ def train_batch(args: argparse.Namespace, model, base, compiled, limits, batch_s
     medians = {name: statistics.median(times) for name, times in rounds(variants, args.rounds).items()}
     peaks = {name: peak_memory(function) for name, function in variants.items()}
 
-    # 6 FLOP per parameter and token processed, nothing for recomputation; 4 where no weight gradient is made
+    # 6 FLOP per parameter and token, 4 without a weight gradient; recomputation does not count
     num_chunks = math.ceil(answer_length / config.chunk_length)
     layers, head = sum(p.numel() for p in base.model.layers.parameters()), base.lm_head.weight.numel()
     positions = num_chunks * (config.num_soft_tokens + config.chunk_length - 1)
@@ -83,16 +83,16 @@ def train_batch(args: argparse.Namespace, model, base, compiled, limits, batch_s
     per_parameter = 4 if args.stage == "hypernet" else 6
     recursion = 6 * hypernet_parameters(model) * steps * config.num_soft_tokens
     flop = {
-        True: batch_size * (per_parameter * (layers * positions + head * answer_length) + recursion),
-        False: batch_size * 6 * (layers + head) * (query_length + answer_length),
+        "phase15": batch_size * (per_parameter * (layers * positions + head * answer_length) + recursion),
+        "base": batch_size * 6 * (layers + head) * (query_length + answer_length),
     }
     rows = {}
     for name, seconds in medians.items():
-        achieved = flop[name.startswith("phase15")] / seconds
+        achieved = flop[name.partition("_")[0]] / seconds
         rows[name] = {
             "ms_per_step": 1e3 * seconds,
             "answer_tokens_per_second": batch_size * answer_length / seconds,
-            "speedup_over_chunk_by_chunk": medians["phase15, chunk by chunk"] / seconds,
+            "speedup_over_chunk_by_chunk": medians["phase15_chunk_by_chunk"] / seconds,
             "peak_mb": None if peaks[name] is None else peaks[name] / 2**20,
             "tflop_per_second": achieved / 1e12,
             "share_of_product": achieved / limits["flop_per_second"],

@@ -250,7 +250,7 @@ def read_recipe(path: str | Path, parser: HfArgumentParser) -> dict:
 
 def check_choice(name: str, value: str, choices: list[str]):
     if value not in choices:
-        raise ValueError(f"`{name}` is {value!r}, but it must be {', '.join(choices)}.")
+        raise ValueError(f"`{name}` is {value!r}, but it must be {', '.join(choices[:-1])} or {choices[-1]}.")
 
 
 def check_least(arguments, least: dict[str, float]):

@@ -62,7 +62,7 @@ def load_strictly(load: Callable, name: str | Path, **kwargs) -> PreTrainedModel
     """
     options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
-        model, info = load(name, **options, **kwargs)
+        model, info = load(name, **kwargs | options)
     except SafetensorError as error:
         files = list(Path(name).glob("*.safetensors"))
         file = files[0] if len(files) == 1 else f"{name}: its weights"
@@ -78,6 +78,14 @@ def load_strictly(load: Callable, name: str | Path, **kwargs) -> PreTrainedModel
             f"{name}: {number} of the weights do not fit the model that config.json describes: {', '.join(found)}."
         )
     return model
+
+
+class StrictPhase15ForCausalLM(Phase15ForCausalLM):
+    """The model for tools that load it themselves: weights that do not fit are refused."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        return load_strictly(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
 
 
 def load_phase15(

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import gradio as gr
 import torch
 from matplotlib.figure import Figure
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -302,8 +303,13 @@ def load(model_dir: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if model_type != "phase15":
         raise ValueError(f"{model_dir} is not a Phase15 model: its config.json says {model_type!r}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=True).to(device)
-    return model.eval(), AutoTokenizer.from_pretrained(model_dir, trust_remote_code=True)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=True, output_loading_info=True)
+    except SafetensorError as error:
+        raise ValueError(f"{model_dir}: model.safetensors cannot be read: {error}") from error
+    if missing := sorted(info["missing_keys"]):  # the library would go on with random weights
+        raise ValueError(f"{model_dir}: {len(missing)} of the weights are missing: {missing[0]}.")
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(model_dir, trust_remote_code=True)
 
 
 def train_quickstart():

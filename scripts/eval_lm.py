@@ -35,9 +35,8 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from configuration_phase15 import Phase15Config
-from modeling_phase15 import Phase15ForCausalLM
 from phase15.errors import one_line_errors
-from phase15.models import check_kind
+from phase15.models import StrictPhase15ForCausalLM, check_kind
 
 
 AutoConfig.register(Phase15Config.model_type, Phase15Config)  # the code here, not the copy in the model's folder
@@ -52,7 +51,7 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]  # strings, contex
 class Phase15LM(HFLM):
     """lm_eval's Hugging Face model, with its arguments (`pretrained`, `dtype`, `peft`, …) except `max_length`."""
 
-    AUTO_MODEL_CLASS = Phase15ForCausalLM
+    AUTO_MODEL_CLASS = StrictPhase15ForCausalLM
     max_length = 10**12  # the recursion reads a context of any length: nothing is cut, no window rolls
 
     def __init__(self, *args, **kwargs):

@@ -27,7 +27,7 @@ from transformers.cli.serve import Serve
 from transformers.utils.import_utils import is_serve_available
 
 from configuration_phase15 import Phase15Config
-from modeling_phase15 import Phase15ForCausalLM
+from phase15.models import StrictPhase15ForCausalLM
 
 
 class EndWithTheClient:
@@ -104,8 +104,8 @@ def main(argv: list[str]):
             raise ValueError(f"it has no config.json with the model_type {Phase15Config.model_type!r}")
         # The server looks up a model's class by name, in transformers itself.
         AutoConfig.register(Phase15Config.model_type, Phase15Config)
-        AutoModelForCausalLM.register(Phase15Config, Phase15ForCausalLM)
-        transformers.Phase15ForCausalLM = Phase15ForCausalLM
+        AutoModelForCausalLM.register(Phase15Config, StrictPhase15ForCausalLM)
+        transformers.Phase15ForCausalLM = StrictPhase15ForCausalLM
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # as SIGTERM: Python's shutdown aborts while a thread generates
         cli = typer_factory(help="Phase15")
         cli.command(name="serve")(command_for(model_dir))

@@ -1,7 +1,8 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""python -m benchmarks at the tiny shape: what it prints, and that its variants are what they are called."""
+"""python -m benchmarks at the tiny shape: its report and tables, and that variants compute what they are named for."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -26,9 +27,9 @@ def report_of(*argv: str, capsys) -> tuple[dict, str]:
 def test_decode(capsys):
     argv = ("decode", "--rounds", "1", "--new_tokens", "20", "--prompt_length", "40", "--batch_sizes", "1", "3")
     report, text = report_of(*argv, capsys=capsys)
-    assert list(report["results"]) == ["batch 1", "batch 3"]
+    assert list(report["results"]) == ["batch_1", "batch_3"]
     for name, rows in report["results"].items():
-        assert list(rows) == [harness.BASE, harness.PLAIN] and name in text
+        assert list(rows) == ["base", "phase15"] and name.replace("_", " ") in text
         for row in rows.values():
             rate = report["ceilings"]["bytes_per_second"] * row["share_of_copy"]
             assert rate == pytest.approx(1e9 * row["gb_per_second"])
@@ -37,7 +38,7 @@ def test_decode(capsys):
 
 
 def test_the_base_is_compiled_on_a_cpu_too(bases, monkeypatch):
-    """Or `python -m benchmarks decode --compile` would time a base that is not."""
+    """Otherwise `python -m benchmarks decode --compile` would time a base in eager mode."""
     base, calls = AutoModelForCausalLM.from_pretrained(bases["llama"]), []
     monkeypatch.setattr(type(base), "get_compiled_call", lambda self, config: calls.append(config) or self.__call__)
     config = decode_benchmark.compile_everywhere()
@@ -54,22 +55,23 @@ def test_long(capsys, tmp_path):
     picture = tmp_path / "folder" / "long.png"
     report, text = report_of("long", "--new_tokens", "600", "--picture", str(picture), capsys=capsys)
     assert report["lengths"] == [256, 512] and picture.read_bytes().startswith(b"\x89PNG")
-    base, ours = (report["results"][name] for name in (harness.BASE, harness.PLAIN))
+    base, ours = (report["results"][name] for name in ("base", "phase15"))
     assert ours["growth"]["state_mb"] == 1
     head_bytes = 4 * 2 * 2 * 2 * 16  # float32, keys and values, layers, heads of keys, their width
     # after 256 answers the last token is in no cache
     assert base["256"]["state_mb"] == (256 + 256 - 1) * head_bytes / 2**20
     assert base["growth"]["state_mb"] == pytest.approx((256 + 512 - 1) / (256 + 256 - 1))
-    assert harness.BASE in text
+    assert "\nbase\n" in text and re.search(r"\nphase15; .* from token: (\d+|not measured)\n", text)
 
 
 def test_train(capsys):
     argv = ("train", "--rounds", "1", "--batch_sizes", "2", "--prompt_length", "20", "--new_tokens", "40")
-    report, _ = report_of(*argv, capsys=capsys)
-    rows = report["results"]["batch 2"]
-    assert list(rows) == ["phase15", "phase15, chunk by chunk", "base, full context"]
-    assert rows["phase15"]["loss"] == pytest.approx(rows["phase15, chunk by chunk"]["loss"], rel=1e-5)
-    assert rows["phase15"]["loss"] != pytest.approx(rows["base, full context"]["loss"], rel=1e-6)
+    report, text = report_of(*argv, capsys=capsys)
+    rows = report["results"]["batch_2"]
+    assert list(rows) == ["phase15", "phase15_chunk_by_chunk", "base_full_context"]
+    assert all(f"| {harness.LABELS[name]} |" in text for name in rows)
+    assert rows["phase15"]["loss"] == pytest.approx(rows["phase15_chunk_by_chunk"]["loss"], rel=1e-5)
+    assert rows["phase15"]["loss"] != pytest.approx(rows["base_full_context"]["loss"], rel=1e-6)
     ours = rows["phase15"]
     assert ours["answer_tokens_per_second"] == pytest.approx(2 * 40 / (ours["ms_per_step"] / 1e3))
 
@@ -77,12 +79,12 @@ def test_train(capsys):
 def test_train_a_frozen_llm(capsys):
     argv = ("train", "--stage", "hypernet", "--rounds", "1", "--batch_sizes", "1", "--new_tokens", "20")
     report, _ = report_of(*argv, "--gradient_checkpointing", capsys=capsys)
-    assert list(report["results"]["batch 1"]) == ["phase15", "phase15, chunk by chunk"]
+    assert list(report["results"]["batch_1"]) == ["phase15", "phase15_chunk_by_chunk"]
 
 
 def test_load(capsys):
     report, text = report_of("load", "--rounds", "2", capsys=capsys)
-    assert report["results"]["base"]["ratio_to_base"] == 1 and "phase15" in text
+    assert report["results"]["base"]["ratio_to_base"] == 1 and "| phase15 |" in text
 
 
 def test_the_naive_loss_is_the_models_own(tiny):
@@ -102,5 +104,5 @@ def test_the_naive_loss_is_the_models_own(tiny):
 
 
 def test_too_short_for_long(capsys):
-    with pytest.raises(SystemExit, match="--new_tokens of at least 256"):
+    with pytest.raises(ValueError, match="--new_tokens of at least 256"):
         report_of("long", "--new_tokens", "255", capsys=capsys)

@@ -428,7 +428,7 @@ def test_an_unknown_task_and_another_model_are_named(folders, monkeypatch):
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     with pytest.raises(ValueError, match="Tasks not found: nonsense"):
         eval_lm.main(["--model_dir", folders["trained"], "--tasks", "nonsense"])
-    with pytest.raises(ValueError, match="is no Phase15 model, but of model_type 'llama'"):
+    with pytest.raises(ValueError, match="is not a Phase15 model, but of model_type 'llama'"):
         eval_lm.main(["--model_dir", folders["base"], "--tasks", "nonsense"])
     with pytest.raises(ValueError, match="`--model` cannot be given"):
         eval_lm.main(["--model_dir", folders["trained"], "--tasks", "nonsense", "--model", "hf"])
@@ -458,5 +458,5 @@ def test_help_shows_the_flags_of_both(capsys, monkeypatch):
     with pytest.raises(SystemExit) as raised:
         eval_lm.main(["--help"])
     said = capsys.readouterr().out
-    assert raised.value.code == 0 and "usage: python eval_lm.py --model_dir DIR" in said
+    assert raised.value.code == 0 and "usage: python -m scripts.eval_lm --model_dir DIR" in said
     assert all(flag in said for flag in ("--model_dir", "--tasks", "--batch_size", "--output_path"))
