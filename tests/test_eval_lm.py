@@ -428,7 +428,7 @@ def test_an_unknown_task_and_another_model_are_named(folders, monkeypatch):
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     with pytest.raises(ValueError, match="Tasks not found: nonsense"):
         eval_lm.main(["--model_dir", folders["trained"], "--tasks", "nonsense"])
-    with pytest.raises(ValueError, match="is not a Phase15 model, but of model_type 'llama'"):
+    with pytest.raises(ValueError, match="is not a Phase15 model, but a causal LM"):
         eval_lm.main(["--model_dir", folders["base"], "--tasks", "nonsense"])
     with pytest.raises(ValueError, match="`--model` cannot be given"):
         eval_lm.main(["--model_dir", folders["trained"], "--tasks", "nonsense", "--model", "hf"])
