@@ -6,7 +6,7 @@ Supervised fine-tuning of a Phase15 model, chunk by chunk with teacher forcing.
     python train_sft.py recipes/tinyllama_stage1.yaml     HyperNetwork alone, the LLM frozen
     python train_sft.py recipes/tinyllama_stage2.yaml     then both, starting from stage 1's output
     python train_sft.py recipes/smollm2_gsm8k.yaml --model_name_or_path FILE.gguf --dataset_name gsm8k_train.jsonl
-    python train_sft.py recipes/tinyllama_stage2.yaml --baseline window      what the model has to beat
+    python train_sft.py recipes/tinyllama_stage2.yaml --baseline window      the baseline to beat
     python train_sft.py --help                            every flag; flags override the recipe
     accelerate launch --config_file recipes/accelerate_ddp.yaml train_sft.py RECIPE     on several GPUs; or _fsdp2.yaml
 

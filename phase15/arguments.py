@@ -27,7 +27,7 @@ BASELINES = {
     "full_context": "full",
     "prompt_tuning": "hypernet",
     "lora": "hypernet",
-}  # of which stage
+}
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Phase15ModelArguments:
     lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA."})
     merge_adapter: bool = field(default=False, metadata={"help": "Save the merged model instead of the adapter."})
-    num_soft_tokens: int | None = field(default=None, metadata={"help": "This and what follows: see Phase15Config."})
+    num_soft_tokens: int | None = field(default=None, metadata={"help": "These sizes: see Phase15Config."})
     num_sink_tokens: int | None = None
     chunk_length: int | None = None
     max_query_length: int | None = None

@@ -36,7 +36,7 @@ def sha256(path: Path) -> str:
 
 
 def write_manifest(folder: Path):
-    """Makes a checkpoint complete: what is not in it by then, or changes later, makes it a torn one."""
+    """Completes a checkpoint. If one of its files is lost or changes later, it is a torn one."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
         sync(path)
@@ -45,7 +45,7 @@ def write_manifest(folder: Path):
 
 
 def problem_of(folder: Path, contents: bool = True) -> str | None:
-    """What makes a checkpoint a torn one, or `None` for a complete one; without `contents`, by the sizes alone."""
+    """Why a checkpoint is torn, or `None` for a complete one. Without `contents`, only sizes are checked."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
@@ -65,7 +65,7 @@ def problem_of(folder: Path, contents: bool = True) -> str | None:
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
-    """All checkpoints, the newest first."""
+    """All checkpoints, newest first."""
     numbered = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*")]
     return [path for match, path in sorted(numbered, key=lambda x: -int(x[0][1]) if x[0] else 0) if match]
 
@@ -93,13 +93,13 @@ def find_checkpoint(output_dir: Path, named: str | None = None) -> Path | None:
 
 
 def find_complete(output_dir: Path, named: str | None) -> Path | None:
-    """As `find_checkpoint`, whatever the checkpoint holds."""
+    """Finds a checkpoint as `find_checkpoint` does, without the check of its contents."""
     if named is not None:
         if problem := problem_of(Path(named)):
             raise Phase15CheckpointError(f"cannot resume from {named}: {problem}.")
     found = named and Path(named)
     for folder in checkpoints_in(output_dir):
-        # all bytes of the one that is used, and of the others what a removal that was cut short leaves
+        # checks all bytes of the one in use, and the sizes of the others: an earlier removal may have been cut short
         if problem := problem_of(folder, contents=found is None):
             logger.warning(f"Removing the torn checkpoint {folder}: {problem}.")
             shutil.rmtree(folder)
@@ -109,7 +109,7 @@ def find_complete(output_dir: Path, named: str | None) -> Path | None:
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Reads what torch.distributed.checkpoint keeps beside shards, which torch reads with pickle, and nothing else."""
+    """Reads the metadata that torch.distributed.checkpoint pickles beside shards, and no other class."""
 
     ALLOWED = {
         "torch.distributed.checkpoint.metadata": {
@@ -136,8 +136,8 @@ class MetadataUnpickler(pickle.Unpickler):
 
 def check_safe(folder: Path):
     """
-    Refuses a checkpoint of which loading could run code. Trainer and torch load some of its files as pickles, though
-    with `weights_only`; what that refuses is told here, by file, before anything is loaded.
+    Refuses a checkpoint whose loading could run code. Trainer and torch load some of its files as pickles with
+    `weights_only`. This check names the file that they would refuse, before anything is loaded.
     """
     for path in sorted(folder.rglob("*")):
         try:
@@ -183,7 +183,7 @@ def loading(folder: str):
 @contextmanager
 def writing(output_dir: Path, half: Path | None = None):
     """
-    What is written inside belongs into `half`, which is removed if that fails.
+    For a block that writes into `half`. The folder is removed if the block fails.
 
     Raises:
         Phase15CheckpointError: if something cannot be written, as on a full disk.
@@ -209,7 +209,7 @@ def writing(output_dir: Path, half: Path | None = None):
 
 
 def goes_on(output_dir: Path) -> str:
-    """What the same command would do."""
+    """The effect of the same command, given again."""
     if (output_dir / "results.json").exists():
         return "has nothing left to do: the run is finished"
     last = last_complete(output_dir)

@@ -21,7 +21,7 @@ INPUT_ERRORS = (
 
 
 def line_of(error: Exception) -> str:
-    """The message of an error in one line. Of a worker's traceback, in which torch wraps it, the message alone."""
+    """The message of an error in one line. torch wraps a worker's error in a traceback: only its message is kept."""
     message = str(error).rpartition("Phase15RecordError: ")[2]
     return " ".join(message.split())
 

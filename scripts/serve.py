@@ -92,7 +92,7 @@ def main(argv: list[str]):
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", default="8000")
     args, rest = parser.parse_known_args(argv)
-    model_dir = args.model_dir.rstrip("/")  # which the shell appends; the name has none
+    model_dir = args.model_dir.rstrip("/")  # the shell appends a slash; the name has none
     for flag in {"--continuous-batching", "--compile"} & set(rest):
         parser.error(f"{flag} needs a paged or a static cache, which a Phase15 model cannot have")
     if not is_serve_available():
