@@ -61,7 +61,9 @@ OPERATORS = [
     *("ReplaceBreakWithContinue", "ReplaceContinueWithBreak"),
     *(f"Replace{kind}_{change}" for kind, changes in REPLACED.items() for change in changes.split()),
 ]
-TESTS = ["tests/test_modeling.py", "tests/test_generation.py", "tests/test_configuration.py", "tests/test_decoding.py"]
+TESTS = [
+    f"tests/test_{name}.py" for name in ("modeling", "recursion", "generation", "configuration", "decoding", "models")
+]
 # Left out: tests that take long, and most parameters of tests that have many.
 SLOW = re.compile(
     "replayed|compile|one_graph|decoders_are_few|on_a_cpu|on_cuda_graphs|models_that|moved|buffers|streamer|rows_that_end|"
