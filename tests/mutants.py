@@ -68,7 +68,7 @@ TESTS = [
 SLOW = re.compile(
     "replayed|compile|one_graph|decoders_are_few|on_a_cpu|on_cuda_graphs|models_that|moved|buffers|streamer|rows_that_end|"
     "greedy_and_sampling|test_decoding.*eager-|frozen.*llm|other_bases|end_token|gradients_equal.*(-None|-1|tied)|"
-    "reference.right|memory_is_flat|far_past|autocast|tokens_are_the_same|left_right_and|any_batch|"
+    "reference.right|memory_is_flat|far_past|autocast|tokens_are_the_same|padding_of_any_side|any_batch|"
     "divides_the_sum.int|uncached.*( 1, 1, 1|11|9|8)|mistral|qwen2|llama-(tied|right|processors)|.False-|.True-6|"
     "implementations_agree.eager|beam-|max_length|greedy_equals|single_rows|influence|conversation.(lengths[012]|eager)|"
     "stop_strings.[13]|scores.llama|value[01]|auto-|argument-|model-"
