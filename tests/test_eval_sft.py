@@ -127,7 +127,7 @@ def test_the_command_writes_and_prints_every_row(evaluated, home):
         "baselines",
     ]
     for name in results["context_recovery"]:
-        assert f"- context recovery, {name}: " in done.stdout
+        assert f"- context recovery, {evaluation.label(name)}: " in done.stdout
     assert list(results["free_running"]) == ["model", "window", "full_context"]
     assert {name for name, match in results["exact_match"].items() if match["records"] == 3} == {*rows} - {
         "first_soft_prompt",
