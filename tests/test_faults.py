@@ -264,7 +264,7 @@ def kills() -> list[tuple]:
     """
     moments = [("call", target, name, 1 + number % 2, die_writing) for number, (name, target) in enumerate(SAVING)]
     moments[-1] = (*moments[-1][:-1], die)  # the manifest is not half written, but not moved to its place
-    moments.append(("call", "transformers.trainer_utils.rotate_checkpoints", "run", 2, die))
+    moments.append(("call", "phase15.trainer.rotate_checkpoints", "run", 2, die))
     moments.append(("call", "shutil.rmtree", r"checkpoint-\d+", 1, die_removing))
     moments += [("clock",)] * 6 + [("command", "optimizer.pt"), ("command", "trainer_state.json")]
     random.Random(1).shuffle(moments)
@@ -361,7 +361,7 @@ STOPS = {  # at the call of which function that comes, what it says: after which
     "in a checkpoint": (dict(SAVING)["trainer_state.json"], 1, 6, 6),
     "in the last step": ("transformers.Trainer.training_step", 32, 16, 16),
     "while the model is saved": ("transformers.Trainer.save_model", 4, None, 16),
-    "while rows are compared": ("eval_sft.compare", 1, None, 16),
+    "while rows are compared": ("phase15.evaluation.compare", 1, None, 16),
 }
 
 
