@@ -212,7 +212,7 @@ def main():
         while True:
             while folders and mutants:
                 mutant, folder = mutants.pop(), folders.pop()
-                tests = lines.get(f"{mutant.module} {mutant.line}", seconds)  # all, if the line runs at import
+                tests = lines.get(f"{mutant.module} {mutant.line}") or seconds  # all, if the line runs at import
 
                 def rank(test, function=mutant.function, tests=frozenset(tests)):
                     order = -kills[function, test], -kills[test], not FIRST.search(test), seconds.get(test, 0)
