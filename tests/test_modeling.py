@@ -680,3 +680,10 @@ def test_from_pretrained_behaves_as_the_librarys(tiny, tmp_path):
 def test_from_base_gives_the_loading_info_of_the_base(bases):
     model, info = Phase15ForCausalLM.from_base(bases["llama"], output_loading_info=True, **SIZES)
     assert isinstance(model, Phase15ForCausalLM) and not any(info.values())
+
+
+def test_the_output_of_the_body(tiny):
+    ids = random_ids(2, 9)
+    outputs, values = tiny.base_model(ids), tiny.base_model(ids, return_dict=False)
+    assert list(outputs) == ["last_hidden_state", "soft_prompt", "prediction"]
+    assert isinstance(values, tuple) and all(map(torch.equal, values, outputs.values()))
