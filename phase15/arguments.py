@@ -187,7 +187,9 @@ def parse_args(
     parser.add_argument("recipe", nargs="?", help="a YAML file with values for the flags below")
     parser.add_argument("--config", help="the same as recipe")
     defaults = vars(parser.parse_args([]))
-    known, _ = parser.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
+    known, unknown = parser.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
+    if unknown:  # first: the value of a misspelt flag would be taken for the recipe
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     recipe = known.recipe or known.config
     if recipe is None and known.model_name_or_path is None and known.dataset_name is None:
         recipe = QUICKSTART

@@ -47,6 +47,7 @@ from scripts import app  # noqa: E402
 pytestmark = pytest.mark.extra
 ROOT = Path(__file__).parents[1]
 CHAT = [{"role": "user", "content": "Why is the sky blue?"}]
+PAGE_CHUNK = 16  # a picture is drawn for every chunk
 
 
 def large_delta(model: Phase15ForCausalLM) -> Phase15ForCausalLM:
@@ -67,7 +68,7 @@ def model_dir(tmp_path_factory, chat_tokenizer) -> str:
             base.lm_head.weight[token] *= text.isascii() and text.isprintable() and "<" not in text
             base.lm_head.weight[token] *= 3 if text.startswith(" ") else 1  # streamers give whole words
     base.save_pretrained(folder := str(tmp_path_factory.mktemp("base")))
-    model = large_delta(Phase15ForCausalLM.from_base(folder, **SIZES))
+    model = large_delta(Phase15ForCausalLM.from_base(folder, **SIZES | {"chunk_length": PAGE_CHUNK}))
     model.save_pretrained(folder := str(tmp_path_factory.mktemp("model")))
     chat_tokenizer.save_pretrained(folder)
     return folder
@@ -85,10 +86,10 @@ def nearest(slot: torch.Tensor, embeddings: torch.Tensor) -> int:
 @torch.no_grad()
 def reference_steps(model, ids: torch.LongTensor, query_length: int) -> list[tuple[list[torch.Tensor], list]]:
     """For every step over one row: what carry alone makes of the slots, and what the model makes of them."""
-    embed, slots, steps = model.llm.get_input_embeddings(), [], []
+    embed, chunk, slots, steps = model.llm.get_input_embeddings(), model.config.chunk_length, [], []
     answer = ids[query_length:]
-    answer = answer[: len(answer) // CHUNK * CHUNK]
-    for segment in [*ids[:query_length].split(QUERY), *answer.split(CHUNK)]:
+    answer = answer[: len(answer) // chunk * chunk]
+    for segment in [*ids[:query_length].split(QUERY), *answer.split(chunk)]:
         if len(segment):
             carried = reference_carry(slots, list(embed(segment)))
             slots = reference_step(model, slots, segment)
@@ -329,20 +330,17 @@ def test_bad_input_ends_in_one_line(monkeypatch):
 
 
 @contextmanager
-def started(folder: Path, model_dir: str, *flags: str):
+def started(folder: Path, model_dir: str):
     """The app as a user starts it, from a folder that holds app.py alone: its process and its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shutil.copy(ROOT / "scripts" / "app.py", folder)
     settings = {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1"}
+    settings |= {"PHASE15_MODEL": model_dir, "HF_MODULES_CACHE": str(folder / "modules")}
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
-            [sys.executable, "app.py", *flags],
-            cwd=folder,
-            env={**os.environ, **settings, "PHASE15_MODEL": model_dir, "HF_MODULES_CACHE": str(folder / "modules")},
-            stdout=log,
-            stderr=log,
+            [sys.executable, "app.py"], cwd=folder, env={**os.environ, **settings}, stdout=log, stderr=log
         )
     try:
         while "Running on" not in (folder / "log").read_text():
@@ -360,47 +358,52 @@ def server(model_dir, tmp_path_factory):
         yield running
 
 
-@contextmanager
-def browsing(address: str):
-    """
-    A function that opens the page in Chromium, which reaches nothing but this machine, and the list of what goes wrong
-    there: errors, dialogs, requests to others.
-    """
+@pytest.fixture(scope="module")
+def chromium():
+    """A browser that reaches nothing but this machine."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs requirements-extra.txt")
-    if not (chromium := shutil.which("chromium")):
+    if not (path := shutil.which("chromium")):
         pytest.skip("needs Chromium")
+    arguments = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+    with (
+        playwright.sync_playwright() as driver,
+        driver.chromium.launch(executable_path=path, args=arguments) as browser,
+    ):
+        yield browser
+
+
+@contextmanager
+def visit(chromium, address: str):
+    """
+    A function that opens the page, and the list of what goes wrong on its pages: errors, dialogs, requests to others.
+    At the end that must be empty.
+    """
     problems = []
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=chromium,
-            args=["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"],
-        )
+
+    def look_at(request):
+        if not request.url.startswith((address, "data:", "blob:")):
+            problems.append(request.url)
+
+    with chromium.new_context(viewport={"width": 1400, "height": 900}) as context:
+        context.set_default_timeout(120_000)
+        context.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        context.on("weberror", lambda error: problems.append(str(error.error)))
+        context.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
+        context.on("request", look_at)
 
         def open_page():
-            page = browser.new_page(viewport={"width": 1400, "height": 900})
-            page.set_default_timeout(120_000)
-            page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-            page.on("pageerror", lambda error: problems.append(str(error)))
-            page.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
-            page.on(
-                "request",
-                lambda request: (
-                    None if request.url.startswith((address, "data:", "blob:")) else problems.append(request.url)
-                ),
-            )
+            page = context.new_page()
             page.goto(address)
             return page
 
         yield open_page, problems
-        browser.close()
+    assert problems == []
 
 
 @pytest.fixture
-def page(server):
-    """The page; at the end nothing may have gone wrong on it."""
-    with browsing(server[1]) as (open_page, problems):
+def page(server, chromium):
+    with visit(chromium, server[1]) as (open_page, _):
         yield open_page()
-    assert problems == []
 
 
 def ask(page, question: str):
@@ -412,20 +415,37 @@ def answers(page) -> list[str]:
     return [bot.text_content() for bot in page.get_by_test_id("bot").all()]
 
 
-def wait_for_answer(page, index: int, text: str):
+def wait_for_some_answer(page, index: int = 0):
+    page.wait_for_function(
+        "index => document.querySelectorAll('[data-testid=bot]')[index]?.textContent.length > 20", arg=index
+    )
+
+
+def wait_for_answer(page, index: int, answer: str, rows: list[list[str]], moved: set):
+    """Waits until the answer and the last step of its table are there, and compares all cells."""
     page.wait_for_function(
         "([index, text]) => document.querySelectorAll('[data-testid=bot]')[index]?.textContent === text",
-        arg=[index, text],
+        arg=[index, answer],
     )
-
-
-def shown_table(page) -> tuple[list[list[str]], set]:
-    """The cells by row, and which of them moved."""
-    rows = page.eval_on_selector_all(
+    page.wait_for_function(
+        "name => [...document.querySelectorAll('#slots thead th')].at(-1).textContent === name", arg=rows[0][-1]
+    )
+    cells = page.eval_on_selector_all(
         "#slots tr", "rows => rows.map(row => [...row.cells].map(cell => [cell.textContent, cell.className]))"
     )
-    moved = {(i - 1, j - 1) for i, row in enumerate(rows) for j, (_, name) in enumerate(row) if name == "moved"}
-    return [[text for text, _ in row] for row in rows], moved
+    assert [[text for text, _ in row] for row in cells] == rows
+    shown = {(i - 1, j - 1) for i, row in enumerate(cells) for j, (_, name) in enumerate(row) if name == "moved"}
+    assert shown == moved
+
+
+def ask_for_a_long_answer(page, question: str = "Why is the sky blue?"):
+    page.get_by_text("Sampling").click()
+    while page.get_by_label("range slider for Most new tokens").input_value() != "4096":
+        page.get_by_label("number input for Most new tokens").fill("4096")
+        page.keyboard.press("Tab")
+        page.wait_for_timeout(1000)  # a slider that has just appeared goes back to its first value
+    ask(page, question)
+    wait_for_some_answer(page)
 
 
 def test_an_answer_grows_beside_its_soft_prompt(page, model, chat_tokenizer):
@@ -444,13 +464,11 @@ def test_an_answer_grows_beside_its_soft_prompt(page, model, chat_tokenizer):
         chat.append({"role": "user", "content": question})
         answer, rows, moved = expected_table(model, chat_tokenizer, chat, 256)
         ask(page, question)
-        wait_for_answer(page, turn, answer)
-        page.wait_for_function(
-            "name => [...document.querySelectorAll('#slots thead th')].at(-1).textContent === name", arg=rows[0][-1]
-        )
-        assert shown_table(page) == (rows, moved) and moved
+        wait_for_answer(page, turn, answer, rows, moved)
         prompt = chat_tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
-        assert f"{len(prompt) + 252:,} tokens" in page.locator("#facts").text_content()  # of 256: whole chunks
+        assert (
+            moved and f"{len(prompt) + 240:,} tokens" in page.locator("#facts").text_content()
+        )  # whole chunks of 256
         pictures.append(page.locator("#picture img").get_attribute("src"))
         chat.append({"role": "assistant", "content": answer})
     assert page.get_by_test_id("user").all()[1].text_content() == "<b>And</b>  light?"
@@ -465,18 +483,6 @@ def test_an_empty_message_does_nothing(page):
     assert page.get_by_test_id("user").count() == 0 and answers(page) == []
 
 
-def set_most_new_tokens(page, number: int):
-    page.get_by_text("Sampling").click()
-    page.get_by_label("number input for Most new tokens").fill(str(number))
-    page.keyboard.press("Tab")
-
-
-def ask_for_a_long_answer(page, question: str = "Why is the sky blue?"):
-    set_most_new_tokens(page, 4096)
-    ask(page, question)
-    page.wait_for_function("document.querySelector('[data-testid=bot]')?.textContent.length > 20")
-
-
 def test_stop_ends_the_generation(page, server):
     ask_for_a_long_answer(page)
     page.get_by_role("button", name="Stop").click()
@@ -484,7 +490,7 @@ def test_stop_ends_the_generation(page, server):
     stopped = answers(page)
     assert 20 < len(stopped[0]) < 4000
     ask(page, "Blue?")
-    page.wait_for_function("document.querySelectorAll('[data-testid=bot]')[1]?.textContent.length > 20")
+    wait_for_some_answer(page, 1)
     assert answers(page)[0] == stopped[0]
 
 
@@ -494,7 +500,34 @@ def test_leaving_the_page_ends_the_generation(page, server):
     wait_until_idle(server[0])
 
 
-# what others write, and how much of it
+def test_two_visitors_get_the_answers_that_each_gets_alone(chromium, server, model, chat_tokenizer):
+    with visit(chromium, server[1]) as (open_page, _):
+        visitors = {question: open_page() for question in ("Why is the sky blue?", "What is a soft prompt?")}
+        for question, page in visitors.items():
+            ask(page, question)
+        for question, page in visitors.items():
+            chat = [{"role": "user", "content": question}]
+            wait_for_answer(page, 0, *expected_table(model, chat_tokenizer, chat, 256))
+
+
+def request(address: str, data: bytes | None = None, **headers: str) -> int:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, data, headers), timeout=60) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_the_app_is_local_and_takes_and_gives_no_file(server):
+    process, address = server
+    assert listening(int(address.rpartition(":")[2])) == {"127.0.0.1"}
+    for path in ("/etc/passwd", "app.py", f"{os.getcwd()}/README.md", "../app.py"):
+        assert request(f"{address}/gradio_api/file={path}") in (403, 404)
+    body = b'--b\r\nContent-Disposition: form-data; name="files"; filename="x"\r\n\r\nx\r\n--b--\r\n'
+    assert request(f"{address}/gradio_api/upload", body, **{"Content-Type": "multipart/form-data; boundary=b"}) == 413
+
+
+# untrusted text, and how much of it
 
 RUN = "window.pwned = 1"
 HOSTILE = [  # tokens of a vocabulary
@@ -523,7 +556,7 @@ HOSTILE = [  # tokens of a vocabulary
 def hostile(tokenizer, tmp_path_factory):
     """
     A model in a folder with a bad name that answers in bad tokens alone, its tokenizer, whose chat template raises at
-    "fail", and the app of it, with tight limits.
+    "fail", and the address of its app, with tight limits, in this process.
     """
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens(HOSTILE)
@@ -532,15 +565,22 @@ def hostile(tokenizer, tmp_path_factory):
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(LlamaConfig(**{**LLM_SIZES, "vocab_size": len(tokenizer)}))
     base.save_pretrained(folder := str(tmp_path_factory.mktemp("base")))
-    model = randomise_alpha(Phase15ForCausalLM.from_base(folder, **SIZES))
+    model = randomise_alpha(Phase15ForCausalLM.from_base(folder, **SIZES | {"chunk_length": PAGE_CHUNK}))
     model.hypernet.alpha.data *= 0.3  # the slots stay near the tokens that they carry
     model.generation_config.suppress_tokens = list(range(VOCAB))
     folder = tmp_path_factory.mktemp("hostile") / f"{HOSTILE[1]} [x](y) **z**"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    flags = "--max_characters", "1700", "--max_waiting", "1"
-    with started(tmp_path_factory.mktemp("space"), str(folder), *flags) as (_, address):
-        yield Phase15ForCausalLM.from_pretrained(folder).eval(), tokenizer, folder, address
+    with pytest.MonkeyPatch.context() as patch:
+        demos, launch = [], gradio.Blocks.launch
+        patch.setattr(
+            gradio.Blocks,
+            "launch",
+            lambda demo, **settings: demos.append(demo) or launch(demo, **settings, prevent_thread_lock=True),
+        )
+        app.main(["--model_dir", str(folder), "--max_characters", "1700", "--max_waiting", "1"])
+    yield model.eval(), tokenizer, folder, demos[0].local_url.rstrip("/")
+    demos[0].close()
 
 
 def toast(page) -> str:
@@ -548,46 +588,40 @@ def toast(page) -> str:
     return " ".join(page.get_by_test_id("toast-text").all_text_contents())
 
 
-def test_untrusted_text_is_text_on_the_page(hostile):
+def test_untrusted_text_is_text_on_the_page(hostile, chromium):
     model, tokenizer, folder, address = hostile
     question = "".join(HOSTILE)
-    chat = [{"role": "user", "content": question}]
-    answer, rows, moved = expected_table(model, tokenizer, chat, 64)
+    answer, rows, moved = expected_table(model, tokenizer, [{"role": "user", "content": question}], 256)
     shown = {text for row in rows[1:] for text in row[1:]}
     assert {text.replace(" ", "·") for text in HOSTILE} <= shown and sum(text in answer for text in HOSTILE) > 3
-    with browsing(address) as (open_page, problems):
+    with visit(chromium, address) as (open_page, _):
         page = open_page()
-        set_most_new_tokens(page, 64)
         ask(page, question)
-        wait_for_answer(page, 0, answer)
-        page.wait_for_function(
-            "name => [...document.querySelectorAll('#slots thead th')].at(-1).textContent === name", arg=rows[0][-1]
-        )
-        assert shown_table(page) == (rows, moved)
+        wait_for_answer(page, 0, answer, rows, moved)
         assert page.get_by_test_id("user").text_content() == question
         assert page.locator("h2").first.text_content() == f"Phase15 · {folder}"
+        assert page.locator("#slots, #chat, h2").locator("script, iframe, a, img:not([src^=data])").count() == 0
+        assert page.evaluate("window.pwned") is None
+        page = open_page()
         ask(page, "fail")
         assert toast(page) == f"TemplateError: {HOSTILE[1]}"
         assert page.locator("[data-testid=toast-text] *").count() == 0
-        assert page.locator("#slots, #chat, h2").locator("script, iframe, a, img:not([src^=data])").count() == 0
         assert page.evaluate("window.pwned") is None
-    assert problems == []
 
 
-def test_a_conversation_above_the_limit_is_refused(hostile):
-    with browsing(hostile[3]) as (open_page, problems):
+def test_a_conversation_above_the_limit_is_refused(hostile, chromium):
+    with visit(chromium, hostile[3]) as (open_page, _):
         page = open_page()
         ask(page, "A" * 1701)
         assert "would have 1,701 characters, and this page reads 1,700 at most: ask something shorter" in toast(page)
         assert page.get_by_placeholder("Ask something").input_value() == "A" * 1701
         assert page.get_by_test_id("user").count() == 0
         ask(page, "A" * 1700)
-        page.wait_for_function("document.querySelector('[data-testid=bot]')?.textContent.length > 20")
-    assert problems == []
+        wait_for_some_answer(page)
 
 
-def test_one_question_is_answered_and_one_waits(hostile):
-    with browsing(hostile[3]) as (open_page, problems):
+def test_one_question_is_answered_and_one_waits(hostile, chromium):
+    with visit(chromium, hostile[3]) as (open_page, problems):
         first, second, third = (open_page() for _ in range(3))
         ask_for_a_long_answer(first, "A")
         ask(second, "B")
@@ -597,29 +631,10 @@ def test_one_question_is_answered_and_one_waits(hostile):
         assert third.get_by_placeholder("Ask something").input_value() == "C"
         assert answers(second) == []
         first.get_by_role("button", name="Stop").click()
-        second.wait_for_function("document.querySelector('[data-testid=bot]')?.textContent.length > 20")
+        wait_for_some_answer(second)
         ask(third, "C")
-        third.wait_for_function("document.querySelector('[data-testid=bot]')?.textContent.length > 20")
-    assert [problem for problem in problems if "503" not in problem] == [] and len(problems) == 1
-
-
-def test_two_visitors_get_the_answers_that_each_gets_alone(page, server, model, chat_tokenizer):
-    questions = ["Why is the sky blue?", "What is a soft prompt?"]
-    pages = [page, page.context.browser.new_page()]
-    pages[1].set_default_timeout(120_000)
-    pages[1].goto(server[1])
-    for visitor in pages:
-        set_most_new_tokens(visitor, 64)
-    for visitor, question in zip(pages, questions, strict=True):
-        ask(visitor, question)
-    for visitor, question in zip(pages, questions, strict=True):
-        chat = [{"role": "user", "content": question}]
-        answer, rows, moved = expected_table(model, chat_tokenizer, chat, 64)
-        wait_for_answer(visitor, 0, answer)
-        visitor.wait_for_function(
-            "name => [...document.querySelectorAll('#slots thead th')].at(-1).textContent === name", arg=rows[0][-1]
-        )
-        assert shown_table(visitor) == (rows, moved)
+        wait_for_some_answer(third)
+        assert "503" in problems.pop()
 
 
 def test_the_limits_are_flags_with_defaults(monkeypatch, tiny, tokenizer):
@@ -636,26 +651,8 @@ def test_the_limits_are_flags_with_defaults(monkeypatch, tiny, tokenizer):
         assert next(respond("A" * (limit - 1), history, 0, 16))
 
 
-def request(address: str, data: bytes | None = None, **headers: str) -> int:
-    try:
-        with urllib.request.urlopen(urllib.request.Request(address, data, headers), timeout=60) as answer:
-            return answer.status
-    except urllib.error.HTTPError as error:
-        return error.code
-
-
-def test_the_app_is_local_and_takes_and_gives_no_file(server):
-    process, address = server
-    assert listening(int(address.rpartition(":")[2])) == {"127.0.0.1"}
-    for path in ("/etc/passwd", "app.py", f"{os.getcwd()}/README.md", "../app.py"):
-        assert request(f"{address}/gradio_api/file={path}") in (403, 404)
-    body = b'--b\r\nContent-Disposition: form-data; name="files"; filename="x"\r\n\r\nx\r\n--b--\r\n'
-    assert request(f"{address}/gradio_api/upload", body, **{"Content-Type": "multipart/form-data; boundary=b"}) == 413
-
-
 def test_the_card_of_the_space():
     card = SpaceCard.load(ROOT / "docs" / "space.md")
-    assert (card.data.sdk, card.data.app_file) == ("gradio", "scripts/app.py") and (
-        ROOT / card.data.app_file
-    ).is_file()
+    assert (card.data.sdk, card.data.app_file) == ("gradio", "scripts/app.py")
+    assert (ROOT / card.data.app_file).is_file()
     assert card.data.sdk_version.split(".")[0] == gradio.__version__.split(".")[0]

@@ -393,6 +393,9 @@ CASES = {
     ),
     "benchmark no folders": command("benchmarks", ["load", "--folders", "a", "b"], "a is no folder of a model"),
     "serve compiled": command("serve.py", ["--model_dir", "{model}", "--compile"], "--compile needs"),
+    "serve in batches": command(
+        "serve.py", ["--model_dir", "{model}", "--continuous-batching"], "--continuous-batching needs a paged"
+    ),
     "serve a base": command("serve.py", ["--model_dir", "{base}"], "model_type 'phase15'", needs="uvicorn"),
     "serve nothing": command("serve.py", ["--model_dir", "none"], "cannot serve 'none'", needs="uvicorn"),
     "lm_eval of nothing": command(
@@ -403,7 +406,6 @@ CASES = {
         ["--model_dir", "{base}", "--tasks", "a"],
         "base is not a Phase15 model",
         needs="lm_eval",
-        process=True,
     ),
     "page of a base": command("app.py", ["--model_dir", "{base}"], "not a Phase15 model", "'llama'", needs="gradio"),
     "page of truncated weights": command(
