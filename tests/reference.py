@@ -1,11 +1,17 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """Tiny random models, and the design's equations written naively: one row, one vector, one chunk at a time."""
 
+import contextlib
+import io
+import json
+import sys
+
 import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from modeling_phase15 import Phase15ForCausalLM, SoftPrompt
+from phase15.runs import LOAD_AND_ANSWER
 
 
 VOCAB, SLOTS, SINKS, CHUNK, QUERY = 60, 24, 2, 4, 7
@@ -56,6 +62,17 @@ def aligned(model: torch.nn.Module) -> torch.nn.Module:
         if type(weight.data) is torch.Tensor and weight.is_floating_point():  # not the quantised
             weight.data = weight.data.clone()
     return model
+
+
+def answer_here(folder, query: list[int], max_new_tokens: int) -> list[int]:
+    """`answer_in_new_process` in this process, because a new one takes seconds to import."""
+    before, sys.argv = sys.argv, ["-c", str(folder), json.dumps(query), str(max_new_tokens)]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            exec(LOAD_AND_ANSWER, {})
+    finally:
+        sys.argv = before
+    return json.loads(said.getvalue())
 
 
 def random_ids(*shape: int, seed: int = 0) -> torch.LongTensor:

@@ -401,12 +401,6 @@ CASES = {
     "lm_eval of nothing": command(
         "eval_lm.py", ["--model_dir", "none", "--tasks", "a"], "none: no such folder", needs="lm_eval", process=True
     ),
-    "lm_eval of a base": command(
-        "eval_lm.py",
-        ["--model_dir", "{base}", "--tasks", "a"],
-        "base is not a Phase15 model",
-        needs="lm_eval",
-    ),
     "page of a base": command("app.py", ["--model_dir", "{base}"], "not a Phase15 model", "'llama'", needs="gradio"),
     "page of truncated weights": command(
         "app.py",

@@ -26,6 +26,9 @@ from push_to_hub import PushArguments
 from train_sft import main, prepare
 
 
+pytestmark = pytest.mark.usefixtures("answers_here")
+
+
 @pytest.fixture(scope="module")
 def llm(chat_tokenizer) -> LlamaForCausalLM:
     torch.manual_seed(0)

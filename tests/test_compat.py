@@ -18,13 +18,13 @@ from reference import random_ids
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
+import decoding_phase15
 from compat_phase15 import CACHE_NAME, NEWEST, OLDEST, untested_version
 from modeling_phase15 import Phase15Cache, Phase15CausalLMOutputWithPast
 
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("cache", "past_key_values")
-COMPILED = pytest.param({"compile": True}, id="compiled", marks=pytest.mark.integration)  # takes 20 s
 OTHER = {"cache": "past_key_values", "past_key_values": "cache"}
 # For a process that finds only the folder's own copy of the code.
 LOAD = """
@@ -71,7 +71,14 @@ def test_forward_takes_and_gives_the_cache_under_both_names(tiny, name):
     assert any(part is cache for part in tiny(ids[:, :1], **{name: cache}, return_dict=False))
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, COMPILED], ids=str)
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """The fast path without the compiler, which takes a minute: these tests are about names."""
+    monkeypatch.setattr(decoding_phase15, "compiled", lambda function: function)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"compile": True}], ids=str)
 def test_generate_takes_and_gives_the_cache_under_both_names(tiny, settings):
     ids = random_ids(1, 9)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True, **settings}
@@ -122,7 +129,8 @@ def test_an_output_takes_the_cache_under_both_names(tiny, name):
     assert isinstance(copy.cache, Phase15Cache) and copy.cache is copy.past_key_values
 
 
-@pytest.mark.parametrize("settings", [{"compile": False}, COMPILED, {"num_beams": 2}], ids=str)
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("settings", [{"compile": False}, {"compile": True}, {"num_beams": 2}], ids=str)
 def test_our_own_calls_use_the_installed_name(tiny, settings):
     """transformers warns of the old name. Our calls must not cause that warning."""
     ids, options = random_ids(1, 9), {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
@@ -188,10 +196,9 @@ def test_a_folder_of_an_earlier_commit_gives_the_same_tokens(old_folder, tmp_pat
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("version", ["5.99.0", "5.16.0"])
-def test_saved_code_warns_once_of_an_untested_transformers(old_folder, version, tmp_path):
+def test_saved_code_warns_once_of_an_untested_transformers(old_folder, tmp_path):
     """The version is made up; two copies of the folder still load."""
-    folder, _ = old_folder
+    version, (folder, _) = "5.99.0", old_folder
     shutil.copytree(folder, tmp_path / "copy")
     again = f"AutoModelForCausalLM.from_pretrained({str(tmp_path / 'copy')!r}, trust_remote_code=True)"
     done = run_apart(LOAD + again, folder, version, tmp_path=tmp_path)

@@ -260,8 +260,8 @@ def from_checkpoint(folder: Path, checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def killed(recipe, tmp_path_factory) -> SimpleNamespace:
-    """A run under DDP: one process is killed, then the same command is given again."""
+def killed(forked, recipe, tmp_path_factory) -> SimpleNamespace:
+    """A run under DDP: one process is killed, then the run is started again."""
     folder = tmp_path_factory.mktemp("ddp")
     path = write(recipe, folder, 2)
     first = Launch("ddp", 2, path)
@@ -279,7 +279,7 @@ def killed(recipe, tmp_path_factory) -> SimpleNamespace:
     finally:
         first.end()
     left = sorted(path.name for path in folder.glob("run/*"))
-    again = launch("ddp", 2, path)
+    again = run_forked(forked, "ddp", 2, path)
     return SimpleNamespace(
         folder=folder / "run", victims=victims, status=status, took=took, left=left, output=first.output, again=again
     )
@@ -450,11 +450,7 @@ def test_bad_input_is_told_once(case, forked, recipe, tmp_path):
         (tmp_path / "data.jsonl").write_text('{"text": "neither question nor answer"}\n' * 3)
         values = {"dataset_name": str(tmp_path / "data.jsonl")}
     path = write(recipe, tmp_path, 2, **values)
-    if case == "column":
-        launched = Launch(config, 2, path)
-        status, output = launched.wait(), launched.output
-    else:
-        status, output = forked(config, 2, path)
+    status, output = forked(config, 2, path)
     told = [line for line in output.splitlines() if line.startswith("train_sft.py: ")]
     assert status == 1 and len(told) == 1 and all(word in told[0] for word in words), output[-3000:]
     assert not re.search(r"^\[rank\d\]|ValueError", output, re.M), output[-3000:]

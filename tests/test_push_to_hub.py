@@ -28,7 +28,7 @@ from train_sft import main, prepare
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "push_to_hub.py")
 ALICE, BOB, READER = "hf_aliceAliceAliceAliceAlice", "hf_bobBobBobBobBob", "hf_readerReaderReaderReader"
-REPO = "alice/phase15-tiny"
+REPO, ANOTHER = "alice/phase15-tiny", "alice/phase15-another"
 FILES = {
     "README.md",
     "chat_template.jinja",
@@ -53,18 +53,14 @@ RUN = ("evaluation.json", "loss_by_chunk.png", "recipe.yaml", "results.json", "t
 # Runs the script once per line of its input, in a copy of itself: importing torch for each would take minutes.
 # Without "load" the copy does itself what the script would have a new process do.
 RUNNER = """
-import contextlib, io, json, os, runpy, sys
+import json, os, runpy, sys
 
 script = sys.argv[1]
 sys.path[0] = os.path.dirname(script)
+sys.path.append(os.path.join(sys.path[0], "tests"))
 import push_to_hub  # imports everything that the script needs; each run executes the script again
 from phase15 import runs
-
-def answer(folder, query, max_new_tokens):
-    sys.argv = ["-c", str(folder), json.dumps(query), str(max_new_tokens)]
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        exec(runs.LOAD_AND_ANSWER, {})
-    return json.loads(said.getvalue())
+from reference import answer_here
 
 for line in sys.stdin:
     run = json.loads(line)
@@ -77,7 +73,7 @@ os.environ.update(run["environment"])
 for number, name in enumerate([os.devnull, *run["output"]]):
     os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
 if not run["load"]:
-    runs.answer_in_new_process = answer
+    runs.answer_in_new_process = answer_here
 sys.argv = run["argv"]
 runpy.run_path(script, run_name="__main__")
 """
@@ -171,16 +167,14 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def shells(folder):
     """Started before the models are made: the runners import meanwhile."""
-    shells = {
-        name: Shell(folder / f"shell-{name}", fork=name != "alone") for name in ("story", "refusals", "dying", "alone")
-    }
+    shells = {name: Shell(folder / f"shell-{name}", fork=name != "alone") for name in ("story", "faults", "alone")}
     yield shells
     for shell in shells.values():
         shell.close()
 
 
 @pytest.fixture(scope="module")
-def models(shells, folder, chat_tokenizer) -> dict[str, Path]:
+def models(shells, folder, answers_here, chat_tokenizer) -> dict[str, Path]:
     """Folders to push: a training run, two that differ in their weights, and folders that cannot be pushed."""
     data = [{"query": f"Why is {i}?", "answer": "Blue light scatters most. " * 2} for i in range(6)]
     (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in data))
@@ -268,7 +262,7 @@ def push_story(shell, models, staged) -> dict[str, Run]:
     first = (models["first"], *SHARDS)
     changes = ("--private", "--commit_message", "First release")
     return {
-        "dry": shell.push(*first, "--dry_run", "--output_dir", staged, token=None, load=True),
+        "dry": shell.push(*first, "--dry_run", "--output_dir", staged, token=None),
         "first": shell.push(*first, *changes, load=True),
         "again": shell.push(*first, *changes),
         "changed": shell.push(models["second"]),
@@ -278,7 +272,7 @@ def push_story(shell, models, staged) -> dict[str, Run]:
 
 
 def push_in_vain(shell, models) -> dict[str, Run]:
-    """What is wrong with the input, then a Hub that fails at the commit, and in the end does not."""
+    """What is wrong with the input, then a Hub that fails at the commit, in the end does not, dies and is gone."""
     runs = {}
     for case, (model_dir, flags, keywords, _) in REFUSALS.items():
         runs[case] = shell.push(models[model_dir], *flags, **keywords)
@@ -286,29 +280,26 @@ def push_in_vain(shell, models) -> dict[str, Run]:
         shell.hub.fail("POST", f"/api/models/{REPO}/commit/", action, after, times=1)
         runs[case] = shell.push(models["first"])
     runs["at last"] = shell.push(models["first"])
-    return runs | {"public": shell.push(models["second"], "--private")}
-
-
-def push_to_a_dying_hub(shell, models) -> dict[str, Run]:
+    runs["public"] = shell.push(models["second"], "--private")
     shell.hub.fail("PUT", "/lfs/", "die", times=1)
-    died = shell.push(models["first"])
+    runs["died"] = shell.push(models["first"], repo_id=ANOTHER)
     shell.hub.start()
-    return {"died": died, "completed": shell.push(models["first"])}
+    runs["completed"] = shell.push(models["first"], repo_id=ANOTHER)
+    shell.hub.stop()
+    return runs | {"no network": shell.push(models["first"])}
 
 
-def push_without_a_hub(shell, models, staged) -> dict[str, Run]:
-    dry = shell.push(models["first"], "--dry_run", "--output_dir", staged, *SHARDS, HF_HUB_OFFLINE="1")
-    return {"dry": dry, "no network": shell.push(models["first"], HF_ENDPOINT="http://127.0.0.1:9")}
+def push_without_a_hub(shell, models, staged) -> Run:
+    return shell.push(models["first"], "--dry_run", "--output_dir", staged, *SHARDS, HF_HUB_OFFLINE="1")
 
 
 @pytest.fixture(scope="module")
 def lanes(shells, models, folder):
-    """The four shells at work at the same time: they spend most of theirs importing, and waiting to try again."""
+    """The three shells at work at the same time: they spend most of theirs importing, and waiting to try again."""
     with ThreadPoolExecutor() as pool:
         yield {
-            "dying": pool.submit(push_to_a_dying_hub, shells["dying"], models),
             "story": pool.submit(push_story, shells["story"], models, folder / "staged"),
-            "refusals": pool.submit(push_in_vain, shells["refusals"], models),
+            "faults": pool.submit(push_in_vain, shells["faults"], models),
             "alone": pool.submit(push_without_a_hub, shells["alone"], models, folder / "staged-offline"),
         }
 
@@ -319,17 +310,12 @@ def story(lanes) -> dict[str, Run]:
 
 
 @pytest.fixture(scope="module")
-def refusals(lanes) -> dict[str, Run]:
-    return lanes["refusals"].result()
+def faults(lanes) -> dict[str, Run]:
+    return lanes["faults"].result()
 
 
 @pytest.fixture(scope="module")
-def dying(lanes) -> dict[str, Run]:
-    return lanes["dying"].result()
-
-
-@pytest.fixture(scope="module")
-def alone(lanes) -> dict[str, Run]:
+def alone(lanes) -> Run:
     return lanes["alone"].result()
 
 
@@ -374,9 +360,9 @@ def test_another_model_makes_one_commit(story, models):
     assert files["model.safetensors"] == (models["second"] / "model.safetensors").read_bytes()
 
 
-def test_a_private_repository_is_private(story, refusals, shells):
+def test_a_private_repository_is_private(story, faults, shells):
     assert shells["story"].hub.repos[REPO].private
-    assert not shells["refusals"].hub.repos[REPO].private
+    assert not shells["faults"].hub.repos[REPO].private
 
 
 def test_a_pull_request_leaves_main_alone(story, shells, models):
@@ -398,13 +384,13 @@ def test_a_new_branch_leaves_main_alone(story, shells, models):
 
 def test_a_dry_run_needs_neither_the_hub_nor_a_token(story, alone, folder):
     """Offline or not makes no difference to what is staged."""
-    for run in (story["dry"], alone["dry"]):
+    for run in (story["dry"], alone):
         assert run.succeeded().requests == []
     assert contents(folder / "staged-offline") == contents(folder / "staged")
 
 
-def test_the_server_of_these_tests_had_no_errors_of_its_own(story, refusals, dying, alone, shells):
-    assert [shell.hub.errors for shell in shells.values()] == [[], [], [], []]
+def test_the_server_of_these_tests_had_no_errors_of_its_own(story, faults, alone, shells):
+    assert [shell.hub.errors for shell in shells.values()] == [[], [], []]
 
 
 # what others load
@@ -526,39 +512,39 @@ def test_without_it_the_card_shows_the_runs_own_table(story, shells, models):
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_a_refused_push_says_why_in_one_line_and_writes_nothing(case, refusals, shells):
-    run = refusals[case]
+def test_a_refused_push_says_why_in_one_line_and_writes_nothing(case, faults, shells):
+    run = faults[case]
     assert re.search(REFUSALS[case][3], run.error.removeprefix("push_to_hub.py: ")), run.error
     assert not any(request.writes and request.status == 200 for request in run.requests), run.requests
-    assert run.log == [] and set(shells["refusals"].hub.repos) <= {REPO}
+    assert run.log == [] and set(shells["faults"].hub.repos) <= {REPO, ANOTHER}
 
 
 @pytest.mark.parametrize("case", FAULTS)
-def test_a_commit_that_fails_leaves_nothing_to_be_seen(case, refusals):
-    run = refusals[case]
+def test_a_commit_that_fails_leaves_nothing_to_be_seen(case, faults):
+    run = faults[case]
     assert run.error and len(run.log) == (1 if case == "answer lost" else 0)
 
 
-def test_after_failures_the_same_command_makes_the_one_commit(refusals):
-    assert refusals["at last"].succeeded().log == refusals["answer lost"].log
+def test_after_failures_the_same_command_makes_the_one_commit(faults):
+    assert faults["at last"].succeeded().log == faults["answer lost"].log
 
 
-def test_a_public_repository_gets_no_private_push(refusals):
-    assert "public" in refusals["public"].error and refusals["public"].log == refusals["at last"].log
+def test_a_public_repository_gets_no_private_push(faults):
+    assert "public" in faults["public"].error and faults["public"].log == faults["at last"].log
 
 
-def test_a_second_run_completes_an_upload_that_died(dying):
-    assert dying["died"].error and dying["died"].log == []
-    assert any(r.method == "PUT" and r.status is None for r in dying["died"].requests)
-    (commit,) = dying["completed"].succeeded().log
+def test_a_second_run_completes_an_upload_that_died(faults):
+    assert faults["died"].error and faults["died"].log == []
+    assert any(r.method == "PUT" and r.status is None for r in faults["died"].requests)
+    (commit,) = faults["completed"].succeeded().log
     assert set(uploaded(commit)) == FILES | {"model.safetensors"}
 
 
-def test_no_network(alone):
-    assert re.search(r"(?i)127\.0\.0\.1:9|connect|network|reach", alone["no network"].error)
+def test_no_network(faults):
+    assert re.search(r"(?i)127\.0\.0\.1:\d+|connect|network|reach", faults["no network"].error)
 
 
-def test_no_token_is_said_or_uploaded(story, refusals, dying, alone, shells, folder):
+def test_no_token_is_said_or_uploaded(story, faults, alone, shells, folder):
     runs = [run for shell in shells.values() for run in shell.runs]
     said = [text for run in runs for text in (run.stdout, run.stderr)]
     files = [data for staged in ("staged", "staged-offline") for data in contents(folder / staged).values()]
