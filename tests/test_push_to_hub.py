@@ -53,7 +53,7 @@ RUN = ("evaluation.json", "loss_by_chunk.png", "recipe.yaml", "results.json", "t
 # Runs the script once per line of its input, in a copy of itself: importing torch for each would take minutes.
 # Without "load" the copy does itself what the script would have a new process do.
 RUNNER = """
-import json, os, runpy, sys
+import gc, json, os, runpy, sys, traceback
 
 script = sys.argv[1]
 sys.path[0] = os.path.dirname(script)
@@ -62,6 +62,7 @@ import push_to_hub  # imports everything that the script needs; each run execute
 from phase15 import runs
 from reference import answer_here
 
+gc.freeze()  # so that forks share what there is
 for line in sys.stdin:
     run = json.loads(line)
     if (child := os.fork()) == 0:
@@ -74,8 +75,19 @@ for number, name in enumerate([os.devnull, *run["output"]]):
     os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
 if not run["load"]:
     runs.answer_in_new_process = answer_here
-sys.argv = run["argv"]
-runpy.run_path(script, run_name="__main__")
+sys.argv, status = run["argv"], 0
+try:
+    runpy.run_path(script, run_name="__main__")
+except SystemExit as end:  # as Python ends, without the second that it takes to clear away all modules
+    status = end.code or 0
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+except BaseException:
+    traceback.print_exc()
+    status = 1
+sys.stdout.flush(), sys.stderr.flush()
+os._exit(status)
 """
 
 
