@@ -209,5 +209,5 @@ def test_loading_costs_little_more_than_the_bases(real, tmp_path):
     model.save_pretrained(tmp_path / "phase15")
     base.save_pretrained(tmp_path / "base")
     folders = (str(tmp_path / "phase15"), str(tmp_path / "base"))
-    results = load_benchmark.load(benchmark.parse_args(["load", "--rounds", "12", "--folders", *folders]))["results"]
+    results = load_benchmark.load(benchmark.parse_args(["load", "--rounds", "6", "--folders", *folders]))["results"]
     assert results["phase15"]["fastest_ms"] < 1.5 * results["base"]["fastest_ms"], results
