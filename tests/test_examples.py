@@ -226,7 +226,7 @@ def test_a_mixture_of_strings_and_messages_is_refused(chat_tokenizer, tmp_path):
         read(path, chat_tokenizer)
 
 
-@pytest.mark.parametrize("how, suffix", itertools.product((read, stream), SUFFIXES))
+@pytest.mark.parametrize("how, suffix", list(itertools.product((read, stream), SUFFIXES)))
 def test_unknown_columns(how, suffix, chat_tokenizer, tmp_path):
     path = write(tmp_path / f"data{suffix}", [{"text": "a", "answer": "b"}])
     with pytest.raises(ValueError) as error:
