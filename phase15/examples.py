@@ -9,15 +9,24 @@ formats and the common pairs; the first that matches is used):
     query, answer
     instruction (, input), output
 
-All but the string prompt/completion go through the tokenizer's chat template. The end token closes every answer.
+All but the string prompt/completion go through the tokenizer's chat template, and take these columns too, as TRL does:
+
+    system                 the text of a system turn
+    tools                  functions as JSON schemas, a list or its JSON text
+    chat_template_kwargs   variables of the template
+
+Query and answer are tokenized as one text, and the end token closes every answer once. Columns and fields of messages
+that nobody reads are named in the log.
 """
 
 import itertools
+import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import jinja2
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from tqdm.auto import tqdm
@@ -35,8 +44,19 @@ FORMATS = (
     ("query", "answer"),
     ("instruction", "output"),
 )
+CHAT_COLUMNS = {"system", "tools", "chat_template_kwargs"}
+# Fields of a message that an answer may depend on. A template that does not read them would lose them.
+MEANINGFUL = {"tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"}
 SHUFFLE_BUFFER = 10_000  # records of a stream that are held to be shuffled
 MAX_QUERY_TOKENS = 65_536  # training holds every step over a query in memory: a longer one is a mistake in the data
+
+
+class Turns(NamedTuple):
+    """A record: strings that no template changes, or messages, the last of which is the answer."""
+
+    query: str | list[dict]
+    answer: str | dict
+    variables: dict[str, Any]  # what the chat template gets beside the messages
 
 
 class Phase15Encoder:
@@ -67,6 +87,7 @@ class Phase15Encoder:
     ):
         self.tokenizer, self.max_answer_length = tokenizer, max_answer_length
         self.source, self.vocab_size = source, vocab_size
+        self.told = set()  # columns and fields that the log has named
         first = next(iter(records), None)
         if first is None:
             raise ValueError(f"{source}: there is no usable record.")
@@ -93,9 +114,13 @@ class Phase15Encoder:
         """The example of a record, and whether its answer was cut."""
         where = record["where"]
         try:
-            query, answer = split_record(record["fields"], self.fields, where)
-            query_ids = self.query_ids(query, where)
-            answer_ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
+            turns = split_record(record["fields"], self.fields, where)
+            self.tell("columns", unused_columns(record["fields"], self.fields, turns))
+            if isinstance(turns.query, str):
+                query_ids, answer_ids = self.split(turns.query, turns.answer)
+            else:
+                query_ids, answer_ids = self.split(*self.render(turns, where), add_special_tokens=False)
+            answer_ids = self.close(answer_ids)
             self.check(query_ids, answer_ids, where)
         except ValueError as error:
             raise Phase15RecordError(str(error)) from error
@@ -106,16 +131,77 @@ class Phase15Encoder:
         }
         return example, len(answer_ids) > self.max_answer_length
 
-    def query_ids(self, query: str | list[dict], where: str) -> list[int]:
-        if isinstance(query, str):
-            return self.tokenizer(query)["input_ids"]
+    def tell(self, what: str, names: set[str]):
+        """Names once in the log what nobody reads."""
+        if new := sorted(names - self.told):
+            self.told |= names
+            logger.warning(f"{self.source}: these {what} are not used: {', '.join(new)}.")
+
+    def render(self, turns: Turns, where: str) -> tuple[str, str]:
+        """
+        The texts of query and answer in the chat template: what it renders up to the answer, and what it adds for it.
+        A template that rewrites the answer or what was before it, as those of reasoning models do, gets the answer's
+        own text, without a tag such as `<think>` that the query ends in already.
+        """
+        messages = [{**message} for message in (*turns.query, turns.answer)]
+        for message in messages:
+            message.pop("weight", None)  # ours
+        self.check_template(messages, turns.variables, where)
+        query = self.apply_template(messages[:-1], turns.variables, where, add_generation_prompt=True)
+        whole, content = self.apply_template(messages, turns.variables, where), turns.answer["content"]
+        if whole.startswith(query) and content.strip() in whole[len(query) :]:
+            return query, whole[len(query) :]
+        if lost := MEANINGFUL & fields_with_values(turns.answer):
+            raise ValueError(
+                f"{where}: the chat template does not render the answer behind its query, so its `{lost.pop()}` would "
+                "be lost."
+            )
+        tags = re.match(r"(<[^<>\s]+>\s*)+", content)
+        overlap = max((n for n in range(1, tags.end() + 1) if query.endswith(content[:n])), default=0) if tags else 0
+        return query, content[overlap:]
+
+    def apply_template(self, messages: list[dict], variables: dict, where: str, **kwargs) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **variables, **kwargs)
+        except Exception as error:  # templates can raise anything
+            raise ValueError(f"{where}: the tokenizer's chat template cannot be used: {error}") from error
+
+    def check_template(self, messages: list[dict], variables: dict, where: str):
+        """Refuses a record whose tools or fields with a meaning the template does not read; names other fields."""
         if self.tokenizer.chat_template is None:
             raise ValueError(f"{where}: the tokenizer has no chat template; use string columns prompt, completion.")
-        try:
-            chat = self.tokenizer.apply_chat_template(query, add_generation_prompt=True, return_dict=True)
-        except jinja2.TemplateError as error:  # a syntax error, or a refusal of the template itself
-            raise ValueError(f"{where}: the tokenizer's chat template cannot be used: {error}") from error
-        return chat["input_ids"]
+        template = self.tokenizer.get_chat_template(tools=variables.get("tools"))
+        names = set().union(*map(fields_with_values, messages)) - {"role", "content"}
+        names |= {"tools"} & set(variables)
+        unread = {name for name in names if not re.search(rf"\b{re.escape(name)}\b", template)}
+        if lost := sorted(unread & (MEANINGFUL | {"tools"})):
+            raise ValueError(f"{where}: the tokenizer's chat template does not read `{lost[0]}`, which would be lost.")
+        self.tell("fields of messages", unread)
+
+    def split(self, query: str, answer: str, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
+        """
+        Token ids of query and answer, tokenized as one text: some tokenizers put a space before every text. Where a
+        token would hold the end of one and the start of the other, the query is tokenized alone, as in `generate`, and
+        the answer behind another text.
+        """
+        encode = lambda text, special=False: self.tokenizer(text, add_special_tokens=special)["input_ids"]  # noqa: E731
+        query_ids, whole = encode(query, add_special_tokens), encode(query + answer, add_special_tokens)
+        if whole[: len(query_ids)] == query_ids:
+            return query_ids, whole[len(query_ids) :]
+        for text in ("\n", ":", "a", "。"):
+            before, both = encode(text), encode(text + answer)
+            if both[: len(before)] == before:
+                return query_ids, both[len(before) :]
+        return query_ids, encode(answer)
+
+    def close(self, answer_ids: list[int]) -> list[int]:
+        """The answer with one end token, which it may have brought, and no white space behind that."""
+        end = self.tokenizer.eos_token_id
+        if end in answer_ids:
+            last = len(answer_ids) - 1 - answer_ids[::-1].index(end)
+            if not self.tokenizer.decode(answer_ids[last + 1 :]).strip():
+                return answer_ids[: last + 1]
+        return [*answer_ids, end]
 
     def check(self, query_ids: list[int], answer_ids: list[int], where: str):
         if not query_ids:
@@ -146,23 +232,72 @@ def load_examples(records: Iterable[dict], encoder: Phase15Encoder) -> Dataset:
     return examples
 
 
-def split_record(record: dict, fields: tuple[str, ...], where: str) -> tuple[str | list[dict], str]:
-    """The query, a string or a list of messages, and the answer of a record in the format of `fields`."""
+def split_record(record: dict, fields: tuple[str, ...], where: str) -> Turns:
+    """A record in the format of `fields`."""
     if fields == ("messages",):
         *query, answer = check_messages(record.get("messages"), f"{where}: `messages`", at_least=2)
-        return query, answer_of(answer, f"{where}: the last of `messages`")
+        return chat(query, check_answer(answer, f"{where}: the last of `messages`"), record, where)
     prompt, completion = (record.get(name) for name in fields)
     if fields == ("prompt", "completion") and isinstance(prompt, list):
         prompt = check_messages(prompt, f"{where}: `prompt`")
         *more, answer = check_messages(completion, f"{where}: `completion`")
-        return prompt + more, answer_of(answer, f"{where}: the last of `completion`")
+        return chat(prompt + more, check_answer(answer, f"{where}: the last of `completion`"), record, where)
     for name in fields:
         check_text(record.get(name), f"{where}: `{name}`", seen=record)
     if fields == ("prompt", "completion"):
-        return prompt, completion
+        return Turns(prompt, completion, {})
     if fields == ("instruction", "output") and record.get("input"):
         prompt = f"{prompt}\n\n{check_text(record['input'], f'{where}: `input`', seen=record)}"
-    return [{"role": "user", "content": prompt}], completion
+    return chat([{"role": "user", "content": prompt}], {"role": "assistant", "content": completion}, record, where)
+
+
+def chat(query: list[dict], answer: dict, record: dict, where: str) -> Turns:
+    """Adds what the columns beside the messages say."""
+    if record.get("system"):
+        if query[0]["role"] == "system":
+            raise ValueError(f"{where} has a `system` beside messages that begin with one of their own.")
+        query = [
+            {"role": "system", "content": check_text(record["system"], f"{where}: `system`", seen=record)},
+            *query,
+        ]
+    variables = {}
+    if tools := from_json(record.get("tools"), f"{where}: `tools`"):
+        if not isinstance(tools, list):
+            raise ValueError(f"{where}: `tools` is a {type(tools).__name__}, but a list was expected.")
+        variables["tools"] = without_nulls(tools)
+    if given := from_json(record.get("chat_template_kwargs"), f"{where}: `chat_template_kwargs`"):
+        if not isinstance(given, dict) or {"messages", "tools", "add_generation_prompt", "tokenize"} & set(given):
+            raise ValueError(f"{where}: `chat_template_kwargs` must be variables of the template, not {given!r:.80}.")
+        variables |= without_nulls(given)
+    return Turns(query, answer, variables)
+
+
+def unused_columns(record: dict, fields: tuple[str, ...], turns: Turns) -> set[str]:
+    """The columns with a value that no format reads."""
+    used = set(fields) | (CHAT_COLUMNS if isinstance(turns.query, list) else set())
+    used |= {"input"} if fields == ("instruction", "output") else set()
+    return {str(name) for name in fields_with_values(record) - used}
+
+
+def fields_with_values(record: dict) -> set:
+    return {name for name, value in record.items() if value not in (None, "", [], {})}
+
+
+def from_json(value, where: str):
+    """What a column holds that may be given as JSON text."""
+    if not isinstance(value, str) or not value.strip():
+        return value or None
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON: {error}.") from error
+
+
+def without_nulls(value):
+    """Without the fields that Arrow filled in: in a column all records have the same."""
+    if isinstance(value, dict):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def check_text(value, where: str, seen: dict) -> str:
@@ -178,17 +313,26 @@ def check_text(value, where: str, seen: dict) -> str:
 def check_messages(value, where: str, at_least: int = 1) -> list[dict]:
     if not isinstance(value, list) or len(value) < at_least:
         raise ValueError(f"{where} must be a list of {at_least} or more messages, not {value!r:.80}.")
+    messages = []
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"{where} must hold messages with `role` and `content`, not {message!r:.80}.")
-        check_text(message.get("content"), f"{where}: the `content` of a message of role {message['role']!r}", message)
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+        message = without_nulls(message)
+        if MEANINGFUL & fields_with_values(message) and not message.get("content"):  # calls without a word
+            message["content"] = ""
+        else:
+            what = f"the `content` of a message of role {message['role']!r}"
+            check_text(message.get("content"), f"{where}: {what}", message)
+        messages.append(message)
+    return messages
 
 
-def answer_of(message: dict, where: str) -> str:
+def check_answer(message: dict, where: str) -> dict:
     if message["role"] != "assistant":
         raise ValueError(f"{where} is the answer, so its role must be 'assistant', not {message['role']!r}.")
-    return message["content"]
+    if not message.get("weight", 1):
+        raise ValueError(f"{where} is the answer, but its `weight` of 0 says that it is not to be trained on.")
+    return message
 
 
 class Phase15Stream(torch.utils.data.IterableDataset):

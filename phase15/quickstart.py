@@ -51,6 +51,18 @@ CHAT_TEMPLATE = (
 )
 
 
+def texts_of(value, name: str = "") -> Iterator[str]:
+    """The strings of a record at any depth, messages for example; roles are no text."""
+    if isinstance(value, str):
+        yield from () if name == "role" else (value,)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from texts_of(item, key)
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts_of(item)
+
+
 def train_tokenizer(records: Iterable[dict], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with a chat template, trained on the strings of records."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -62,8 +74,7 @@ def train_tokenizer(records: Iterable[dict], vocab_size: int) -> PreTrainedToken
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    texts = (text for record in records for text in record.values() if isinstance(text, str))
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((text for record in records for text in texts_of(record)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|end|>",

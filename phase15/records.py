@@ -31,18 +31,20 @@ def open_records(
     Args:
         name (`str`): a JSONL, JSON, CSV or Parquet file; a pattern of several ("data/*.jsonl"), which are read in the
             order of their names; a Hub id; or "python-docstrings", which every machine has.
-        config (`str`, *optional*): configuration of a Hub data set.
-        split (`str`): split of a Hub data set.
+        config (`str`, *optional*): configuration of a Hub data set. Files have none.
+        split (`str`): split of a Hub data set. Files have "train" alone.
         streaming (`bool`): do not download the files of a Hub data set.
 
     Returns:
         `IterableDataset`: rows of `fields`, the record; `number`, from 1; and `where`, its file and its number there.
 
     Raises:
-        ValueError: for files that are missing, empty or of another type. [`Phase15RecordError`] when a record that
-            cannot be read is reached.
+        ValueError: for files that are missing, empty or of another type, or with a configuration or a split.
+            [`Phase15RecordError`] when a record that cannot be read is reached.
     """
     suffix = Path(name).suffix.lower()
+    if name == DOCSTRINGS or suffix in READERS:
+        check_no_parts(name, config, split)
     if name == DOCSTRINGS:
         sources = ((name, docstring_records),)
     elif suffix in READERS:
@@ -62,6 +64,16 @@ def open_records(
     return IterableDataset.from_generator(_rows, gen_kwargs={"sources": sources})
 
 
+def check_no_parts(name: str, config: str | None, split: str):
+    """Raises a ValueError for parts of a data set that only the Hub's have."""
+    if config is not None:
+        raise ValueError(f"{name}: `dataset_config` is {config!r}, but only a Hub data set has configurations.")
+    if split != "train":
+        raise ValueError(
+            f"{name}: `dataset_train_split` is {split!r}, but only a Hub data set has splits; a file is read whole."
+        )
+
+
 def _rows(sources: tuple[tuple[str, Callable], ...]) -> Iterator[dict]:
     numbers = itertools.count(1)
     for name, read in sources:
@@ -75,19 +87,24 @@ def _rows(sources: tuple[tuple[str, Callable], ...]) -> Iterator[dict]:
 def _csv_records(path: Path) -> Iterator[dict[str, str]]:
     """Every value is a string: 007 stays 007, and an answer may be NA."""
     with path.open(encoding="utf-8-sig", newline="") as file:
-        number = 0
+        number, begin, reader = 0, 1, csv.DictReader(file, restval="", strict=True)
         try:
-            for number, record in enumerate(csv.DictReader(file, restkey="", restval=""), start=1):
-                if "" in record:
+            if repeated := {name for name in reader.fieldnames or () if reader.fieldnames.count(name) > 1}:
+                raise ValueError(f"the header has the column {sorted(repeated)[0]!r} twice.")
+            begin = reader.line_num + 1
+            for number, record in enumerate(reader, start=1):
+                if None in record:
                     raise ValueError(f"record {number} has more values than the header has columns.")
                 yield record
+                begin = reader.line_num + 1
         except UnicodeDecodeError:  # in a block of lines: find the line
             with path.open("rb") as lines:
                 for position, line in enumerate(lines, start=1):
                     _decode(line, f"line {position} is ")
             raise
         except csv.Error as error:
-            raise ValueError(f"record {number + 1} is not CSV: {error}") from error
+            reason = "its quote is not closed" if "unexpected end of data" in str(error) else error
+            raise ValueError(f"record {number + 1} (line {begin}) is not CSV: {reason}.") from error
     if not number:
         raise ValueError("there is no usable record.")
 
@@ -124,12 +141,21 @@ def _json_lines(file: Iterable[bytes]) -> Iterator:
 
 def _from_json(text: bytes, where: str):
     try:
-        return json.loads(_decode(text, where))
+        return json.loads(_decode(text, where), object_pairs_hook=partial(_object, where=where))
     except json.JSONDecodeError as error:
         position = f"column {error.colno}" if where else f"line {error.lineno}, column {error.colno}"
         raise ValueError(f"{where}not JSON: {error.msg}, {position}.") from error
     except RecursionError as error:
         raise ValueError(f"{where}not a record: it is nested too deeply.") from error
+
+
+def _object(pairs: list[tuple[str, object]], where: str) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{where}not a record: it has the field {twice!r} twice.")
+    return found
 
 
 def _decode(text: bytes, where: str) -> str:
@@ -142,6 +168,8 @@ def _decode(text: bytes, where: str) -> str:
 
 def _parquet_records(path: Path) -> Iterator[dict]:
     with pyarrow.parquet.ParquetFile(path) as file:
+        if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
+            raise ValueError(f"two columns have the same name: {', '.join(file.schema_arrow.names)}.")
         features = Features.from_arrow_schema(file.schema_arrow)  # decodes JSON columns, as pyarrow does not
         batches = (batch.to_pylist() for batch in file.iter_batches(1000))
         yield from _numbered(features.decode_example(record) for batch in batches for record in batch)

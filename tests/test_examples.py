@@ -10,7 +10,9 @@ import re
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, normalizers
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from phase15 import examples, records
 from phase15.examples import FORMATS, Phase15DataCollator, Phase15Encoder, load_examples, split_stream
@@ -120,12 +122,152 @@ def test_a_csv_file_holds_text(chat_tokenizer, tmp_path):
     assert answers == ["7", "NA", "None", "007"]
 
 
-def test_templates_see_role_and_content_only(chat_tokenizer):
-    """A table gives every message the keys of all, and templates ask whether a key is there."""
-    tokenizer = copy.deepcopy(chat_tokenizer)
-    tokenizer.chat_template = "{% for message in messages %}{{ message | list | join(' ') }};{% endfor %}"
-    row = encoded([{"messages": [TURNS[0] | {"tool_calls": ["x"]}, *TURNS[1:]]}], tokenizer, 64)[0]
-    assert tokenizer.decode(row["input_ids"][: row["query_length"]]) == "role content;" * 4
+def texts_of(row, tokenizer) -> tuple[str, str]:
+    ids, length = row["input_ids"], row["query_length"]
+    return tokenizer.decode(ids[:length]), tokenizer.decode(ids[length:])
+
+
+def with_template(tokenizer, template: str):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+CALLS = [{"type": "function", "function": {"name": "look_up", "arguments": {"word": "sky", "page": None}}}]
+TOOLS = [{"type": "function", "function": {"name": "look_up", "description": "Looks a word up."}}]
+RENDERS_CALLS = (
+    "{% for tool in tools or [] %}<{{ tool.function.name }}>{% endfor %}{% for m in messages %}"
+    "<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}[{{ c.function.arguments | tojson }}]{% endfor %}"
+    "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_and_calls_are_rendered(as_text, chat_tokenizer):
+    """Also a turn of calls alone, and tools as JSON text; Arrow's nulls in the arguments are left out."""
+    tokenizer = with_template(chat_tokenizer, RENDERS_CALLS)
+    turns = [TURNS[1], {"role": "assistant", "content": None, "tool_calls": CALLS}]
+    tools = json.dumps(TOOLS) if as_text else TOOLS
+    row = encoded([{"messages": turns, "tools": tools}], tokenizer)[0]
+    expected = "<look_up><|user|>Hello<|end|>\n<|assistant|>", '[{"word": "sky"}]<|end|>'
+    assert texts_of(row, tokenizer) == expected
+    turns[1]["content"] = "I look it up."
+    row = encoded([{"prompt": turns[:1], "completion": turns[1:], "tools": tools}], tokenizer)[0]
+    assert texts_of(row, tokenizer)[1] == 'I look it up.[{"word": "sky"}]<|end|>'
+
+
+@pytest.mark.parametrize("name", ["tool_calls", "reasoning_content", "thinking", "tools"])
+def test_what_the_template_would_lose_is_refused(name, chat_tokenizer):
+    turns = [{**TURNS[1], **({name: ["x"]} if name != "tools" else {})}, TURNS[-1]]
+    record = {"messages": turns, "tools": TOOLS if name == "tools" else None}
+    with pytest.raises(Phase15RecordError, match=f"record 1: .*chat template does not read `{name}`"):
+        encoded([record], chat_tokenizer)
+    turns[0].pop(name, None)
+    assert encoded([{"messages": turns, "tools": []}], chat_tokenizer)  # no value, no loss
+
+
+def test_columns_and_fields_that_nobody_reads_are_named_once(chat_tokenizer, caplog):
+    records = [
+        {"context": "c", "question": QUESTION, "answer": ANSWER, "empty": None},
+        {"context": "d", "question": QUESTION, "answer": ANSWER, "page": 3},
+    ]
+    with caplog.at_level(logging.WARNING):
+        encoded(records, chat_tokenizer)
+        encoded([{"messages": [TURNS[1] | {"name": "Ann"}, TURNS[-1]]}], chat_tokenizer, source="chats")
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        "some data: these columns are not used: context.",
+        "some data: these columns are not used: page.",
+        "chats: these fields of messages are not used: name.",
+    ]
+
+
+@pytest.mark.parametrize("case", ["messages", "message-lists", "question-answer", "instruction-input"])
+def test_a_system_column_is_a_turn(case, chat_tokenizer):
+    record = {**CASES[case][0], "system": "Be kind."}
+    if case in ("messages", "message-lists"):
+        with pytest.raises(Phase15RecordError, match="record 1 has a `system` beside messages"):
+            encoded([record], chat_tokenizer)
+        name = "messages" if case == "messages" else "prompt"
+        record[name] = record[name][1:]
+    query, answer = texts_of(encoded([record], chat_tokenizer)[0], chat_tokenizer)
+    expected = CASES[case][1].removeprefix("<|system|>\nBe brief.<|end|>\n")
+    assert (query, answer) == (f"<|system|>\nBe kind.<|end|>\n{expected}", f"{ANSWER}<|end|>")
+
+
+def test_variables_of_the_template(chat_tokenizer):
+    tokenizer = with_template(chat_tokenizer, "{{ mood }}" + chat_tokenizer.chat_template)
+    record = {**CASES["messages"][0], "chat_template_kwargs": {"mood": "calm", "other": None}}
+    assert texts_of(encoded([record], tokenizer)[0], tokenizer)[0] == "calm" + CHAT
+    record["chat_template_kwargs"] = {"add_generation_prompt": False}
+    with pytest.raises(Phase15RecordError, match="`chat_template_kwargs` must be variables"):
+        encoded([record], tokenizer)
+
+
+def test_an_answer_of_weight_0_is_refused(chat_tokenizer):
+    turns = [TURNS[1], TURNS[2] | {"weight": 0}, TURNS[3], TURNS[4] | {"weight": 1}]
+    row = encoded([{"messages": turns}], chat_tokenizer)[0]
+    assert texts_of(row, chat_tokenizer) == (CHAT.partition("<|end|>\n")[2], f"{ANSWER}<|end|>")
+    with pytest.raises(Phase15RecordError, match="`weight` of 0"):
+        encoded([{"messages": turns[:2]}], chat_tokenizer)
+
+
+THINKS = (  # as DeepSeek-R1's: the generation prompt opens the tag, and earlier answers lose their thoughts
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split('</think>')[-1] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("content", ["<think>\nEasy.\n</think>\nBlue.", "Easy.\n</think>\nBlue.", "Blue."])
+def test_a_thought_is_opened_once(content, chat_tokenizer):
+    tokenizer = with_template(chat_tokenizer, THINKS)
+    query, answer = texts_of(encoded([{"question": QUESTION, "answer": content}], tokenizer)[0], tokenizer)
+    assert query == f"<|user|>{QUESTION}<|end|><|assistant|><think>\n"
+    assert answer == content.removeprefix("<think>\n") + "<|end|>"
+
+
+def test_no_text_is_taken_for_a_tag(chat_tokenizer):
+    """The query ends in what the answer begins with, but that is the answer's own."""
+    template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    tokenizer = with_template(chat_tokenizer, template)
+    assert texts_of(encoded([{"question": "a", "answer": ":b"}], tokenizer)[0], tokenizer) == ("A:", ":b<|end|>")
+
+
+@pytest.mark.parametrize("end", ["<|end|>", "<|end|>\n", ""])
+def test_an_answer_ends_once(end, chat_tokenizer):
+    row = encoded([{"prompt": "The sky is", "completion": f" blue.{end}"}], chat_tokenizer)[0]
+    assert texts_of(row, chat_tokenizer) == ("The sky is", " blue.<|end|>")
+    row = encoded([{"prompt": "a", "completion": "b<|end|>c"}], chat_tokenizer)[0]
+    assert texts_of(row, chat_tokenizer)[1] == "b<|end|>c<|end|>"  # an end within is the data's
+
+
+@pytest.fixture(scope="module")
+def sentence_tokenizer():
+    """As TinyLlama's: it puts a space before every text, and spaces begin its tokens."""
+    pieces = ["<unk>", "▁", *"1234567890+=abcdehlnorstuwy.<>|", "▁the", "re", "there", "▁there", "<s>", "</s>"]
+    tokenizer = Tokenizer(models.Unigram([(piece, -float(len(pieces) - len(piece))) for piece in pieces], unk_id=0))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", len(pieces) - 2)])
+    template = "{% for m in messages %}<|{{ m.role[0] }}|>{{ m.content }}</s>{% endfor %}"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=template + "{% if add_generation_prompt %}<|a|>{% endif %}",
+    )
+
+
+@pytest.mark.parametrize(
+    "prompt, completion", [("1+1=", "2"), ("the", "re"), ("a", " b"), ("a ", "b"), ("a ", " b"), ("the", " there")]
+)
+def test_query_and_answer_are_one_text(prompt, completion, sentence_tokenizer):
+    """No space comes in between, and the query's tokens are those that `generate` would get."""
+    row = encoded([{"prompt": prompt, "completion": completion}], sentence_tokenizer)[0]
+    assert sentence_tokenizer.decode(row["input_ids"]) == f"<s> {prompt}{completion}</s>"
+    assert row["input_ids"][: row["query_length"]] == sentence_tokenizer(prompt)["input_ids"]
+    row = encoded([{"question": prompt, "answer": completion}], sentence_tokenizer)[0]
+    assert sentence_tokenizer.decode(row["input_ids"]).endswith(f"<|a|>{completion}</s>")
 
 
 def test_start_token_before_a_string_prompt_only(chat_tokenizer):

@@ -31,6 +31,18 @@ UNREADABLE = {  # file, content, what the error says besides the file
     "number-json": ("data.json", f"[{GOOD}, 5]", ["record 2", "int"]),
     "not-parquet": ("data.parquet", "PAR2", ["parquet"]),
     "wide-csv": ("data.csv", "question,answer\na,b,c\n", ["record 1"]),
+    "open-quote-csv": (
+        "data.csv",
+        'question,answer\nq1,a1\nq2,"a2\nq3,a3\nq4,a4\n',
+        ["record 2 (line 3)", "not closed"],
+    ),
+    "loose-quote-csv": ("data.csv", 'question,answer\nq1,"a" 1\n', ["record 1 (line 2)", "CSV"]),
+    "column-twice-csv": ("data.csv", "question,answer,answer\na,b,c\n", ["'answer' twice"]),
+    "field-twice-jsonl": (
+        "data.jsonl",
+        GOOD + '{"question": "a", "answer": "b", "answer": "c"}\n',
+        ["record 2", "'answer' twice"],
+    ),
     "no-records-csv": ("data.csv", "question,answer\n", ["no usable record"]),
     "no-records-json": ("data.json", "[]", ["no usable record"]),
     "no-fields-jsonl": ("data.jsonl", "{}\n{}\n", []),
@@ -131,6 +143,20 @@ def test_a_stream_gives_what_a_file_does(chat_tokenizer, tmp_path):
         path = write(tmp_path / f"{case}{suffix}", [record, plain, record])
         rows = list(read(path, chat_tokenizer))
         assert list(stream(path, chat_tokenizer)) == rows and [row["record"] for row in rows] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("parts", [{"split": "train[:4]"}, {"split": "test"}, {"config": "main"}])
+def test_files_have_no_parts(parts, tmp_path):
+    """A file would be read whole, whatever part was asked for."""
+    for name in (write(tmp_path / "x.jsonl", [PAIR]), "python-docstrings"):
+        with pytest.raises(ValueError, match=f"{name}: `dataset_(config|train_split)` is '{[*parts.values()][0][:4]}"):
+            open_records(name, **parts)
+
+
+def test_a_column_without_a_name_is_a_column(tmp_path):
+    """pandas writes its index so."""
+    (tmp_path / "x.csv").write_text(",question,answer\n0,a,b\n")
+    assert next(iter(open_records(str(tmp_path / "x.csv"))))["fields"] == {"": "0", **PAIR}
 
 
 def test_text_stays_text_in_every_file(tmp_path):
