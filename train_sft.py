@@ -37,9 +37,9 @@ from phase15.files import write_text
 from phase15.models import compile_layers, make_baseline, make_model
 from phase15.records import Phase15RecordError, open_records
 from phase15.reports import plot, plot_training, table
-from phase15.runs import answer_in_new_process, held_out_by, save_recipe
+from phase15.runs import answer_in_new_process, check_same_run, held_out_by, save_recipe
 from phase15.shutdown import StopOnSignal, errors_together, leave
-from phase15.trainer import FullContextTrainer, Phase15Trainer
+from phase15.trainer import FullContextTrainer, Phase15Trainer, check_optimizer
 
 
 logger = logging.get_logger("phase15.train")
@@ -74,6 +74,7 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dic
         model = make_baseline(model, model_args)
     if training_args.compile_layers:
         compile_layers(model)
+    check_optimizer(training_args, model)
     trainer_class = Phase15Trainer if model_args.baseline in (None, "window") else FullContextTrainer
     trainer = trainer_class(
         model=model,
@@ -114,12 +115,34 @@ def prepare_output(trainer: Phase15Trainer, recipe: dict) -> str | None:
                         shutil.rmtree(checkpoint)
                     (output_dir / "results.json").unlink()  # last: it marks the checkpoints as another run's
                 found = [find_checkpoint(output_dir, args.resume_from_checkpoint)]
+                if found[0] is not None and not is_same_run(trainer, recipe, found[0]):
+                    found = [None]
                 save_recipe(recipe, output_dir)
     broadcast_object_list(found)
     if found[0] is None:
         return None
     logger.warning(f"Resuming from {found[0]}.")
+    if not list(found[0].glob("optimizer*")):
+        logger.warning(
+            f"{found[0]} holds no optimizer (`save_only_model`): optimizer and learning rate start anew, so the run "
+            "is not the one that would have been without the stop."
+        )
     return str(found[0])
+
+
+def is_same_run(trainer: Phase15Trainer, recipe: dict, checkpoint: Path) -> bool:
+    """Whether to resume from a checkpoint; with `overwrite_output_dir`, those of another run are removed instead."""
+    args = trainer.args
+    try:
+        check_same_run(recipe, checkpoint, Path(args.output_dir), args.world_size)
+    except ValueError as error:
+        if not args.overwrite_output_dir or args.resume_from_checkpoint:
+            raise Phase15CheckpointError(str(error)) from error
+        logger.warning(f"Starting anew: {error}")
+        for other in checkpoints_in(Path(args.output_dir)):
+            shutil.rmtree(other)
+        return False
+    return True
 
 
 def evaluate_and_report(
@@ -152,10 +175,11 @@ def evaluate_and_report(
                 results |= compare(model, loader)
         with writing(output_dir):
             plot(results["validation"], output_dir / "loss_by_chunk.png")
-        print(f"\n{table(results)}\n")
     with writing(output_dir):
         (output_dir / "evaluation.json").unlink(missing_ok=True)  # of an earlier run's model
         write_text(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
+    if results["validation"]:
+        print(f"\n{table(results)}\n")
 
 
 def answer_one_question(trainer: Phase15Trainer, model_args: Phase15ModelArguments):

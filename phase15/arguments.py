@@ -157,6 +157,8 @@ class Phase15TrainingArguments(TrainingArguments):
         check_least(self, least | {"gradient_accumulation_steps": 1, "bptt_chunks": 1})
         if self.max_steps < 1 and not self.num_train_epochs > 0:
             raise ValueError(f"`num_train_epochs` is {self.num_train_epochs}, but it must be above 0.")
+        if self.label_smoothing_factor:
+            raise ValueError("`label_smoothing_factor` is not supported: the model computes the loss of its chunks.")
         if self.push_to_hub:
             raise ValueError(
                 "`push_to_hub` would upload the arguments as a pickle, the token among them; when the run has ended: "
@@ -267,6 +269,12 @@ def check_together(
     model_args: Phase15ModelArguments, data_args: Phase15DataArguments, training_args: Phase15TrainingArguments
 ):
     """Refuses arguments that do not go together."""
+    start, output_dir = model_args.model_name_or_path, training_args.output_dir
+    if start is not None and Path(start).exists() and Path(start).resolve() == Path(output_dir).resolve():
+        raise ValueError(
+            f"`output_dir` is {output_dir}, the folder of `model_name_or_path`, which the run would overwrite; give "
+            "another."
+        )
     if data_args.dataset_name is None:
         raise ValueError(
             "`dataset_name` is missing: a JSONL, JSON, CSV or Parquet file, a Hub id, or python-docstrings."

@@ -1,6 +1,8 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """How a command ends on an error: in one line that names the command, with exit status 1."""
 
+import io
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -26,12 +28,20 @@ def line_of(error: Exception) -> str:
     return " ".join(message.split())
 
 
+def print_any_text():
+    """Prints what the output's encoding does not have as an escape: a pipe on Windows has no Δ."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 @contextmanager
 def one_line_errors(
     program: str, *kinds: type[Exception], explain: Callable[[Exception], str] = line_of
 ) -> Iterator[None]:
     """Ends `program` in one line on errors of some kinds, by default `INPUT_ERRORS`; on Ctrl-C with status 130."""
     caught = kinds or INPUT_ERRORS
+    print_any_text()
     try:
         yield
     except caught as error:

@@ -2,6 +2,7 @@
 """Files that are written atomically, folders that are tried before a run, and YAML."""
 
 import os
+import re
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -45,9 +46,18 @@ def check_output_dir(name: str | Path):
         raise ValueError(f"`output_dir` is {name}, but {there} cannot be written to: {error.strerror}.") from error
 
 
+class YamlLoader(yaml.SafeLoader):
+    """Reads 1e-5 as the number that it is in YAML 1.2 and JSON, where PyYAML's YAML 1.1 asks for 1.0e-5."""
+
+
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def read_yaml(path: Path) -> list:
     """The documents of a YAML file; JSON is YAML too."""
     try:
-        return list(yaml.safe_load_all(path.read_text("utf-8")))
+        return list(yaml.load_all(path.read_text("utf-8"), YamlLoader))  # a SafeLoader  # nosec B506
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: not YAML: {' '.join(str(error).split())}") from error

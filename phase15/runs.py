@@ -2,7 +2,9 @@
 """The files that a run leaves in its folder and reads back, and the check of the folder in a new process."""
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +59,53 @@ def same_records(first: dict, second: dict) -> str | None:
     if not first["streaming"]:
         left_out.add("max_validation_records")
     return next((name for name in HELD_OUT if name not in left_out and first[name] != second[name]), None)
+
+
+# What may differ where a run resumes: it changes no step, or only how many there are.
+MAY_CHANGE = re.compile(
+    r"(logging|save|eval|hub|log|report|dataloader|ddp|include|trackio)_.*|output_dir|overwrite_output_dir|run_name|"
+    r"resume_from_checkpoint|disable_tqdm|report_to|per_device_eval_batch_size|merge_adapter|use_cpu|compile_layers|"
+    r"gradient_checkpointing|activation_checkpointing|accelerator_config|load_best_model_at_end|metric_for_best_model|"
+    r"greater_is_better|project|do_.*|torch_empty_cache_steps|skip_memory_metrics"
+)
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def check_same_run(recipe: dict, checkpoint: Path, output_dir: Path, processes: int):
+    """
+    Raises a ValueError if a checkpoint is of a run with another recipe, unless what differs changes none of its steps.
+    A larger `max_steps` or `num_train_epochs` goes on with the run. The batch of a process may change with the number
+    of processes.
+    """
+    runs = read_run(checkpoint.parent).recipes
+    if not runs:  # nobody knows
+        return
+    before = runs[0]
+    names = {name for name in before.keys() | recipe.keys() if not MAY_CHANGE.fullmatch(name)}
+    differing = {name for name in names if plain(before.get(name)) != plain(recipe.get(name))}
+    for name in ("max_steps", "num_train_epochs"):
+        if name in before and name in recipe and 0 < before[name] < recipe[name]:
+            differing.discard(name)
+    if differing & set(BATCH):
+        processes_before = len(list(checkpoint.glob("rng_state*.pth")))
+        batch, batch_before = (
+            count * math.prod(values.get(name, default) for name, default in zip(BATCH, (8, 1), strict=True))
+            for count, values in ((processes, recipe), (processes_before, before))
+        )
+        differing -= set(BATCH) if batch == batch_before else set()
+    if differing:
+        changes = ", ".join(f"`{name}` was {before.get(name)} and is {recipe.get(name)}" for name in sorted(differing))
+        way_out = (
+            "give another --output_dir, or --overwrite_output_dir true to start anew"
+            if checkpoint.parent.resolve() == output_dir.resolve()
+            else "give the checkpoint as --model_name_or_path to train its model further"
+        )
+        raise ValueError(f"{checkpoint} is of another run: {changes}; {way_out}.")
+
+
+def plain(value):
+    """A value of a recipe, for comparison: "./x.jsonl" is "x.jsonl"."""
+    return os.path.normpath(value) if isinstance(value, str) else value
 
 
 def save_recipe(recipe: dict, output_dir: Path):

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from phase15.checkpoints import goes_on
-from phase15.errors import INPUT_ERRORS, line_of
+from phase15.errors import INPUT_ERRORS, line_of, print_any_text
 
 
 class Stopped(KeyboardInterrupt):
@@ -105,6 +105,7 @@ class StopOnSignal(TrainerCallback):
 def errors_together(program: str, *kinds: type[Exception]) -> Iterator[None]:
     """Ends all processes in one line if one of them has an error of some kinds, by default `INPUT_ERRORS`."""
     caught, problem = kinds or INPUT_ERRORS, None
+    print_any_text()
     try:
         yield
     except caught as error:

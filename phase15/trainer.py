@@ -14,6 +14,8 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerState,
+    TrainingArguments,
+    get_scheduler,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -67,6 +69,20 @@ class Phase15Meters:
             "delta_share": delta / max(soft_prompt, 1e-12),
             "target_tokens_per_second": round(sum(tokens) / (time.perf_counter() - self.started), 1),
         }
+
+
+def check_optimizer(args: TrainingArguments, model: torch.nn.Module):
+    """Raises a ValueError for an optimizer or a schedule that cannot be made. Trainer makes them after the start."""
+    said = {"optim": getattr(args.optim, "value", args.optim), "optim_args": args.optim_args}
+    try:
+        optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **kwargs)
+        kind, settings = args.lr_scheduler_type, args.lr_scheduler_kwargs
+        said = {"lr_scheduler_type": getattr(kind, "value", kind), "lr_scheduler_kwargs": settings}
+        get_scheduler(kind, optimizer, 1, 2, scheduler_specific_kwargs=settings)
+    except Exception as error:  # of any package
+        names = ", ".join(f"`{name}` is {value}" for name, value in said.items() if value)
+        raise ValueError(f"{names}: {error}") from error
 
 
 class Phase15Trainer(Trainer):

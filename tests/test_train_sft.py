@@ -2,6 +2,7 @@
 """train_sft.py: stages, resuming, streams, and what a run leaves."""
 
 import functools
+import io
 import json
 import os
 import re
@@ -559,7 +560,7 @@ def script(*argv: str) -> str:
 
 @pytest.fixture
 def argv(monkeypatch):
-    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "argv", ["train_sft.py"])
 
 
 def test_a_finished_run_is_not_overwritten_unasked(killed_run, argv, tmp_path):
@@ -579,6 +580,102 @@ def test_overwriting_starts_anew(recipe, tmp_path):
     main(trainer, *rest)
     assert list(losses_of(trainer.state.log_history)) == [1, 2] and (folder / "results.json").is_file()
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+
+
+@pytest.fixture
+def half(recipe, tmp_path):
+    """A run as if killed after step 2 of 4; returns its recipe."""
+
+    def run(**values):
+        values = recipe | {"max_steps": 4, "save_steps": 2, "validation_split": 0} | values
+        main(*prepare([write(values, tmp_path)]))
+        folder = Path(recipe["output_dir"])
+        for name in ("results.json", "model.safetensors"):
+            (folder / name).unlink()
+        shutil.rmtree(folder / "checkpoint-4")
+        return values
+
+    return run
+
+
+def test_a_checkpoint_of_another_run_is_refused(half, argv, tmp_path):
+    """In one line, with what differs and the way out; nothing is written. Asked to overwrite, the run starts anew."""
+    values = half()
+    folder, other = Path(values["output_dir"]), str(tmp_path / "other.jsonl")
+    shutil.copy(values["dataset_name"], other)
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    for changes in (
+        {"dataset_name": other},
+        {"stage": "hypernet"},
+        {"learning_rate": 0.5, "seed": 7},
+        {"max_steps": 3},
+        {"per_device_train_batch_size": 1},
+    ):
+        message = script(write(values | changes, tmp_path))
+        for word in ("checkpoint-2 is of another run", *changes, "--overwrite_output_dir", "--output_dir"):
+            assert word in message
+    assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    trainer, *rest = prepare([write(values | {"seed": 7}, tmp_path), "--overwrite_output_dir"])
+    main(trainer, *rest)
+    assert min(losses_of(trainer.state.log_history)) == 1
+
+
+def test_what_changes_no_step_may_change(half, tmp_path):
+    values = half(logging_steps=1)
+    changes = {"save_steps": 3, "report_to": "none", "save_total_limit": 1, "max_steps": 5, "eval_steps": 9}
+    trainer, *rest = prepare([write(values | changes, tmp_path)])
+    main(trainer, *rest)
+    assert trainer.steps_before == 2 and trainer.state.global_step == 5
+
+
+def test_a_checkpoint_without_optimizer_is_told(half, tmp_path, caplog):
+    values = half(save_only_model=True)
+    with caplog.at_level("WARNING"):
+        main(*prepare([write(values, tmp_path)]))
+    assert "checkpoint-2 holds no optimizer (`save_only_model`)" in caplog.text
+
+
+def test_a_run_does_not_overwrite_its_base(base, argv, recipe, tmp_path):
+    shutil.copytree(base, tmp_path / "b")
+    recipe |= {"model_name_or_path": str(tmp_path / "b"), "output_dir": f"{tmp_path}/b/"}
+    assert re.search("`output_dir` is .*the folder of `model_name_or_path`", script(write(recipe, tmp_path)))
+    assert not (tmp_path / "b" / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"optim": "adamw_bnb_8bit"}, "`optim` is adamw_bnb_8bit: .*bitsandbytes"),
+        ({"optim": "lomo"}, "`optim` is lomo: .*lomo"),
+        ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"pow": 1}}, "`lr_scheduler_kwargs` is .*pow"),
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` is not supported"),
+    ],
+    ids=str,
+)
+def test_what_would_fail_later_is_refused_at_the_start(values, words, argv, recipe, monkeypatch, tmp_path):
+    if values.get("optim") == "adamw_bnb_8bit":
+        monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert re.search(words, script(write(recipe | values, tmp_path)))
+    assert not Path(recipe["output_dir"]).exists()
+
+
+def test_a_number_of_yaml_1_2_is_a_number(recipe, tmp_path):
+    path = write(recipe, tmp_path)
+    with open(path, "a") as file:
+        file.write("lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-5}\nweight_decay: 1e-2\n")
+    trainer, *_ = prepare([path])
+    assert trainer.args.lr_scheduler_kwargs == {"min_lr": 1e-5} and trainer.args.weight_decay == 0.01
+
+
+def test_a_pipe_without_greek_letters(recipe, tmp_path, monkeypatch):
+    """As on Windows: results.json is written, and Δ printed as an escape."""
+    said = io.TextIOWrapper(io.BytesIO(), "cp1252")
+    monkeypatch.setattr(sys, "stdout", said)
+    monkeypatch.setattr(sys, "argv", ["train_sft.py", write(recipe, tmp_path, max_steps=1)])
+    runpy.run_path(str(ROOT / "train_sft.py"), run_name="__main__")
+    said.flush()
+    assert b"\\u0394 = 0" in said.buffer.getvalue()
+    assert (Path(recipe["output_dir"]) / "results.json").is_file()
 
 
 def test_an_error_in_a_process_of_its_own(recipe, tmp_path):
