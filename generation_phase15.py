@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin
+from transformers.utils import logging
 
 
 try:  # inside a package: how transformers loads this file from a Hub repository or a saved folder
@@ -21,6 +22,9 @@ except ImportError:  # at the root of this repository
     from compat_phase15 import CACHE_NAME, give_both_cache_names, pop_cache
     from configuration_phase15 import Phase15Config
     from decoding_phase15 import is_compiled, sample_compiled
+
+
+logger = logging.get_logger(__name__)
 
 
 class Phase15Cache(Cache):
@@ -166,6 +170,8 @@ class Phase15GenerationMixin(GenerationMixin):
         check_prompt(num_columns, kwargs.get("attention_mask"), cache)
         if cache is None and setting("use_cache") is not False:
             cache = Phase15Cache(self.config)
+        if cache is not None and input_ids is not None:
+            widen(cache, len(input_ids), max(setting("num_beams") or 1, setting("num_return_sequences") or 1))
         if cache is None:
             kwargs["prompt_length"] = num_columns
         else:
@@ -239,6 +245,28 @@ class Phase15GenerationMixin(GenerationMixin):
     generate_batch = init_continuous_batching
 
 
+def widen(cache: Phase15Cache, batch_size: int, repeats: int):
+    """Repeats each row of a cache as the library repeats the prompts, unless an earlier call has."""
+    if cache.batch_size not in (-1, batch_size, batch_size * repeats):
+        raise ValueError(
+            f"the cache has {cache.batch_size} rows, but `inputs` has {batch_size}, each repeated {repeats} times."
+        )
+    if repeats > 1 and cache.batch_size == batch_size:
+        cache.batch_repeat_interleave(repeats)
+
+
+def supported_settings(generation_config: GenerationConfig) -> GenerationConfig:
+    """The generation settings of a base without those that a model of chunks cannot honour, which the log names."""
+    dropped = [name for name in UNSUPPORTED_GENERATION if getattr(generation_config, name, None)]
+    for name in dropped:
+        setattr(generation_config, name, None)
+    if dropped:
+        logger.warning(
+            f"Generation settings of the base that Phase15 cannot honour are dropped: {', '.join(dropped)}."
+        )
+    return generation_config
+
+
 def check_prompt(num_columns: int, attention_mask: torch.Tensor | None, cache: Cache | None):
     """Raises a ValueError for prompts that add nothing to their cache, and for rows that end in padding."""
     check_cache(cache)
@@ -256,4 +284,4 @@ def check_prompt(num_columns: int, attention_mask: torch.Tensor | None, cache: C
             )
 
 
-__all__ = ["Phase15Cache", "Phase15GenerationMixin"]
+__all__ = ["Phase15Cache", "Phase15GenerationMixin", "supported_settings"]

@@ -17,8 +17,8 @@ Phase15: a language model with a recursive soft prompt.
 recursion_phase15.py has the two parts of a step. This file is the language model around them: body and head.
 """
 
-import inspect
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,14 +32,16 @@ from transformers.utils import can_return_tuple
 
 
 try:  # inside a package: how transformers loads this file from a Hub repository or a saved folder
+    from .checks_phase15 import check_arguments, check_base, check_batch, check_ids, check_sizes
     from .compat_phase15 import CACHE_NAME, both_cache_names, one_cache
     from .configuration_phase15 import Phase15Config
-    from .generation_phase15 import Phase15Cache, Phase15GenerationMixin, check_cache
+    from .generation_phase15 import Phase15Cache, Phase15GenerationMixin, supported_settings
     from .recursion_phase15 import HyperNetwork, SoftPrompt, carry
 except ImportError:  # at the root of this repository
+    from checks_phase15 import check_arguments, check_base, check_batch, check_ids, check_sizes
     from compat_phase15 import CACHE_NAME, both_cache_names, one_cache
     from configuration_phase15 import Phase15Config
-    from generation_phase15 import Phase15Cache, Phase15GenerationMixin, check_cache
+    from generation_phase15 import Phase15Cache, Phase15GenerationMixin, supported_settings
     from recursion_phase15 import HyperNetwork, SoftPrompt, carry
 
 
@@ -138,7 +140,8 @@ class Phase15PreTrainedModel(PreTrainedModel):
             position_std = self.config.initializer_range * self.config.text_config.hidden_size**0.5
             init.normal_(module.position_embeddings.weight, mean=0.0, std=position_std)
             init.zeros_(module.alpha)
-            init.constant_(module.embedding_scale, self.config.text_config.initializer_range)
+            # what it is for a base is measured by `from_base`; not every config has the field
+            init.constant_(module.embedding_scale, getattr(self.config.text_config, "initializer_range", 0.02))
 
 
 class Phase15Model(Phase15PreTrainedModel):
@@ -154,6 +157,7 @@ class Phase15Model(Phase15PreTrainedModel):
         super().__init__(config)
         self.llm = AutoModelForCausalLM.from_config(config.text_config) if llm is None else llm
         self.hypernet = HyperNetwork(config)
+        self.register_load_state_dict_pre_hook(check_sizes)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -163,7 +167,7 @@ class Phase15Model(Phase15PreTrainedModel):
         self.llm.set_input_embeddings(value)
 
     def empty_soft_prompt(self, batch_size: int, like: torch.Tensor | None = None) -> SoftPrompt:
-        """The state before the first token: no slot is used. `like` is embeddings, if the weight is a shard."""
+        """The state before the first token: no slot is used. `like` is embeddings, if the weight may be elsewhere."""
         like = self.get_input_embeddings().weight if like is None else like
         return SoftPrompt(
             like.new_zeros(batch_size, self.config.num_soft_tokens, like.shape[-1]),
@@ -181,7 +185,7 @@ class Phase15Model(Phase15PreTrainedModel):
         """
         carried = carry(soft_prompt, tokens, token_length, self.config.num_sink_tokens)
         delta = self.hypernet(carried, soft_prompt, tokens, token_length)
-        reads = (token_length > 0)[:, None, None]
+        delta, reads = delta.to(tokens.device), (token_length > 0)[:, None, None]
         return carried._replace(embeds=torch.where(reads, carried.embeds + delta, soft_prompt.embeds))
 
     def read(self, soft_prompt: SoftPrompt, tokens: torch.Tensor, length: torch.LongTensor) -> SoftPrompt:
@@ -237,7 +241,8 @@ class Phase15Model(Phase15PreTrainedModel):
             **{CACHE_NAME: llm_cache},
             **kwargs,
         )
-        return outputs.last_hidden_state.gather(1, predicting[..., None].expand(-1, -1, hidden_size)), outputs
+        hidden_states = outputs.last_hidden_state.to(chunk.device)
+        return hidden_states.gather(1, predicting[..., None].expand(-1, -1, hidden_size)), outputs
 
     @can_return_tuple
     def forward(
@@ -264,10 +269,7 @@ class Phase15Model(Phase15PreTrainedModel):
             predict_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Columns whose predictions are asked for; all by default. Without a cache, chunks with none are skipped.
         """
-        if kwargs.pop("inputs_embeds", None) is not None:  # PEFT gives None
-            raise ValueError("`inputs_embeds` cannot be given: the recursion reads `input_ids`.")
-        if kwargs.pop("position_ids", None) is not None:
-            raise ValueError("`position_ids` cannot be given: a row is one text, so packed data cannot be read.")
+        check_arguments(kwargs)
         cache = self.cache_of(one_cache(cache, past_key_values), use_cache)
         rows = self.left_align(input_ids, attention_mask, query_lengths, cache)
         if cache is None:
@@ -330,7 +332,7 @@ class Phase15Model(Phase15PreTrainedModel):
 
         # one call for all segments: FSDP gathers the embeddings at each, and all processes must do so equally often
         query = self.get_input_embeddings()(rows.input_ids[:, : int(rows.query_length.max())])
-        soft_prompts = [self.read(self.empty_soft_prompt(num_rows, like=query), query, rows.query_length)]
+        soft_prompts = [self.read(self.empty_soft_prompt(num_rows, query), query, rows.query_length)]
         for index in range(num_chunks - 1):
             soft_prompt = soft_prompts[-1]
             if bptt_chunks and (index + 1) % bptt_chunks == 0:
@@ -396,7 +398,10 @@ class Phase15Model(Phase15PreTrainedModel):
 
     def read_message(self, rows: Rows, cache: Phase15Cache) -> SoftPrompt:
         """Closes the open chunk, and steps the cache's soft prompt over each row's query."""
-        soft_prompt = cache.soft_prompt or self.empty_soft_prompt(len(rows.length))
+        soft_prompt = cache.soft_prompt
+        if soft_prompt is None:
+            like = self.get_input_embeddings()(rows.input_ids[:, :1])
+            soft_prompt = self.empty_soft_prompt(len(rows.length), like)
         if cache.chunk is not None and cache.chunk.shape[1]:
             soft_prompt = self.step(soft_prompt, cache.chunk, torch.full_like(rows.length, cache.chunk.shape[1]))
         query = rows.input_ids[:, : int(rows.query_length.max())]
@@ -438,9 +443,11 @@ class Phase15ForCausalLM(Phase15Model, Phase15GenerationMixin):
         base, gguf_file = split_gguf(base)
         if gguf_file:
             kwargs["gguf_file"] = gguf_file
+        if kwargs.get("gguf_file"):
             kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
         kwargs.setdefault("use_safetensors", True)
-        llm, loading_info = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **kwargs)
+        with reading_gguf(base, kwargs.get("gguf_file")):
+            llm, loading_info = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **kwargs)
         check_base(llm)
         if os.path.isdir(base):
             llm.config.name_or_path = ""  # a path says nothing where the model is loaded later
@@ -450,7 +457,7 @@ class Phase15ForCausalLM(Phase15Model, Phase15GenerationMixin):
         dtype = torch.float32 if embeddings.dtype == torch.float16 else embeddings.dtype  # as when it is loaded again
         model.hypernet.to(device=embeddings.device, dtype=dtype)
         model.hypernet.embedding_scale.fill_(embeddings.detach().float().square().mean().sqrt())
-        model.generation_config = llm.generation_config
+        model.generation_config = supported_settings(llm.generation_config)
         if getattr(llm, "is_quantized", False):
             model.hf_quantizer = llm.hf_quantizer  # it saves the LLM's quantised weights
         model.eval()
@@ -589,32 +596,18 @@ def split_gguf(name: str | os.PathLike) -> tuple[str | os.PathLike, str | None]:
     return name, None
 
 
-def check_batch(input_ids, attention_mask, cache, labels=None):
-    """Raises a ValueError for arguments of `forward` that have another kind or shape."""
-    check_cache(cache)
-    shape, mask_shape = (None if tensor is None else tuple(tensor.shape) for tensor in (input_ids, attention_mask))
-    if shape is None or len(shape) != 2:
-        raise ValueError(f"`input_ids` must have shape (batch_size, sequence_length), not {shape}.")
-    if input_ids.is_floating_point():
-        raise ValueError(f"`input_ids` must hold integers, not {input_ids.dtype}.")
-    seen_tokens = 0 if cache is None else cache.seen_tokens
-    if mask_shape not in (None, shape, (shape[0], seen_tokens + shape[1])):
-        raise ValueError(f"`attention_mask` has shape {mask_shape}, but `input_ids` {shape}.")
-    if labels is not None and labels.shape != shape:
-        raise ValueError(f"`labels` has shape {tuple(labels.shape)}, but `input_ids` {shape}.")
-    if labels is not None and cache is not None:
-        raise ValueError("`labels` cannot be given with `cache` or `use_cache=True`.")
-
-
-def check_ids(name: str, ids: torch.LongTensor, vocab_size: int, ignored: int | None = None):
-    """Raises a ValueError that names the first id outside the vocabulary."""
-    unknown = ((ids < 0) | (ids >= vocab_size)) & (ids != ignored)
-    if unknown.any():
-        row, position = unknown.nonzero()[0].tolist()
-        raise ValueError(
-            f"Row {row} of `{name}` holds {int(ids[row, position])} at position {position}, but ids must be from 0 to "
-            f"{vocab_size - 1}, the last of the vocabulary, also at padding."
-        )
+@contextmanager
+def reading_gguf(base: str | os.PathLike, gguf_file: str | None):
+    """Gives an error of the GGUF readers, which may be any, the file's name."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if gguf_file is None:
+            raise
+        rename = "" if gguf_file.endswith(".gguf") else "the library asks for a name that ends in .gguf: rename it. "
+        raise ValueError(f"{os.path.join(base, gguf_file)} cannot be read: {rename}{error}") from error
 
 
 def query_lengths_of(labels: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
@@ -623,23 +616,6 @@ def query_lengths_of(labels: torch.LongTensor, attention_mask: torch.Tensor | No
     is_target = (labels != -100) & mask.bool()
     before = (mask.cumsum(dim=1) - mask).gather(1, is_target.long().argmax(dim=1, keepdim=True)).squeeze(1)  # (B,)
     return torch.where(is_target.any(dim=1), before.clamp(min=1), mask.sum(dim=1))
-
-
-def check_base(llm: PreTrainedModel):
-    """Raises a ValueError for an LLM that cannot be given a soft prompt."""
-    arguments, problem = inspect.signature(llm.base_model.forward).parameters, None
-    if missing := [name for name in ("inputs_embeds", "position_ids", CACHE_NAME) if name not in arguments]:
-        raise ValueError(f"{type(llm).__name__} cannot be a base of Phase15: it takes no {', '.join(missing)}.")
-    with torch.no_grad():
-        tokens = torch.arange(8, device=llm.get_input_embeddings().weight.device)[None]
-        hidden_states = llm.base_model(inputs_embeds=llm.get_input_embeddings()(tokens)).last_hidden_state
-        logits = llm(tokens).logits
-        if not torch.isfinite(logits).all():
-            problem = f"not finite. Its weights are damaged, or too large for {llm.dtype}"
-        elif not torch.equal(llm.get_output_embeddings()(hidden_states), logits):
-            problem = "more than its output embeddings applied to the hidden states of its input embeddings"
-    if problem:
-        raise ValueError(f"{type(llm).__name__} cannot be a base of Phase15: its logits are {problem}.")
 
 
 Phase15ForCausalLM.register_for_auto_class("AutoModelForCausalLM")

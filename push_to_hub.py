@@ -22,8 +22,10 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
+    ModelInfo,
     constants,
     get_token,
+    hf_hub_download,
 )
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -34,7 +36,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 from transformers import HfArgumentParser
 
-from phase15.cards import model_card
+from phase15.cards import is_as_signed, model_card, signed
 from phase15.errors import one_line_errors
 from phase15.files import check_output_dir
 from phase15.models import check_kind, load_phase15
@@ -68,6 +70,9 @@ class PushArguments:
     )
     datasets: list[str] | None = field(
         default=None, metadata={"help": "Hub ids of the training data, where it was not read from a Hub id."}
+    )
+    overwrite_card: bool = field(
+        default=False, metadata={"help": "Replace a model card that was edited on the Hub since the last push."}
     )
     dry_run: bool = field(default=False, metadata={"help": "Write the repository into output_dir; no network."})
     output_dir: str | None = field(default=None, metadata={"help": "Where the dry run writes."})
@@ -128,7 +133,8 @@ def stage(args: PushArguments, folder: Path):
         if (source / name).is_file():
             shutil.copy(source / name, folder / name)
     pictures = [name for name in PICTURES if (folder / name).is_file()]
-    model_card(args, run, model, tokenizer, pictures).save(folder / "README.md")
+    card = model_card(args, run, model, tokenizer, pictures)
+    (folder / "README.md").write_text(signed(str(card)), encoding="utf-8")
 
     question, max_new_tokens = "What is a soft prompt?", 2 * model.config.chunk_length
     if tokenizer.chat_template is None:
@@ -179,6 +185,8 @@ def upload(args: PushArguments, staged: str):
     before = api.model_info(args.repo_id, revision=args.revision)
     if args.private and not before.private:
         raise ValueError(f"{args.repo_id} is there already and public. Nothing was uploaded.")
+    if not args.overwrite_card:
+        check_card(args, before)
     files = {path.relative_to(staged).as_posix(): path for path in Path(staged).rglob("*") if path.is_file()}
     stale = [s.rfilename for s in before.siblings if any(Path(s.rfilename).match(name) for name in MANAGED_FILES)]
     operations = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
@@ -200,6 +208,17 @@ def upload(args: PushArguments, staged: str):
     else:
         print(f"Published: {commit.pr_url or commit.commit_url}")
     print(f'from_pretrained("{args.repo_id}", trust_remote_code=True, revision="{commit.oid}")')
+
+
+def check_card(args: PushArguments, before: ModelInfo):
+    """Refuses to replace a model card that somebody has edited on the Hub."""
+    if any(sibling.rfilename == "README.md" for sibling in before.siblings):
+        there = Path(hf_hub_download(args.repo_id, "README.md", revision=before.sha)).read_text("utf-8")
+        if not is_as_signed(there):
+            raise ValueError(
+                f"README.md of {args.repo_id} is not as a push left it: somebody has edited it. "
+                "`--overwrite_card true` replaces it. Nothing was uploaded."
+            )
 
 
 AGAIN = "The same command again does what is left to do."

@@ -159,9 +159,10 @@ class HyperNetwork(nn.Module):
         Returns:
             `torch.Tensor` of shape `(batch_size, num_soft_tokens, hidden_size)`: Δ, zero in slots that are not used.
         """
-        position = self.position_embeddings.weight
-        scale = self.embedding_scale.to(position.dtype)  # FSDP computes in bfloat16, but leaves buffers in float32
         num_slots, num_tokens = carried.embeds.shape[1], tokens.shape[1]
+        # called, not sliced: an offloaded weight is there only during its module's call
+        position = self.position_embeddings(torch.arange(max(num_slots, num_tokens), device=tokens.device))
+        scale = self.embedding_scale.to(position.dtype)  # FSDP computes in bfloat16, but leaves buffers in float32
         slots = self.slot_proj(carried.embeds / scale) + position[:num_slots]  # (B, N, h)
         old_embeds, new_embeds = old.embeds / scale, tokens / scale
         memory = torch.cat(

@@ -1,6 +1,8 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """The model card of a published model, read from the files of its run."""
 
+import hashlib
+import re
 from pathlib import Path
 
 import transformers
@@ -25,6 +27,18 @@ from phase15.runs import Run, as_yaml
 
 
 CARD = Path(__file__).parent / "model_card.md.jinja"
+SIGNATURE = re.compile(r"\n<!-- push_to_hub\.py wrote this card, whose text has the SHA-256 (\w{64}) -->\n$")
+
+
+def signed(card: str) -> str:
+    """A card that says what its text was, so that the next push sees whether somebody has edited it."""
+    digest = hashlib.sha256(card.encode()).hexdigest()
+    return f"{card}\n<!-- push_to_hub.py wrote this card, whose text has the SHA-256 {digest} -->\n"
+
+
+def is_as_signed(card: str) -> bool:
+    found = SIGNATURE.search(card)
+    return found is not None and hashlib.sha256(card[: found.start()].encode()).hexdigest() == found[1]
 
 
 def model_card(

@@ -58,6 +58,6 @@ YamlLoader.add_implicit_resolver(
 def read_yaml(path: Path) -> list:
     """The documents of a YAML file; JSON is YAML too."""
     try:
-        return list(yaml.load_all(path.read_text("utf-8"), YamlLoader))  # a SafeLoader  # nosec B506
+        return list(yaml.load_all(path.read_text("utf-8"), YamlLoader))  # a SafeLoader
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: not YAML: {' '.join(str(error).split())}") from error

@@ -3,8 +3,10 @@
 
 import json
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
@@ -88,6 +90,19 @@ class StrictPhase15ForCausalLM(Phase15ForCausalLM):
         return load_strictly(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
 
 
+@contextmanager
+def lower_case(name: str | Path):
+    """A name of a `.GGUF` file that ends in `.gguf`, as the library asks; any other name as it is."""
+    path = Path(name)
+    if path.suffix == ".gguf" or path.suffix.lower() != ".gguf":
+        yield name
+        return
+    with TemporaryDirectory() as folder:
+        link = Path(folder, f"{path.stem}.gguf")
+        link.symlink_to(path.absolute())
+        yield link
+
+
 def load_phase15(
     name: str | Path, dtype: str = "auto", **config_fields
 ) -> tuple[Phase15ForCausalLM, PreTrainedTokenizerBase]:
@@ -99,7 +114,8 @@ def load_phase15(
             if value != getattr(model.config, key):
                 raise ValueError(f"`{key}` is {value}, but {name} was made with {getattr(model.config, key)}.")
         return model, load_tokenizer(name, config=model.config)  # given the config, no code of the folder is run
-    model = load_strictly(Phase15ForCausalLM.from_base, name, dtype=dtype, **config_fields)
+    with lower_case(name) as readable:
+        model = load_strictly(Phase15ForCausalLM.from_base, readable, dtype=dtype, **config_fields)
     tokenizer = load_tokenizer(folder, gguf_file=gguf_file)
     if gguf_file:  # transformers 5.17 mistakes its end token for the start token
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.text_config.eos_token_id)
@@ -118,7 +134,8 @@ def load_any(
             raise ValueError(f"{name} has no adapter_model.safetensors, and no pickle is loaded.")
         model = PeftModel.from_pretrained(load_any(base_of(name, base), dtype), name)
     else:
-        model = load_strictly(Phase15ForCausalLM.from_base, name, dtype=dtype).llm
+        with lower_case(name) as readable:
+            model = load_strictly(Phase15ForCausalLM.from_base, readable, dtype=dtype).llm
     return model.to(device).eval()
 
 

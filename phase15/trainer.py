@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import (
     ProgressCallback,
@@ -21,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 
+from checks_phase15 import SIZES
 from configuration_phase15 import Phase15Config
 from modeling_phase15 import HyperNetwork, Phase15ForCausalLM, SoftPrompt
 from phase15.checkpoints import loading, write_manifest, writing
@@ -245,7 +247,9 @@ class Phase15Trainer(Trainer):
         """Overrides Trainer to leave out its arguments, a pickle that nothing reads."""
         super().save_model(output_dir, *args, **kwargs)
         if self.args.should_save:  # not in FSDP's checkpoints
-            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            add_sizes(folder, self.accelerator.unwrap_model(self.model))
 
     def save_final_model(self, merge_adapter: bool = False):
         """
@@ -295,6 +299,14 @@ class Phase15Trainer(Trainer):
                 write_manifest(folder)
                 rotate_checkpoints(str(output_dir), limit, self.state.best_model_checkpoint)
             wait()
+
+
+def add_sizes(folder: Path, model: torch.nn.Module):
+    """Puts the sizes of the recursion beside the weights of an adapter, which has no config of the model."""
+    path = folder / "adapter_model.safetensors"
+    if isinstance(model, PeftModel) and isinstance(model.get_base_model(), Phase15ForCausalLM) and path.is_file():
+        sizes = torch.tensor([getattr(model.get_base_model().config, name) for name in SIZES])
+        save_file(load_file(path) | {"base_model.model.hypernet.sizes": sizes}, path, metadata={"format": "pt"})
 
 
 class FullContextTrainer(Phase15Trainer):

@@ -67,12 +67,15 @@ class Phase15LM(HFLM):
         if self.enable_thinking:
             raise ValueError("`enable_thinking` is for tasks that generate: here the continuation is given.")
         progress = tqdm(requests, desc="Tokenizing inputs", disable=disable_tqdm)
-        return self.score([(request.args, *self.encode(*request.args)) for request in progress], disable_tqdm)
+        rows = [(request.args, *self.encode(*request.args)) for request in progress]
+        answers = iter(self.score([row for row in rows if row[2]], disable_tqdm))
+        # a continuation without a token is certain, and what lm_eval's own models say of it
+        return [next(answers) if continuation else (0.0, True) for *_, continuation in rows]
 
     def encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if not context:
             tokens, prefix = self.tok_encode(continuation, add_special_tokens=False), self.prefix_token_id
-            return (tokens[:1], tokens[1:]) if tokens[0] == prefix else ([prefix], tokens)
+            return (tokens[:1], tokens[1:]) if tokens[:1] == [prefix] else ([prefix], tokens)
         # White space at the end of the context may be the start of a token: lm_eval moves it to the continuation. A
         # line break is not, and queries from chat templates end in one: it stays, as in training.
         end = len(context) if context.endswith("\n") else len(context.rstrip())

@@ -405,6 +405,14 @@ def test_plain_lm_eval_takes_the_first_token_as_query(runs, trained, answers):
     assert [sample["filtered_resps"] for sample in logged(folder, "answer")] == [[answer] for answer in answers]
 
 
+def test_an_empty_continuation_is_certain(folders):
+    """As lm_eval's own models say; with a context and without one."""
+    model = load(folders["trained"])
+    requests = requests_of("loglikelihood", ("ABC", ""), ("ABC", "DE"), ("", ""))
+    answers = model.loglikelihood(requests, disable_tqdm=True)
+    assert answers[0] == answers[2] == (0.0, True) and answers[1][0] < 0
+
+
 def test_an_unknown_task_and_another_model_are_named(folders, monkeypatch):
     monkeypatch.setattr(sys, "argv", sys.argv)  # main replaces it
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))

@@ -1,4 +1,5 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+import copy
 import io
 
 import pytest
@@ -292,6 +293,23 @@ def test_a_repeated_cache_continues_the_conversation_twice(tiny):
     answer, slots, chunk = reference_greedy(tiny, slots, 6)
     slots = reference_read(tiny, reference_step(tiny, slots, chunk[:-1]), torch.cat([chunk[-1:], PROMPTS[1]]))
     assert got[:, conversation.shape[1] :].tolist() == [reference_greedy(tiny, slots, 6)[0]] * 2
+
+
+@pytest.mark.parametrize("settings", [{"num_return_sequences": 2, "do_sample": True}, {"num_beams": 3}], ids=str)
+def test_a_returned_cache_is_widened(tiny, settings):
+    """As the prompts are. After a step alone the answers are those without a cache of before."""
+    first = generate(tiny, PROMPTS[:1], max_new_tokens=1, return_dict_in_generate=True)
+    conversation = torch.cat([first.sequences, PROMPTS[1][None]], dim=1)
+    whole = {"attention_mask": torch.ones_like(conversation), "max_new_tokens": 6, "pad_token_id": 0, **settings}
+    expected = []
+    for cache in (first.past_key_values, None):
+        torch.manual_seed(0)
+        expected.append(tiny.generate(conversation, past_key_values=copy.deepcopy(cache), **whole))
+    assert expected[0].shape == expected[1].shape and torch.equal(expected[0][0, :-6], conversation[0])
+    cache = first.past_key_values
+    cache.batch_repeat_interleave(5)
+    with pytest.raises(ValueError, match="the cache has 5 rows, but `inputs` has 1, each repeated"):
+        tiny.generate(conversation, past_key_values=cache, **whole)
 
 
 # what cannot be honoured

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +42,7 @@ FILES = {
     "generation_phase15.py",
     "modeling_phase15.py",
     "recursion_phase15.py",
+    "checks_phase15.py",
     "recipe.yaml",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -280,6 +281,22 @@ def push_story(shell, models, staged) -> dict[str, Run]:
         "changed": shell.push(models["second"]),
         "pr": shell.push(models["third"], "--create_pr"),
         "branch": shell.push(models["third"], "--revision", "dev/x"),
+    } | push_over_an_edit(shell, models)
+
+
+EDITED = b"---\nlicense: mit\n---\nMy own words.\n"
+
+
+def push_over_an_edit(shell, models) -> dict[str, Run]:
+    """Somebody edits the card on the Hub, then the same model is pushed."""
+    shell.push(models["first"], repo_id=ANOTHER)
+    repo = shell.hub.repos[ANOTHER]
+    last = repo.log()[-1]
+    edited = last.files | {"README.md": replace(last.files["README.md"], data=EDITED)}
+    repo.add("main", Commit("Edit", "", "alice", last.sha, edited))
+    return {
+        "edited": shell.push(models["first"], repo_id=ANOTHER),
+        "replaced": shell.push(models["first"], "--overwrite_card", repo_id=ANOTHER),
     }
 
 
@@ -403,6 +420,12 @@ def test_a_dry_run_needs_neither_the_hub_nor_a_token(story, alone, folder):
 
 def test_the_server_of_these_tests_had_no_errors_of_its_own(story, faults, alone, shells):
     assert [shell.hub.errors for shell in shells.values()] == [[], [], []]
+
+
+def test_an_edited_card_is_kept_unless_asked(story):
+    assert "somebody has edited it. `--overwrite_card true` replaces it." in story["edited"].error
+    assert uploaded(story["edited"].log[-1])["README.md"] == EDITED
+    assert b"My own words" not in uploaded(story["replaced"].succeeded().log[-1])["README.md"]
 
 
 # what others load

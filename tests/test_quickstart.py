@@ -4,7 +4,7 @@ import re
 
 from test_examples import ids_of
 
-from phase15.quickstart import docstring_records
+from phase15.quickstart import docstring_records, train_tokenizer
 
 
 def test_docstrings_of_the_standard_library():
@@ -14,6 +14,15 @@ def test_docstrings_of_the_standard_library():
     assert records["What is the function textwrap.dedent for?"] == inspect.getdoc(__import__("textwrap").dedent)
     assert records["What is the class argparse.ArgumentParser for?"].startswith("Object for parsing command line")
     assert not any(re.search(r"\b(test|idlelib)\.|\._", question) for question in records)
+
+
+def test_a_tokenizer_is_trained_on_all_texts_of_a_record():
+    """Of messages too; roles are no text."""
+    word = "supercalifragilistic"
+    flat = [{"question": word, "answer": f"{word}!"}] * 4
+    turns = [{"role": "user", "content": word}, {"role": "assistant", "content": f"{word}!"}]
+    vocabularies = [train_tokenizer(records, 300).get_vocab() for records in (flat, [{"messages": turns}] * 4)]
+    assert vocabularies[0] == vocabularies[1] and len(vocabularies[0]) > 270
 
 
 def test_the_quickstarts_tokenizer(chat_tokenizer):

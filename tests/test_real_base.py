@@ -16,9 +16,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_sft
-from benchmarks import __main__ as benchmark
-from benchmarks import load as load_benchmark
 from modeling_phase15 import Phase15ForCausalLM
+from phase15.models import load_phase15
 
 
 REAL_BASE = os.environ.get("PHASE15_REAL_BASE")
@@ -203,11 +202,9 @@ def test_the_fast_path_gives_the_same_answers(real):
         model.hypernet.alpha.copy_(alpha)
 
 
-def test_loading_costs_little_more_than_the_bases(real, tmp_path):
-    """`python -m benchmarks load` measures the ratio; noise cannot reach the bound here."""
-    base, model, _ = real
-    model.save_pretrained(tmp_path / "phase15")
-    base.save_pretrained(tmp_path / "base")
-    folders = (str(tmp_path / "phase15"), str(tmp_path / "base"))
-    results = load_benchmark.load(benchmark.parse_args(["load", "--rounds", "6", "--folders", *folders]))["results"]
-    assert results["phase15"]["fastest_ms"] < 1.5 * results["base"]["fastest_ms"], results
+def test_a_file_name_in_capitals(tmp_path):
+    (tmp_path / "MODEL.GGUF").symlink_to(os.path.abspath(REAL_BASE))
+    model, tokenizer = load_phase15(tmp_path / "MODEL.GGUF")
+    assert model.num_parameters() > 130e6 and len(tokenizer) == model.config.text_config.vocab_size
+    with pytest.raises(ValueError, match="MODEL.GGUF cannot be read: .*rename it"):
+        Phase15ForCausalLM.from_base(tmp_path / "MODEL.GGUF")

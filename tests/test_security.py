@@ -19,7 +19,7 @@ from phase15 import arguments, cards, evaluation, models, reports, runs
 
 
 ROOT = Path(__file__).parents[1]
-CODE = {f"{name}_phase15.py" for name in "compat configuration decoding generation modeling recursion".split()}
+CODE = {f"{name}_phase15.py" for name in "checks compat configuration decoding generation modeling recursion".split()}
 
 
 # the code of a saved folder

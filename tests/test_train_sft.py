@@ -179,6 +179,10 @@ def test_lora(recipe, tmp_path, capfd):
     assert_close(results["model"]["loss"], loss, atol=1e-5, rtol=1e-5)
     assert abs(results["window"]["loss"] - loss) > 1e-5
 
+    others = Phase15ForCausalLM.from_base(recipe["model_name_or_path"], **fields | {"chunk_length": 8})
+    with pytest.raises(ValueError, match="trained with other sizes.*num_soft_tokens=24.*chunk_length=4"):
+        PeftModel.from_pretrained(others, recipe["output_dir"])
+
     folder = str(tmp_path / "merged")
     main(*prepare([write(recipe, tmp_path, stage="lora", lora_r=2), "--merge_adapter", "--output_dir", folder]))
     merged, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
