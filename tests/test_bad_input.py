@@ -185,6 +185,9 @@ CASES = {
     # recipes and flags of train_sft.py
     "misspelt key": train("recipe.yaml", "'lerning_rate'", "did you mean 'learning_rate'", recipe={"lerning_rate": 1}),
     "key like no other": train("recipe.yaml", "unknown key 'xyzzy'", recipe={"xyzzy": 1}),
+    "misspelt flag without a recipe": command(
+        "train_sft.py", ["--lerning_rate", "1"], "--lerning_rate", "did you mean 'learning_rate'"
+    ),
     "misspelt flag": train("--lerning_rate", "did you mean 'learning_rate'", flags=["--lerning_rate", "1"]),
     "flag without value": train("--max_steps", "expected one argument", flags=["--max_steps"]),
     "recipe is no YAML": train("recipe.yaml", "not YAML", "line 2", recipe="a: 1\nstage: [full\n"),
