@@ -76,15 +76,18 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dic
         compile_layers(model)
     check_optimizer(training_args, model)
     trainer_class = Phase15Trainer if model_args.baseline in (None, "window") else FullContextTrainer
-    trainer = trainer_class(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        data_collator=collator,
-        processing_class=tokenizer,
-        config=config,
-    )
+    try:
+        trainer = trainer_class(
+            model=model,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=collator,
+            processing_class=tokenizer,
+            config=config,
+        )
+    except RuntimeError as error:  # of packages that `report_to` and others ask for
+        raise ValueError(str(error)) from error
     return trainer, model_args, recipe, held_out_by(data_args, training_args)
 
 

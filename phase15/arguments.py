@@ -129,6 +129,10 @@ class Phase15DataArguments:
         check_least(self, {"max_validation_records": 0})
 
 
+METRICS = ("loss", "delta_share", "target_tokens_per_second", "runtime", "samples_per_second", "steps_per_second")
+CHECKPOINTING = {"use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"}
+
+
 @dataclass
 class Phase15TrainingArguments(TrainingArguments):
     learning_rate: float = field(default=1e-4, metadata={"help": "Of the HyperNetwork, or of prompt tuning."})
@@ -157,8 +161,15 @@ class Phase15TrainingArguments(TrainingArguments):
         check_least(self, least | {"gradient_accumulation_steps": 1, "bptt_chunks": 1})
         if self.max_steps < 1 and not self.num_train_epochs > 0:
             raise ValueError(f"`num_train_epochs` is {self.num_train_epochs}, but it must be above 0.")
+        if unknown := set(self.gradient_checkpointing_kwargs or {}) - CHECKPOINTING:
+            raise ValueError(f"`gradient_checkpointing_kwargs` has {sorted(unknown)[0]!r}, which torch does not know.")
+        metric = (self.metric_for_best_model or "loss").removeprefix("eval_")
+        if metric not in METRICS and not metric.startswith("loss_chunk_"):
+            raise ValueError(f"`metric_for_best_model` is {metric!r}, but it must be one of {', '.join(METRICS)}.")
         if self.label_smoothing_factor:
             raise ValueError("`label_smoothing_factor` is not supported: the model computes the loss of its chunks.")
+        if self.use_liger_kernel:
+            raise ValueError("`use_liger_kernel` is not supported: Liger knows no Phase15 model.")
         if self.push_to_hub:
             raise ValueError(
                 "`push_to_hub` would upload the arguments as a pickle, the token among them; when the run has ended: "
@@ -169,7 +180,10 @@ class Phase15TrainingArguments(TrainingArguments):
         checkpoint = self.resume_from_checkpoint
         if checkpoint is not None and not Path(checkpoint, "trainer_state.json").is_file():
             raise ValueError(f"`resume_from_checkpoint` is {checkpoint}, but that is no folder of a checkpoint.")
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except TypeError as error:  # unknown fields of `accelerator_config`, for example
+            raise ValueError(f"the training arguments do not fit together: {error}") from error
 
 
 def parse_args(
