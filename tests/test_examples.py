@@ -226,6 +226,16 @@ def test_a_thought_is_opened_once(content, chat_tokenizer):
     assert answer == content.removeprefix("<think>\n") + "<|end|>"
 
 
+@pytest.mark.parametrize(
+    "template", ["{{ 1 + 'a' }}", "{{ raise_exception('no') }}", "{% if %}", "{{ messages[9].x.y }}"]
+)
+def test_whatever_a_template_raises_is_an_error_of_the_record(template, chat_tokenizer):
+    with pytest.raises(
+        Phase15RecordError, match="some data, record 1: the tokenizer's chat template cannot be used: "
+    ):
+        encoded([PAIR], with_template(chat_tokenizer, template))
+
+
 def test_no_text_is_taken_for_a_tag(chat_tokenizer):
     """The query ends in what the answer begins with, but that is the answer's own."""
     template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"

@@ -208,3 +208,9 @@ def test_a_file_name_in_capitals(tmp_path):
     assert model.num_parameters() > 130e6 and len(tokenizer) == model.config.text_config.vocab_size
     with pytest.raises(ValueError, match="MODEL.GGUF cannot be read: .*rename it"):
         Phase15ForCausalLM.from_base(tmp_path / "MODEL.GGUF")
+
+
+def test_a_file_in_a_folder_is_saved_unquantised(tmp_path):
+    folder, name = os.path.split(os.path.abspath(REAL_BASE))
+    Phase15ForCausalLM.from_base(folder, gguf_file=name).save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).num_parameters() > 130e6
