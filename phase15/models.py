@@ -92,7 +92,7 @@ class StrictPhase15ForCausalLM(Phase15ForCausalLM):
 
 @contextmanager
 def lower_case(name: str | Path):
-    """A name of a `.GGUF` file that ends in `.gguf`, as the library asks; any other name as it is."""
+    """A name that ends in `.gguf` for a `.GGUF` file, because the library asks for it; any other name unchanged."""
     path = Path(name)
     if path.suffix == ".gguf" or path.suffix.lower() != ".gguf":
         yield name
