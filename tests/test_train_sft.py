@@ -613,6 +613,7 @@ def test_a_checkpoint_of_another_run_is_refused(half, argv, tmp_path):
         {"stage": "hypernet"},
         {"learning_rate": 0.5, "seed": 7},
         {"max_steps": 3},
+        {"dataloader_drop_last": True},
         {"per_device_train_batch_size": 1},
     ):
         message = script(write(values | changes, tmp_path))
