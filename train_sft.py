@@ -28,16 +28,24 @@ from transformers import set_seed
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from phase15.arguments import Phase15ModelArguments, check_together, parse_args
+from phase15.arguments import (
+    Phase15ModelArguments,
+    Phase15TrainingArguments,
+    argv_before,
+    check_together,
+    parse_args,
+)
 from phase15.checkpoints import Phase15CheckpointError, checkpoints_in, find_checkpoint, writing
 from phase15.errors import one_line_errors
 from phase15.evaluation import compare, compare_baseline
 from phase15.examples import Phase15Stream, prepare_data
+from phase15.facts import FACTS, fresh_chats
 from phase15.files import write_text
 from phase15.models import compile_layers, make_baseline, make_model
+from phase15.recall import encoded, recall, show
 from phase15.records import Phase15RecordError, open_records
-from phase15.reports import plot, plot_training, table
-from phase15.runs import answer_in_new_process, check_same_run, held_out_by, save_recipe
+from phase15.reports import plot, plot_recall, plot_training, recall_table, table
+from phase15.runs import answer_in_new_process, check_same_run, held_out_by, read_run, save_recipe
 from phase15.shutdown import StopOnSignal, errors_together, leave
 from phase15.trainer import FullContextTrainer, Phase15Trainer, check_optimizer
 
@@ -55,18 +63,14 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dic
     """
     model_args, data_args, training_args, recipe = parse_args(argv)
     check_together(model_args, data_args, training_args)
-    finished = Path(training_args.output_dir) / "results.json"
-    if finished.exists() and not training_args.overwrite_output_dir:
-        raise ValueError(
-            f"{training_args.output_dir} holds a finished run; give another --output_dir or --overwrite_output_dir."
-        )
+    check_not_finished(training_args)
     if not training_args.should_log:  # one process on each machine logs
         logging.get_logger("phase15").setLevel(logging.ERROR)
         disable_progress_bars()
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="data"):
         source = (data_args.dataset_name, data_args.dataset_config, data_args.dataset_train_split)
-        records = open_records(*source, streaming=data_args.streaming)
+        records = open_records(*source, data_args.streaming, facts=data_args, seed=training_args.seed)
         model, tokenizer = make_model(model_args, records)
         config = model.config
         train_dataset, eval_dataset, collator = prepare_data(data_args, training_args, records, tokenizer, config)
@@ -91,8 +95,38 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dic
     return trainer, model_args, recipe, held_out_by(data_args, training_args)
 
 
-def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments, recipe: dict, held_out: dict):
-    """Trains, saves, compares and reports, or stops on a signal."""
+def check_not_finished(training_args: Phase15TrainingArguments):
+    if is_finished(training_args.output_dir) and not training_args.overwrite_output_dir:
+        raise ValueError(
+            f"{training_args.output_dir} holds a finished run; give another --output_dir or --overwrite_output_dir."
+        )
+
+
+def is_finished(output_dir: str | Path) -> bool:
+    return Path(output_dir, "results.json").exists()
+
+
+def runs_to_do(argv: list[str]) -> list[list[str]]:
+    """
+    The arguments of each run that is still to be done, in their order: those of `after` first. One that the same recipe
+    has finished is left out, unless the run that needs it starts anew.
+    """
+    _, _, training_args, _ = arguments = parse_args(argv)
+    check_together(*arguments[:3])
+    check_not_finished(training_args)
+    before = argv_before(argv)
+    if before is None:
+        return [argv]
+    *_, args_before, recipe = parse_args(before)
+    folder = args_before.output_dir
+    if is_finished(folder) and not is_finished(training_args.output_dir) and read_run(folder).recipes[:1] == [recipe]:
+        logger.warning(f"{folder} holds the finished run of {before[0]}.")
+        return [argv]
+    return [*runs_to_do(before), argv]
+
+
+def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments, recipe: dict, held_out: dict) -> bool:
+    """Trains, saves, compares and reports, or stops on a signal. Whether it came to its end."""
     with StopOnSignal(trainer) as stop:
         checkpoint = prepare_output(trainer, recipe)
         result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -103,8 +137,11 @@ def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments, recipe: dic
             model = trainer.save_final_model(merge_adapter=model_args.merge_adapter)
             if trainer.is_world_process_zero():
                 evaluate_and_report(trainer, model, model_args, result, held_out)
-                answer_one_question(trainer, model_args)
-    trainer.accelerator.end_training()
+                if held_out["dataset_name"] != FACTS:
+                    answer_one_question(trainer, model_args)
+                elif model_args.baseline in (None, "window"):
+                    show_one_chat(trainer, held_out)
+    return not stop.has_stopped
 
 
 def prepare_output(trainer: Phase15Trainer, recipe: dict) -> str | None:
@@ -178,11 +215,30 @@ def evaluate_and_report(
                 results |= compare(model, loader)
         with writing(output_dir):
             plot(results["validation"], output_dir / "loss_by_chunk.png")
+    if held_out["dataset_name"] == FACTS:
+        distances = sorted({*held_out["facts_distances"], 2 * max(held_out["facts_distances"])})
+        results["recall"] = recall(model, trainer.processing_class, distances, held_out["facts_per_chat"])
+        with writing(output_dir):
+            plot_recall(results["recall"], output_dir / "recall.png")
     with writing(output_dir):
         (output_dir / "evaluation.json").unlink(missing_ok=True)  # of an earlier run's model
         write_text(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
     if results["validation"]:
         print(f"\n{table(results)}\n")
+    if "recall" in results:
+        print(f"\n{recall_table(results['recall'])}\n")
+
+
+def show_one_chat(trainer: Phase15Trainer, held_out: dict):
+    """Prints a fresh chat at the longest distance, with the answers of the saved model in new processes."""
+    (chat,) = fresh_chats(max(held_out["facts_distances"]), 1, held_out["facts_per_chat"], seed=1)
+    (example,), tokenizer = encoded([chat], trainer.processing_class), trainer.processing_class
+
+    def say(no_delta: bool) -> str:
+        output = answer_in_new_process(trainer.args.output_dir, example.query, len(example.answer), no_delta)
+        return tokenizer.decode(output, skip_special_tokens=True)
+
+    print(f"Saved to {trainer.args.output_dir}. Loaded in a new process:\n\n{show(chat, say)}")
 
 
 def answer_one_question(trainer: Phase15Trainer, model_args: Phase15ModelArguments):
@@ -200,8 +256,13 @@ def answer_one_question(trainer: Phase15Trainer, model_args: Phase15ModelArgumen
 
 if __name__ == "__main__":
     with errors_together("train_sft.py"):
-        run = prepare(sys.argv[1:])
-    with one_line_errors("train_sft.py", FloatingPointError, Phase15RecordError, Phase15CheckpointError):
-        main(*run)
+        todo = runs_to_do(sys.argv[1:])
+    for arguments in todo:
+        with errors_together("train_sft.py"):
+            run = prepare(arguments)
+        with one_line_errors("train_sft.py", FloatingPointError, Phase15RecordError, Phase15CheckpointError):
+            if not main(*run):
+                break
+    run[0].accelerator.end_training()
     if run[0].args.world_size > 1:
         leave()

@@ -4,6 +4,7 @@
 import difflib
 import os
 import re
+from argparse import Namespace
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from configuration_phase15 import Phase15Config
+from phase15.facts import FactsArguments
 from phase15.files import check_output_dir, read_yaml
 
 
@@ -35,6 +37,13 @@ class Phase15ModelArguments:
     model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "The base LLM (Hub id, folder or .gguf file), or a Phase15 model to go on with."},
+    )
+    after: str | None = field(
+        default=None,
+        metadata={
+            "help": "A recipe that is run first, with the same flags, into a folder of its own in output_dir; this run "
+            "starts from its model. In a recipe the path starts at the recipe's folder. Not with model_name_or_path."
+        },
     )
     base_config: dict | str | None = field(
         default=None,
@@ -96,10 +105,10 @@ class Phase15ModelArguments:
 
 
 @dataclass
-class Phase15DataArguments:
+class Phase15DataArguments(FactsArguments):
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "JSONL, JSON, CSV or Parquet files, a Hub id, or python-docstrings."},
+        metadata={"help": "JSONL, JSON, CSV or Parquet files, a Hub id, facts, or python-docstrings."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split of a Hub data set to train on."})
@@ -124,6 +133,7 @@ class Phase15DataArguments:
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 <= self.validation_split < 1:
             raise ValueError(f"`validation_split` is {self.validation_split}, but it must be from 0 to below 1.")
         check_least(self, {"max_validation_records": 0})
@@ -199,6 +209,24 @@ def parse_args(
     Raises:
         ValueError: for a recipe that is missing or not a mapping, or for a key of it that does not exist.
     """
+    parser, arguments, defaults = read_arguments(argv)
+    if arguments.after and arguments.model_name_or_path is None:
+        arguments.model_name_or_path = str(folder_before(arguments))
+    outputs = []
+    for cls in parser.dataclass_types:
+        outputs.append(cls(**{f.name: getattr(arguments, f.name) for f in fields(cls) if f.init}))
+    not_in_recipe = (
+        "recipe",
+        "config",
+        "hub_token",
+        "after",
+    )  # a token is private; after: its model's folder is there
+    recipe = {name: value for name, value in vars(arguments).items() if value != defaults[name]}
+    return *outputs, {name: value for name, value in recipe.items() if name not in not_in_recipe}
+
+
+def read_arguments(argv: list[str]) -> tuple["Phase15Parser", Namespace, dict]:
+    """The parser, what it reads from the recipe and the flags, and the defaults without them."""
     parser = Phase15Parser((Phase15ModelArguments, Phase15DataArguments, Phase15TrainingArguments))
     parser.add_argument("recipe", nargs="?", help="a YAML file with values for the flags below")
     parser.add_argument("--config", help="the same as recipe")
@@ -215,13 +243,43 @@ def parse_args(
             parser.parse_args([])
         except ValueError as error:
             raise ValueError(f"{recipe}: {error}") from error
-    arguments = parser.parse_args(argv)
-    outputs = []
-    for cls in parser.dataclass_types:
-        outputs.append(cls(**{f.name: getattr(arguments, f.name) for f in fields(cls) if f.init}))
-    not_in_recipe = ("recipe", "config", "hub_token")  # a token is private
-    recipe = {name: value for name, value in vars(arguments).items() if value != defaults[name]}
-    return *outputs, {name: value for name, value in recipe.items() if name not in not_in_recipe}
+    return parser, parser.parse_args(argv), defaults
+
+
+# What makes the run that it is: not handed on to the run before it.
+OWN_FLAGS = {
+    "after",
+    "baseline",
+    "config",
+    "merge_adapter",
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "rival",
+    "stage",
+}
+
+
+def argv_before(argv: list[str]) -> list[str] | None:
+    """
+    The arguments of the run that `after` asks for before this one: its recipe and the flags of this run. None without
+    `after`, or where `model_name_or_path` says what to start from.
+    """
+    _, arguments, _ = read_arguments(argv)
+    if not arguments.after or arguments.model_name_or_path is not None:
+        return None
+    kept, is_kept = [], True
+    for word in argv:
+        if word.startswith("--"):
+            is_kept = word[2:].partition("=")[0].replace("-", "_") not in OWN_FLAGS
+        if is_kept and word != arguments.recipe:
+            kept.append(word)
+    return [arguments.after, *kept, "--output_dir", str(folder_before(arguments)), "--overwrite_output_dir", "true"]
+
+
+def folder_before(arguments: Namespace) -> Path:
+    """Where the run of `after` leaves its model."""
+    return Path(arguments.output_dir, Path(arguments.after).stem)
 
 
 class Phase15Parser(HfArgumentParser):
@@ -251,6 +309,8 @@ def read_recipe(path: str | Path, parser: HfArgumentParser) -> dict:
         raise ValueError(f"{path}: a recipe is a mapping of flags to values, not a {type(values).__name__}.")
     if "rival" in values:  # its name before 2026-11-26
         values["baseline"] = values.pop("rival")
+    if isinstance(values.get("after"), str):
+        values["after"] = str(Path(path).parent / values["after"])
     names = argument_names(parser)
     hints = {name: hint for cls in parser.dataclass_types for name, hint in get_type_hints(cls).items()}
     for name, value in values.items():
@@ -291,7 +351,7 @@ def check_together(
         )
     if data_args.dataset_name is None:
         raise ValueError(
-            "`dataset_name` is missing: a JSONL, JSON, CSV or Parquet file, a Hub id, or python-docstrings."
+            "`dataset_name` is missing: a JSONL, JSON, CSV or Parquet file, a Hub id, facts, or python-docstrings."
         )
     if data_args.streaming:
         check_streaming(model_args, data_args, training_args)

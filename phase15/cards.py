@@ -20,8 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from compat_phase15 import TESTED
 from modeling_phase15 import Phase15ForCausalLM
 from phase15.evaluation import label
-from phase15.quickstart import DOCSTRINGS
-from phase15.records import READERS
+from phase15.records import EMBEDDED, READERS
 from phase15.reports import cell, fence_of, table
 from phase15.runs import Run, as_yaml
 
@@ -108,7 +107,7 @@ def model_card(
 
 
 def is_hub_dataset(name: str) -> bool:
-    return name != DOCSTRINGS and Path(name).suffix.lower() not in READERS and is_repo_id(name)
+    return name not in EMBEDDED and Path(name).suffix.lower() not in READERS and is_repo_id(name)
 
 
 def is_repo_id(name: str) -> bool:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_phase15 import HyperNetwork, Phase15ForCausalLM, SoftPrompt
 
@@ -155,7 +155,8 @@ def free_running(
 @torch.no_grad()
 def measure(name: str, batch_size: int, losses_of: Callable[..., Losses], *lists: list[Example]) -> Losses:
     """Calls `losses_of` on batches of parallel lists, with a progress bar."""
-    starts = tqdm(range(0, len(lists[0]), batch_size), desc=label(name))
+    starts = range(0, len(lists[0]), batch_size)
+    starts = tqdm(starts, desc=label(name), disable=len(starts) == 1)
     parts = [losses_of(*(rows[start : start + batch_size] for rows in lists)) for start in starts]
     num_chunks = max(part.nats.shape[1] for part in parts)
     parts = [[F.pad(values, (0, num_chunks - values.shape[1])) for values in part] for part in parts]
@@ -181,6 +182,42 @@ def no_delta(model: Phase15ForCausalLM) -> Iterator[None]:
     finally:
         for alpha, value in zip(alphas, kept, strict=True):
             alpha.data.copy_(value)
+
+
+@torch.no_grad()
+def greedy_answers(
+    name: str,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    queries: list[list[int]],
+    batch_size: int,
+    max_new_tokens: int,
+    min_new_tokens: int = 0,
+) -> list[list[int]]:
+    """Greedy answers to queries, up to their end token, which cannot come before `min_new_tokens`."""
+    ends, answers = tokenizer.eos_token_id, []
+    is_prompt = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+    if is_prompt:
+        batch_size = 1  # PEFT puts virtual tokens in front of the padding, which then counts as positions
+    starts = range(0, len(queries), batch_size)
+    for start in tqdm(starts, desc=f"{label(name)}, answering", disable=len(starts) == 1):
+        batch = queries[start : start + batch_size]
+        ids, length = pad([query[::-1] for query in batch], model.device)
+        position = torch.arange(ids.shape[1], device=model.device)
+        output = model.generate(
+            input_ids=ids.flip(1),  # padded on the left
+            attention_mask=(position < length[:, None]).long().flip(1),
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=not is_prompt,  # PEFT 0.21 misses the cache of transformers 5.24
+            eos_token_id=ends,
+            pad_token_id=ends,
+        )
+        rows = output[:, ids.shape[1] :].tolist()
+        answers += [row[: row.index(ends)] if ends in row else row for row in rows]
+    return answers
 
 
 def pad(rows: list[list[int]], device: torch.device) -> tuple[torch.LongTensor, torch.LongTensor]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow.parquet
 from datasets import Features, IterableDataset, load_dataset
 
+from phase15.facts import FACTS, FactsArguments, training_records
 from phase15.quickstart import DOCSTRINGS, docstring_records
 
 
@@ -23,17 +24,24 @@ class Phase15RecordError(ValueError):
 
 
 def open_records(
-    name: str, config: str | None = None, split: str = "train", streaming: bool = True
+    name: str,
+    config: str | None = None,
+    split: str = "train",
+    streaming: bool = True,
+    facts: FactsArguments | None = None,
+    seed: int = 42,
 ) -> IterableDataset:
     """
     Opens a data set. Nothing is read before it is needed, and then one record at a time.
 
     Args:
         name (`str`): a JSONL, JSON, CSV or Parquet file; a pattern of several ("data/*.jsonl"), which are read in the
-            order of their names; a Hub id; or "python-docstrings", which every machine has.
+            order of their names; a Hub id; or "facts" or "python-docstrings", which every machine has.
         config (`str`, *optional*): configuration of a Hub data set. Files have none.
         split (`str`): split of a Hub data set. Files have "train" alone.
         streaming (`bool`): do not download the files of a Hub data set.
+        facts (`FactsArguments`, *optional*): of the data set "facts".
+        seed (`int`): of the data set "facts".
 
     Returns:
         `IterableDataset`: rows of `fields`, the record; `number`, from 1; and `where`, its file and its number there.
@@ -43,9 +51,11 @@ def open_records(
             [`Phase15RecordError`] when a record that cannot be read is reached.
     """
     suffix = Path(name).suffix.lower()
-    if name == DOCSTRINGS or suffix in READERS:
+    if name in EMBEDDED or suffix in READERS:
         check_no_parts(name, config, split)
-    if name == DOCSTRINGS:
+    if name == FACTS:
+        sources = ((name, partial(training_records, facts or FactsArguments(), seed)),)
+    elif name == DOCSTRINGS:
         sources = ((name, docstring_records),)
     elif suffix in READERS:
         paths = [path for path in sorted(glob.glob(name, recursive=True)) if Path(path).is_file()]
@@ -186,4 +196,5 @@ def _numbered(records: Iterable[dict]) -> Iterator[dict]:
         raise ValueError(f"the records from number {number + 1} on cannot be read: {error}") from error
 
 
+EMBEDDED = (FACTS, DOCSTRINGS)
 READERS = {".jsonl": _json_records, ".json": _json_records, ".csv": _csv_records, ".parquet": _parquet_records}

@@ -5,7 +5,7 @@ import re
 from contextlib import contextmanager
 from pathlib import Path
 
-from phase15.evaluation import FIRST_SOFT_PROMPT, SHUFFLED_SOFT_PROMPT, label
+from phase15.evaluation import FIRST_SOFT_PROMPT, SHUFFLED_DELTA, SHUFFLED_SOFT_PROMPT, label
 
 
 WORDS = re.compile(r"[\w ',.;:%=()/+@-]*")  # plain words in Markdown, except for
@@ -29,6 +29,30 @@ def table(results: dict[str, dict]) -> str:
             cells.append(f"{match['correct']:d}/{match['records']:d} ({match['share']:.1%})" if match else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *recovery_lines(results)])
+
+
+def recall_table(distances: list[dict]) -> str:
+    """What `recall.recall` measured: the share of right answers and the nats per token of each row, by distance."""
+    names = list(distances[0]["rows"])
+    lines = [f"| words between ({distances[0]['facts']:,} facts each) | tokens | {' | '.join(map(label, names))} |"]
+    lines.append("|---" * (len(names) + 2) + "|")
+    for at in distances:
+        cells = [f"{row['right']:.1%} ({row['nats']:.3f})" for row in at["rows"].values()]
+        lines.append(f"| {at['distance']:,} | {at['tokens']:,.0f} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "Right answers, and in brackets nats per answer token."])
+
+
+def plot_recall(distances: list[dict], path: str | Path):
+    """Draws the share of right answers by distance into a picture file, without the shuffled control."""
+    with picture(path) as axes:
+        for name in distances[0]["rows"]:
+            if name != SHUFFLED_DELTA:
+                shares = [100 * at["rows"][name]["right"] for at in distances]
+                axes.plot([at["distance"] for at in distances], shares, marker="o", label=label(name))
+        axes.set_xscale("symlog", base=2, linthresh=32)
+        axes.set_xticks([at["distance"] for at in distances], [f"{at['distance']:,}" for at in distances])
+        axes.set(xlabel="words between the facts and the questions", ylabel="right answers, %", ylim=(0, 103))
+        axes.legend()
 
 
 def cell(text: str) -> str:

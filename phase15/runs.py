@@ -7,12 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import yaml
 
+from phase15.facts import FACTS, FactsArguments
 from phase15.files import read_yaml, write_text
 
 
@@ -26,13 +28,15 @@ HELD_OUT = (  # the settings that decide which records a run holds out
     "streaming",
     "max_validation_records",
 )
+OF_FACTS = tuple(f.name for f in fields(FactsArguments))  # these too, of the data set `facts`
 
 
 def held_out_by(data_args, training_args) -> dict:
     """The settings of `HELD_OUT`, for results.json. A file is named without its folder."""
     settings = {**vars(data_args), "seed": training_args.seed}
     settings["dataset_name"] = Path(settings["dataset_name"]).name
-    return {name: settings[name] for name in HELD_OUT}
+    names = HELD_OUT + OF_FACTS if settings["dataset_name"] == FACTS else HELD_OUT
+    return {name: settings[name] for name in names}
 
 
 def held_out(folder: str | Path) -> dict | None:
@@ -54,11 +58,12 @@ def before_held_out(recipe: dict) -> dict:
 def same_records(first: dict, second: dict) -> str | None:
     """The first setting in which two runs held out other records, or None."""
     left_out = set()
-    if not first["shuffle_records"]:
+    if not first["shuffle_records"] and first["dataset_name"] != FACTS:
         left_out.add("seed")
     if not first["streaming"]:
         left_out.add("max_validation_records")
-    return next((name for name in HELD_OUT if name not in left_out and first[name] != second[name]), None)
+    names = [name for name in HELD_OUT + OF_FACTS if name not in left_out]
+    return next((name for name in names if first.get(name) != second.get(name)), None)
 
 
 # What may differ where a run resumes: it changes no step, or only how many there are.
@@ -183,10 +188,12 @@ LOAD_AND_ANSWER = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder, query, max_new_tokens = sys.argv[1], torch.tensor([json.loads(sys.argv[2])]), int(sys.argv[3])
+folder, query, max_new_tokens, no_delta = sys.argv[1], torch.tensor([json.loads(sys.argv[2])]), *map(int, sys.argv[3:])
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 assert torch.isfinite(model(query).logits).all(), "the logits are not finite"
+if no_delta:
+    model.hypernet.alpha.data.zero_()
 mask = torch.ones_like(query)
 output = model.generate(query, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
 tokenizer.decode(output[0])
@@ -194,7 +201,9 @@ print(json.dumps(output[0, query.shape[1]:].tolist()))
 """
 
 
-def answer_in_new_process(folder: str | Path, query: list[int], max_new_tokens: int) -> list[int]:
+def answer_in_new_process(
+    folder: str | Path, query: list[int], max_new_tokens: int, no_delta: bool = False
+) -> list[int]:
     """
     The greedy answer of a saved model in a new process that knows nothing of this repository: in another folder, with
     an empty module cache and no network.
@@ -203,6 +212,7 @@ def answer_in_new_process(folder: str | Path, query: list[int], max_new_tokens: 
         folder (`str` or `Path`): where the model, its code and its tokenizer are.
         query (`list[int]`): token ids.
         max_new_tokens (`int`): tokens of the answer, at most.
+        no_delta (`bool`): answer with Δ = 0, behind the window alone.
 
     Returns:
         `list[int]`: the answer's token ids.
@@ -218,7 +228,7 @@ def answer_in_new_process(folder: str | Path, query: list[int], max_new_tokens: 
             "HF_MODULES_CACHE": elsewhere,
             "HF_HUB_OFFLINE": "1",
         }
-        arguments = [str(Path(folder).resolve()), json.dumps(query), str(max_new_tokens)]
+        arguments = [str(Path(folder).resolve()), json.dumps(query), str(max_new_tokens), str(int(no_delta))]
         command = [sys.executable, "-c", LOAD_AND_ANSWER, *arguments]
         done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
     if done.returncode:

@@ -43,7 +43,6 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
 from configuration_phase15 import Phase15Config
@@ -60,18 +59,19 @@ from phase15.evaluation import (
     Losses,
     baseline_losses,
     free_running,
+    greedy_answers,
     label,
     no_delta,
-    pad,
     report,
     variants,
 )
 from phase15.examples import Phase15Encoder, load_examples
+from phase15.facts import FactsArguments
 from phase15.files import check_output_dir, write_text
 from phase15.models import CAUSAL_LM, check_kind, load_any, load_tokenizer, vocab_size_of
 from phase15.records import open_records
 from phase15.reports import plot, table
-from phase15.runs import held_out, read_run, same_records
+from phase15.runs import OF_FACTS, held_out, read_run, same_records
 
 
 @dataclass
@@ -137,7 +137,7 @@ def main(args: EvaluationArguments):
 
     def answer(name: str, model: PreTrainedModel | PeftModel) -> list[list[int]]:
         queries = [example.query for example in numbered]
-        return generate(name, model, tokenizer, queries, args.batch_size, args.max_new_tokens)
+        return greedy_answers(name, model, tokenizer, queries, args.batch_size, args.max_new_tokens)
 
     losses, free_losses, answers = measure_model(args, examples, asked, tokenizer, answer)
     for name, folder in others.items():
@@ -223,7 +223,8 @@ def validation_examples(
     is_held_out = (share, is_shuffled) == (defaults["validation_split"], defaults["shuffle_records"])
     is_held_out &= seed == defaults["seed"] or not is_shuffled
     streaming, split = bool(run.get("streaming")), run.get("dataset_train_split") or "train"
-    records = open_records(name, run.get("dataset_config"), split, streaming)
+    facts = FactsArguments(**{name: run[name] for name in OF_FACTS if name in run})
+    records = open_records(name, run.get("dataset_config"), split, streaming, facts, seed)
     encoder = Phase15Encoder(records, tokenizer, config.max_answer_length, name, config.text_config.vocab_size)
     if streaming and is_held_out:
         number = min(max(most, 0), run["max_validation_records"])
@@ -262,47 +263,12 @@ def measure_model(
         length = model.config.chunk_length
         longest = math.ceil(max(len(example.answer) for example in asked) / length) * length
         queries = [example.query for example in asked]
-        own = generate(FREE_RUNNING, model, tokenizer, queries, args.batch_size, longest, min_new_tokens=longest)
+        own = greedy_answers(FREE_RUNNING, model, tokenizer, queries, args.batch_size, longest, min_new_tokens=longest)
         free_losses = free_running(model, asked, own, args.batch_size)
     answers = {MODEL: answer(MODEL, model), FULL_CONTEXT: answer(FULL_CONTEXT, model.llm)}
     with no_delta(model):
         answers[WINDOW] = answer(WINDOW, model)
     return losses, free_losses, answers
-
-
-@torch.no_grad()
-def generate(
-    name: str,
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    queries: list[list[int]],
-    batch_size: int,
-    max_new_tokens: int,
-    min_new_tokens: int = 0,
-) -> list[list[int]]:
-    """Greedy answers to queries, up to their end token, which cannot come before `min_new_tokens`."""
-    ends, answers = tokenizer.eos_token_id, []
-    is_prompt = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-    if is_prompt:
-        batch_size = 1  # PEFT puts virtual tokens in front of the padding, which then counts as positions
-    for start in tqdm(range(0, len(queries), batch_size), desc=f"{label(name)}, answering"):
-        batch = queries[start : start + batch_size]
-        ids, length = pad([query[::-1] for query in batch], model.device)
-        position = torch.arange(ids.shape[1], device=model.device)
-        output = model.generate(
-            input_ids=ids.flip(1),  # padded on the left
-            attention_mask=(position < length[:, None]).long().flip(1),
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            use_cache=not is_prompt,  # PEFT 0.21 misses the cache of transformers 5.24
-            eos_token_id=ends,
-            pad_token_id=ends,
-        )
-        rows = output[:, ids.shape[1] :].tolist()
-        answers += [row[: row.index(ends)] if ends in row else row for row in rows]
-    return answers
 
 
 def final_number(text: str) -> Decimal | None:

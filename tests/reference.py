@@ -64,9 +64,9 @@ def aligned(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def answer_here(folder, query: list[int], max_new_tokens: int) -> list[int]:
+def answer_here(folder, query: list[int], max_new_tokens: int, no_delta: bool = False) -> list[int]:
     """`answer_in_new_process` in this process, because a new one takes seconds to import."""
-    before, sys.argv = sys.argv, ["-c", str(folder), json.dumps(query), str(max_new_tokens)]
+    before, sys.argv = sys.argv, ["-c", str(folder), json.dumps(query), str(max_new_tokens), str(int(no_delta))]
     try:
         with contextlib.redirect_stdout(io.StringIO()) as said:
             exec(LOAD_AND_ANSWER, {})

@@ -28,7 +28,7 @@ def test_an_answer_ends_before_its_end_token(tiny):
     query = records()[2].query
     whole = naive_greedy(tiny, query, 8, -1)
     end = whole[3]
-    (answer,) = eval_sft.generate("", tiny, Tokenizer(end), [query], 2, 8)
+    (answer,) = greedy_answers("", tiny, Tokenizer(end), [query], 2, 8)
     assert answer == whole[: whole.index(end)]
 
 
@@ -42,7 +42,7 @@ def test_answers_do_not_depend_on_the_batch(kind, bases):
         model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
         model.prompt_encoder["default"].embedding.weight.normal_(generator=torch.Generator().manual_seed(0))
         virtual = model.get_prompt(1)[0]
-    for query, answer in zip(queries, eval_sft.generate("", model, Tokenizer(59), queries, 3, 6), strict=True):
+    for query, answer in zip(queries, greedy_answers("", model, Tokenizer(59), queries, 3, 6), strict=True):
         ids = list(query)
         while len(ids) < len(query) + 6 and ids[-1] != 59:
             embeds = torch.cat([virtual, base.get_input_embeddings()(torch.tensor(ids))])

@@ -35,7 +35,6 @@ from modeling_phase15 import Phase15ForCausalLM
 from phase15 import evaluation
 from phase15.evaluation import Example, Losses
 from phase15.examples import Phase15DataCollator
-from scripts import eval_sft
 from scripts.eval_sft import EvaluationArguments
 
 
@@ -253,7 +252,7 @@ class Tokenizer:
 def test_losses_behind_the_models_own_words(tiny):
     data, longest = records(), 32
     end = naive_greedy(tiny, data[2].query, 1, -1)[0]  # which it would say at once
-    answers = eval_sft.generate("", tiny, Tokenizer(end), [r.query for r in data], 2, longest, min_new_tokens=longest)
+    answers = greedy_answers("", tiny, Tokenizer(end), [r.query for r in data], 2, longest, min_new_tokens=longest)
     assert answers == [naive_greedy(tiny, record.query, longest, end) for record in data]
     losses = evaluation.free_running(tiny, data, answers, 2)
     expected = {name: [] for name in ("model", "window", "full_context")}
