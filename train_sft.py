@@ -108,8 +108,8 @@ def is_finished(output_dir: str | Path) -> bool:
 
 def runs_to_do(argv: list[str]) -> list[list[str]]:
     """
-    The arguments of each run that is still to be done, in their order: those of `after` first. One that the same recipe
-    has finished is left out, unless the run that needs it starts anew.
+    The arguments of each run that is still to be done, in their order: those of `after` first. One that the same
+    recipe has finished is left out, unless the run that needs it starts anew.
     """
     _, _, training_args, _ = arguments = parse_args(argv)
     check_together(*arguments[:3])

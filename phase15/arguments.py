@@ -41,8 +41,8 @@ class Phase15ModelArguments:
     after: str | None = field(
         default=None,
         metadata={
-            "help": "A recipe that is run first, with the same flags, into a folder of its own in output_dir; this run "
-            "starts from its model. In a recipe the path starts at the recipe's folder. Not with model_name_or_path."
+            "help": "A recipe to run first, with the same flags, into a folder of its own in output_dir; this run "
+            "starts from its model. In a recipe it is a path from the recipe's folder. Not with model_name_or_path."
         },
     )
     base_config: dict | str | None = field(

@@ -288,21 +288,19 @@ def llm_losses(llm: PreTrainedModel | PeftModel, examples: list[Example], chunk_
 
 
 def sums_by_chunk(
-    logits: torch.Tensor, labels: torch.LongTensor, chunk_length: int
+    logits: torch.Tensor, targets: torch.LongTensor, chunk_length: int
 ) -> tuple[torch.Tensor, torch.LongTensor]:
     """
     Cross-entropy of an ordinary causal LM, by the index of the chunk that each answer token would be in.
 
     Args:
-        logits (`torch.Tensor` of shape `(batch_size, num_virtual_tokens + sequence_length, vocab_size)`):
-            Of `labels` behind the virtual tokens of prompt tuning, or behind none.
-        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): -100 for no target.
+        logits (`torch.Tensor` of shape `(batch_size, num_columns, vocab_size)`): all columns with a target.
+        targets (`torch.LongTensor` of shape `(batch_size, num_columns)`): the tokens that they predict, -100 for none.
         chunk_length (`int`): answer tokens of a chunk.
 
     Returns:
         sums in nats and numbers of answer tokens, each of shape `(num_chunks,)`.
     """
-    logits, targets = logits[:, -labels.shape[1] : -1], labels[:, 1:]
     is_target = targets != -100
     losses = F.cross_entropy(logits[is_target].float(), targets[is_target], reduction="none")
     chunk = ((is_target.cumsum(dim=1) - 1) // chunk_length)[is_target]

@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_phase15 import Phase15ForCausalLM
@@ -52,7 +53,7 @@ def recall(
     model.eval()
     return [
         at_distance(model, tokenizer, distance, fresh_chats(distance, num_chats, facts_per_chat, seed))
-        for distance in distances
+        for distance in tqdm(distances, desc="Asking for facts")
     ]
 
 
@@ -65,7 +66,7 @@ def at_distance(
     for name, (answering, context, losses_of) in variants_of(model, examples).items():
         with context:
             queries = [example.query for example in examples]
-            said = greedy_answers(f"{name}, {distance} words", answering, tokenizer, queries, len(queries), longest)
+            said = greedy_answers(name, answering, tokenizer, queries, len(queries), longest)
         nats, tokens = (values.sum().item() for values in measure(name, len(examples), losses_of, examples))
         right = sum(chat.num_right(tokenizer.decode(ids)) for chat, ids in zip(chats, said, strict=True))
         result[name] = {"right": right / number, "nats": nats / tokens}

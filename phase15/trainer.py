@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -318,5 +319,22 @@ class FullContextTrainer(Phase15Trainer):
     def model_kwargs(self, model) -> dict:
         return {}
 
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """Overrides Trainer to compute logits only in columns with a target."""
+        inner = self.accelerator.unwrap_model(model)
+        if not (isinstance(inner, PeftModel) and inner.active_peft_config.is_prompt_learning):  # it adds columns
+            targets = shifted(inputs["labels"])
+            kept = (targets != -100).any(dim=0).nonzero()[:, 0]
+            inputs = {**inputs, "logits_to_keep": kept, "shift_labels": targets[:, kept]}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
     def chunk_sums(self, labels: torch.LongTensor, outputs) -> tuple[torch.Tensor, torch.Tensor]:
-        return sums_by_chunk(outputs.logits.detach(), labels, self.config.chunk_length)
+        logits, targets = outputs.logits.detach(), shifted(labels)
+        if logits.shape[1] < targets.shape[1]:
+            targets = targets[:, (targets != -100).any(dim=0)]
+        return sums_by_chunk(logits[:, -targets.shape[1] :], targets, self.config.chunk_length)
+
+
+def shifted(labels: torch.LongTensor) -> torch.LongTensor:
+    """The label of each column's next token, -100 for none."""
+    return F.pad(labels[:, 1:], (0, 1), value=-100)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from configuration_phase15 import Phase15Config
 from phase15 import evaluation
-from phase15.evaluation import Example
+from phase15.evaluation import Example, greedy_answers
 from scripts import eval_sft
 from train_sft import prepare
 

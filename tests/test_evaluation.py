@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from modeling_phase15 import Phase15ForCausalLM
 from phase15 import evaluation
-from phase15.evaluation import Example, Losses
+from phase15.evaluation import Example, Losses, greedy_answers
 from phase15.examples import Phase15DataCollator
 from scripts.eval_sft import EvaluationArguments
 
