@@ -43,7 +43,7 @@ from phase15.models import check_kind, load_phase15
 from phase15.runs import answer_in_new_process, as_yaml, read_run, without_folders
 
 
-PICTURES = ("training_curve.png", "loss_by_chunk.png")
+PICTURES = ("training_curve.png", "loss_by_chunk.png", "recall.png")
 MANAGED_FILES = (  # a push replaces or deletes these on the Hub, and touches no other file
     "*.safetensors",
     "*.safetensors.index.json",

@@ -39,7 +39,7 @@ from phase15.checkpoints import Phase15CheckpointError, checkpoints_in, find_che
 from phase15.errors import one_line_errors
 from phase15.evaluation import compare, compare_baseline
 from phase15.examples import Phase15Stream, prepare_data
-from phase15.facts import FACTS, fresh_chats
+from phase15.facts import FACTS, Chat, fresh_chats
 from phase15.files import write_text
 from phase15.models import compile_layers, make_baseline, make_model
 from phase15.recall import encoded, recall, show
@@ -218,6 +218,7 @@ def evaluate_and_report(
     if held_out["dataset_name"] == FACTS:
         distances = sorted({*held_out["facts_distances"], 2 * max(held_out["facts_distances"])})
         results["recall"] = recall(model, trainer.processing_class, distances, held_out["facts_per_chat"])
+        results["chat"] = chat_to_show(held_out).messages[:-1]
         with writing(output_dir):
             plot_recall(results["recall"], output_dir / "recall.png")
     with writing(output_dir):
@@ -229,13 +230,18 @@ def evaluate_and_report(
         print(f"\n{recall_table(results['recall'])}\n")
 
 
+def chat_to_show(held_out: dict) -> Chat:
+    (chat,) = fresh_chats(max(held_out["facts_distances"]), 1, held_out["facts_per_chat"], seed=1)
+    return chat
+
+
 def show_one_chat(trainer: Phase15Trainer, held_out: dict):
     """Prints a fresh chat at the longest distance, with the answers of the saved model in new processes."""
-    (chat,) = fresh_chats(max(held_out["facts_distances"]), 1, held_out["facts_per_chat"], seed=1)
+    chat = chat_to_show(held_out)
     (example,), tokenizer = encoded([chat], trainer.processing_class), trainer.processing_class
 
     def say(no_delta: bool) -> str:
-        output = answer_in_new_process(trainer.args.output_dir, example.query, len(example.answer), no_delta)
+        output = answer_in_new_process(trainer.args.output_dir, example.query, 2 * len(example.answer), no_delta)
         return tokenizer.decode(output, skip_special_tokens=True)
 
     print(f"Saved to {trainer.args.output_dir}. Loaded in a new process:\n\n{show(chat, say)}")

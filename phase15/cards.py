@@ -21,7 +21,7 @@ from compat_phase15 import TESTED
 from modeling_phase15 import Phase15ForCausalLM
 from phase15.evaluation import label
 from phase15.records import EMBEDDED, READERS
-from phase15.reports import cell, fence_of, table
+from phase15.reports import cell, fence_of, recall_table, table
 from phase15.runs import Run, as_yaml
 
 
@@ -101,6 +101,7 @@ def model_card(
         results=run.results,
         evaluated=run.evaluation.get("evaluated"),
         table=table(measured) if validation else "",
+        recall=recall_table(run.results["recall"]) if run.results.get("recall") else "",
         cell=cell,
         pictures=pictures,
     )

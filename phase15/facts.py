@@ -117,7 +117,7 @@ class Chat(NamedTuple):
         return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
     def num_right(self, said: str) -> int:
-        """How many of the answers are there, each in its place: in a text with other sentences none is."""
+        """How many of the answers a text says, each as the sentence of its own place."""
         sentences = [sentence for sentence in re.split(r"(?<=\.)\s+", said.strip()) if sentence]
         return sum(right == found for right, found in zip(self.answers, sentences, strict=False))
 

@@ -123,15 +123,15 @@ def encoded(chats: list[Chat], tokenizer: PreTrainedTokenizerBase) -> list[Examp
     return [Example(row["input_ids"][: row["query_length"]], row["input_ids"][row["query_length"] :]) for row in rows]
 
 
-def in_short(text: str, distance: int) -> str:
-    """A text with all but its first and last words left out."""
+def in_short(text: str) -> str:
+    """The first words of a text, and how many it has."""
     words = text.split()
-    return text if len(words) < 12 else f"{' '.join(words[:5])} [… {distance} words …] {' '.join(words[-3:])}"
+    return text if len(words) < 12 else f"{' '.join(words[:5])} [… {len(words)} words …]"
 
 
 def show(chat: Chat, say: Callable[[bool], str]) -> str:
     """A chat as lines of text, with what the model says, and what it says with Δ = 0: `say(no_delta)`."""
     *before, _ = chat.messages
-    shortened = f"{in_short(chat.text, len(chat.text.split()))} {chat.questions}"
+    shortened = f"{in_short(chat.text)} {chat.questions}"
     lines = [f"User:      {before[0]['content']}", f"Assistant: {before[1]['content']}", f"User:      {shortened}"]
     return "\n".join([*lines, f"Assistant: {say(False)}", f"With Δ = 0: {say(True)}"])

@@ -13,6 +13,7 @@ Needs no other file of this repository when it is given a model.
 
 import argparse
 import html
+import json
 import math
 import os
 import subprocess
@@ -36,6 +37,7 @@ from transformers import (
     StoppingCriteria,
     TextIteratorStreamer,
 )
+from transformers.utils import cached_file
 
 
 HERE = Path(__file__).parent.parent
@@ -230,8 +232,12 @@ def build_demo(
     name: str,
     max_characters: int = MAX_CHARACTERS,
     max_waiting: int = MAX_WAITING,
+    opening: list[dict[str, str]] | None = None,
 ) -> gr.Blocks:
-    """The page: chat on the left, the soft prompt on the right; a conversation above the limit is a gr.Error."""
+    """
+    The page: chat on the left, the soft prompt on the right. It opens on the conversation `opening` with the model's
+    answer. A conversation above the limit is a gr.Error.
+    """
     config = model.config
     sizes = config.num_soft_tokens, config.num_sink_tokens
     width, number_size = model.get_input_embeddings().weight.shape[1], model.dtype.itemsize
@@ -243,6 +249,11 @@ def build_demo(
 
     def said(turn: dict) -> dict[str, str]:
         return {"role": turn["role"], "content": html.unescape("".join(part["text"] for part in turn["content"]))}
+
+    def panel(steps: list[Step]) -> list:
+        last = steps[-1]
+        facts = f"{HEADING}: {last.name}\n{last.seen:,} tokens read into {state} at any length."
+        return [facts, picture(steps, *sizes), table(steps, tokenizer, *sizes)]
 
     def respond(message: str, history: list[dict], temperature: float, max_new_tokens: int):
         if not message.strip():
@@ -261,21 +272,25 @@ def build_demo(
         try:
             with closing(reply(model, tokenizer, conversation, temperature, max_new_tokens)) as answer:
                 for text, steps in answer:
-                    panel = [gr.skip()] * 3
-                    if len(steps) > shown:
-                        shown, last = len(steps), steps[-1]
-                        facts = f"{HEADING}: {last.name}\n{last.seen:,} tokens read into {state} at any length."
-                        panel = [facts, picture(steps, *sizes), table(steps, tokenizer, *sizes)]
-                    yield gr.skip(), [*history, turn("assistant", text)], *panel
+                    is_new, shown = len(steps) > shown, len(steps)
+                    shows = panel(steps) if is_new else [gr.skip()] * 3
+                    yield gr.skip(), [*history, turn("assistant", text)], *shows
         except Exception as error:
             raise gr.Error(html.escape(f"{type(error).__name__}: {error}")) from error  # the page shows it as HTML
+
+    first, shows = [], [HEADING, None, ""]
+    if opening:
+        *_, (text, steps) = reply(model, tokenizer, opening)
+        whole = [*opening, {"role": "assistant", "content": text}]
+        first, shows = [turn(said["role"], said["content"]) for said in whole], panel(steps)
 
     with gr.Blocks(title="Phase15", analytics_enabled=False, fill_width=True) as demo:
         gr.HTML(f"<h2>Phase15 · {html.escape(name)}</h2>")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 height = "max(320px, 100vh - 240px)"
-                chat = gr.Chatbot(label="Chat", elem_id="chat", height=height, render_markdown=False, buttons=[])
+                look = {"elem_id": "chat", "height": height, "render_markdown": False, "buttons": []}
+                chat = gr.Chatbot(first, label="Chat", **look)
                 with gr.Row(equal_height=True):
                     box = gr.Textbox(show_label=False, placeholder="Ask something", submit_btn=True, scale=5)
                     stop = gr.Button("Stop", min_width=70)
@@ -283,10 +298,10 @@ def build_demo(
                     temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: greedy)")
                     max_new_tokens = gr.Slider(16, 4096, 256, step=16, label="Most new tokens")
             with gr.Column(scale=3, min_width=480):
-                facts = gr.Markdown(HEADING, elem_id="facts")
-                plot = gr.Plot(show_label=False, format="png", elem_id="picture")
+                facts = gr.Markdown(shows[0], elem_id="facts")
+                plot = gr.Plot(shows[1], show_label=False, format="png", elem_id="picture")
                 gr.Markdown(LEGEND)
-                slots = gr.HTML(elem_id="slots", apply_default_css=False)
+                slots = gr.HTML(shows[2], elem_id="slots", apply_default_css=False)
         event = box.submit(
             respond,
             inputs=[box, chat, temperature, max_new_tokens],
@@ -312,13 +327,26 @@ def load(model_dir: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.to(device).eval(), AutoTokenizer.from_pretrained(model_dir, trust_remote_code=True)
 
 
+def opening_chat(model_dir: str) -> list[dict[str, str]]:
+    """The conversation that train_sft.py asked the model in results.json, without the answer; empty without one."""
+    try:
+        chat = json.loads(Path(cached_file(model_dir, "results.json")).read_text("utf-8")).get("chat", [])
+    except OSError:  # no such file
+        return []
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{model_dir}: results.json was not written by train_sft.py: {error}") from error
+    if not all(isinstance(turn, dict) and {str} == {*map(type, turn.values())} for turn in chat):
+        raise ValueError(f"{model_dir}: results.json was not written by train_sft.py: its `chat` is no conversation.")
+    return [{"role": turn.get("role", ""), "content": turn.get("content", "")} for turn in chat]
+
+
 def train_quickstart():
     """Makes outputs/quickstart as README.md does, if it is not there."""
     if (QUICKSTART / "config.json").is_file():
         return
     if not (HERE / "train_sft.py").is_file():
         raise ValueError("no model: give --model_dir, or set PHASE15_MODEL to a folder or a Hub id.")
-    print(f"app.py: there is no {QUICKSTART}; training it, which takes 2 to 4 minutes on two cores", flush=True)
+    print(f"app.py: there is no {QUICKSTART}; training it, which takes 4 to 6 minutes on two cores", flush=True)
     if code := subprocess.run([sys.executable, "train_sft.py"], cwd=HERE).returncode:
         raise ValueError(f"the training of outputs/quickstart ended with exit status {code}.")
 
@@ -340,7 +368,7 @@ def main(argv: list[str]):
     if not args.model_dir:
         train_quickstart()
     name = args.model_dir or os.path.relpath(QUICKSTART)
-    demo = build_demo(*load(name), name, args.max_characters, args.max_waiting)
+    demo = build_demo(*load(name), name, args.max_characters, args.max_waiting, opening_chat(name))
     # no file is taken: the page has no use for any
     demo.launch(server_port=args.port, theme=THEME, css=CSS, ssr_mode=False, max_file_size=0)
 

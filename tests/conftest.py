@@ -22,6 +22,7 @@ QUICK = {
     "test_errors",
     "test_evaluation",
     "test_examples",
+    "test_facts",
     "test_generation",
     "test_hub_server",
     "test_modeling",

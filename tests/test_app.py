@@ -3,6 +3,7 @@
 
 import copy
 import html
+import json
 import os
 import re
 import runpy
@@ -656,3 +657,28 @@ def test_the_card_of_the_space():
     assert (card.data.sdk, card.data.app_file) == ("gradio", "scripts/app.py")
     assert (ROOT / card.data.app_file).is_file()
     assert card.data.sdk_version.split(".")[0] == gradio.__version__.split(".")[0]
+
+
+# the chat that the page opens on
+
+
+def test_the_page_opens_on_a_chat_with_its_answer(model, chat_tokenizer):
+    chat = [*CHAT, {"role": "assistant", "content": "Air."}, {"role": "user", "content": "<b>Why?"}]
+    demo = app.build_demo(model, chat_tokenizer, "tiny", opening=chat)
+    props = {c["props"].get("elem_id"): c["props"].get("value") for c in demo.get_config_file()["components"]}
+    *_, (answer, steps) = app.reply(model, chat_tokenizer, chat)
+    shown = ["".join(html.unescape(part["text"]) for part in turn["content"]) for turn in props["chat"]]
+    assert shown == [*(turn["content"] for turn in chat), answer]
+    assert props["slots"] == app.table(steps, chat_tokenizer, SLOTS, SINKS) and steps[-1].name in props["facts"]
+
+
+def test_the_chat_is_the_one_in_results(tmp_path):
+    assert app.opening_chat(str(tmp_path)) == []
+    (tmp_path / "results.json").write_text("{}")
+    assert app.opening_chat(str(tmp_path)) == []
+    (tmp_path / "results.json").write_text(json.dumps({"chat": CHAT}))
+    assert app.opening_chat(str(tmp_path)) == CHAT
+    for text in ("[]", "{", '{"chat": [{"role": 1}]}', '{"chat": ["a"]}'):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(ValueError, match="results.json was not written by train_sft.py"):
+            app.opening_chat(str(tmp_path))

@@ -8,7 +8,7 @@ import yaml
 from reference import SIZES
 from test_train_sft import ROOT, RUN, STREAM, WORDS, argv, base, data, recipe, script, sentence, write  # noqa: F401
 
-from phase15.arguments import parse_args
+from phase15.arguments import argv_before, parse_args
 
 
 RECIPES = sorted(path for path in ROOT.glob("recipes/*.yaml") if not path.stem.startswith("accelerate_"))
@@ -89,7 +89,11 @@ def test_flags_override_the_recipe(recipe, tmp_path):
 
 def test_without_arguments_it_is_the_quickstart():
     model, data, _, _ = parse_args([])
-    assert data.dataset_name == "python-docstrings" and model.base_config["hidden_size"] <= 256
+    assert (data.dataset_name, model.stage) == ("facts", "hypernet")
+    before, data, _, _ = parse_args(argv_before([]))
+    assert (data.dataset_name, before.baseline) == ("facts", "full_context") and before.base_config[
+        "hidden_size"
+    ] <= 256
     assert parse_args(["--model_name_or_path", "x", "--dataset_name", "y"])[0].base_config is None
 
 
@@ -99,7 +103,7 @@ def test_recipes(path, tmp_path):
     """Every recipe parses; the ones of TinyLlama hold the card's values."""
     model, data, training, _ = parse_args([str(path), "--use_cpu", "--output_dir", str(tmp_path)])
     assert data.dataset_name and (model.model_name_or_path or model.base_config)
-    if path.stem == "quickstart":
+    if path.stem in ("quickstart", "facts_base", "docstrings"):
         return
     fields = model.config_fields
     names = ("chunk_length", "num_soft_tokens", "max_query_length", "max_answer_length")

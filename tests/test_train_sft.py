@@ -29,7 +29,7 @@ from modeling_phase15 import Phase15ForCausalLM
 from phase15.arguments import parse_args
 from phase15.evaluation import label
 from phase15.runs import save_recipe
-from train_sft import main, prepare
+from train_sft import main, prepare, runs_to_do
 
 
 pytestmark = pytest.mark.usefixtures("answers_here")
@@ -712,3 +712,53 @@ def test_the_padding_of_a_tokenizer_whose_padding_is_its_end(base, recipe, tmp_p
     for batch in trainer.get_train_dataloader():
         assert ((batch["labels"] == tokenizer.eos_token_id).sum(1) == 1).all()
         assert batch["attention_mask"].min() == 0 or len(batch["labels"]) < 4
+
+
+@pytest.fixture
+def two_runs(tmp_path) -> tuple[list[str], Path]:
+    """The arguments of a run behind that of a base, both tiny, and its folder."""
+    common = {"dataset_name": "facts", "facts_records": 16, "facts_distances": [2], "facts_per_chat": 1, **RUN}
+    common |= {"validation_split": 0, "max_steps": 2, "overwrite_output_dir": True}
+    llm = {name: LLM_SIZES[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    base = {"base_config": {**llm, "vocab_size": 300, "intermediate_size": 64}, "baseline": "full_context"}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**common, **base, "output_dir": "not/here"}))
+    recipe = {**common, **SIZES, "after": "base.yaml", "stage": "hypernet", "output_dir": str(tmp_path / "run")}
+    (tmp_path / "last.yaml").write_text(yaml.safe_dump(recipe))
+    return [str(tmp_path / "last.yaml"), "--seed", "7"], tmp_path / "run"
+
+
+def do(todo: list[list[str]]) -> list[bool]:
+    return [main(*prepare(arguments)) for arguments in todo]
+
+
+def test_a_recipe_names_the_one_before_it(two_runs, capsys):
+    """Both run, the second from the model of the first, and with the same flags."""
+    arguments, folder = two_runs
+    todo = runs_to_do(arguments)
+    assert [Path(words[0]).name for words in todo] == ["base.yaml", "last.yaml"] and do(todo) == [True, True]
+    last, before = (yaml.safe_load((path / "recipe.yaml").read_text()) for path in (folder, folder / "base"))
+    assert (last["seed"], before["seed"], last["model_name_or_path"]) == (7, 7, str(folder / "base"))
+    assert (last["stage"], before["baseline"]) == ("hypernet", "full_context") and "after" not in last
+    base, model = (load_file(path / "model.safetensors") for path in (folder / "base", folder))
+    assert all(torch.equal(model[f"llm.{name}"], weight) for name, weight in base.items())
+    results = json.loads((folder / "results.json").read_text())
+    assert [at["distance"] for at in results["recall"]] == [2, 4] and (folder / "recall.png").is_file()
+    said = capsys.readouterr().out
+    assert "| words between" in said and "\nWith Δ = 0: " in said
+
+    assert len(runs_to_do(arguments)) == 2, "the whole is done anew"
+    (folder / "results.json").unlink()  # as after a kill in the second run
+    assert runs_to_do(arguments) == [arguments]
+    assert len(runs_to_do([*arguments, "--seed", "8"])) == 2, "the base is another"
+    start = ["--model_name_or_path", str(folder / "base")]
+    assert runs_to_do([*arguments, *start]) == [[*arguments, *start]]
+
+
+def test_what_is_wrong_with_the_last_run_is_told_before_the_first(two_runs):
+    arguments, folder = two_runs
+    for flags, word in ((["--stage", "fulll"], "fulll"), (["--after", "no.yaml"], "no.yaml: no such recipe")):
+        with pytest.raises(ValueError, match=word):
+            runs_to_do([*arguments, *flags])
+    do(runs_to_do(arguments))
+    with pytest.raises(ValueError, match="holds a finished run"):
+        runs_to_do([*arguments, "--overwrite_output_dir", "false"])
