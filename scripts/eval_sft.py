@@ -21,6 +21,7 @@ free-running R, and exact match where answers end in `#### 72`. It writes evalua
 
     python -m scripts.eval_sft --model_dir DIR --dataset gsm8k_train.jsonl
     python -m scripts.eval_sft --model_dir DIR --dataset gsm8k_train.jsonl --base BASE --baselines WINDOW LORA
+    python -m scripts.eval_sft --model_dir DIR --dataset facts --facts_distances 0 512 4096     right answers
     python -m scripts.eval_sft --help                             every flag
 
 **Free-running**: the model answers each query greedily, without an end token. Chunk c of the *reference* is then
@@ -66,12 +67,13 @@ from phase15.evaluation import (
     variants,
 )
 from phase15.examples import Phase15Encoder, load_examples
-from phase15.facts import FactsArguments
+from phase15.facts import FACTS, FactsArguments
 from phase15.files import check_output_dir, write_text
 from phase15.models import CAUSAL_LM, check_kind, load_any, load_tokenizer, vocab_size_of
+from phase15.recall import recall
 from phase15.records import open_records
-from phase15.reports import plot, table
-from phase15.runs import OF_FACTS, held_out, read_run, same_records
+from phase15.reports import plot, plot_recall, recall_table, table
+from phase15.runs import held_out, read_run, same_records
 
 
 @dataclass
@@ -103,6 +105,10 @@ class EvaluationArguments:
     )
     batch_size: int = field(default=8, metadata={"help": "Records at a time."})
     generated_records: int = field(default=32, metadata={"help": "Generate answers to the first so many records."})
+    facts_distances: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Of the data set facts: words between facts and questions; those of the run by default."},
+    )
     max_new_tokens: int = field(default=256, metadata={"help": "Length of these answers, at most."})
     bootstrap_samples: int = field(default=BOOTSTRAP_SAMPLES, metadata={"help": "Samples behind each interval."})
     dtype: str = field(default="float32", metadata={"help": "Of the weights."})
@@ -120,6 +126,10 @@ class EvaluationArguments:
         }.items():
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but it must be {least} or more.")
+        if self.dataset == FACTS:
+            FactsArguments(facts_distances=self.facts_distances or [0])
+            if self.generated_records < 2 or self.base or self.baselines:
+                raise ValueError("facts are asked for in 2 `generated_records` or more, without base and baselines.")
         check_dtype(self.dtype)
         if self.output_dir:
             check_output_dir(self.output_dir)
@@ -130,6 +140,8 @@ def main(args: EvaluationArguments):
     others = check_models(args)
     config = Phase15Config.from_pretrained(args.model_dir)
     tokenizer = load_tokenizer(args.model_dir, config=config)
+    if args.dataset == FACTS:
+        return measure_facts(args, tokenizer)
     examples, description, seed = validation_examples(args, tokenizer, config)
     print(f"Evaluating {description}.")
     asked = examples[: args.generated_records]
@@ -164,6 +176,20 @@ def main(args: EvaluationArguments):
     write_text(output_dir / "evaluation.json", json.dumps(results, indent=2) + "\n")
     plot(results["validation"], output_dir / "loss_by_chunk.png")
     print(f"\n{table(results)}\n")
+
+
+def measure_facts(args: EvaluationArguments, tokenizer: PreTrainedTokenizerBase):
+    """Asks for facts at every distance, in chats that were drawn for it, instead of records that a run held out."""
+    run, defaults = held_out(args.model_dir) or {}, FactsArguments()
+    distances = args.facts_distances or run.get("facts_distances", defaults.facts_distances)
+    model = load_any(args.model_dir, args.dtype, device=args.device)
+    number, seed = run.get("facts_per_chat", defaults.facts_per_chat), 0 if args.seed is None else args.seed
+    measured = recall(model, tokenizer, sorted(set(distances)), number, args.generated_records, seed)
+    output_dir = Path(args.output_dir or args.model_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_text(output_dir / "recall.json", json.dumps(measured, indent=2) + "\n")
+    plot_recall(measured, output_dir / "recall.png")
+    print(f"\n{recall_table(measured)}\n")
 
 
 def check_models(args: EvaluationArguments) -> dict[str, str]:
@@ -223,8 +249,7 @@ def validation_examples(
     is_held_out = (share, is_shuffled) == (defaults["validation_split"], defaults["shuffle_records"])
     is_held_out &= seed == defaults["seed"] or not is_shuffled
     streaming, split = bool(run.get("streaming")), run.get("dataset_train_split") or "train"
-    facts = FactsArguments(**{name: run[name] for name in OF_FACTS if name in run})
-    records = open_records(name, run.get("dataset_config"), split, streaming, facts, seed)
+    records = open_records(name, run.get("dataset_config"), split, streaming)
     encoder = Phase15Encoder(records, tokenizer, config.max_answer_length, name, config.text_config.vocab_size)
     if streaming and is_held_out:
         number = min(max(most, 0), run["max_validation_records"])

@@ -128,6 +128,24 @@ def chat_tokenizer():
     return train_tokenizer(Dataset.from_list([{"text": "Why is the sky blue? Blue light scatters most."}]), 270)
 
 
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """A random model whose vocabulary is that of the data set `facts`, and its tokenizer."""
+    import torch
+    from reference import LLM_SIZES, SIZES, randomise_alpha
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from modeling_phase15 import Phase15ForCausalLM
+    from phase15.facts import fresh_chats
+    from phase15.quickstart import train_tokenizer
+
+    tokenizer = train_tokenizer([{"messages": chat.messages} for chat in fresh_chats(9, 50, 4)], 400)
+    torch.manual_seed(0)
+    folder = str(tmp_path_factory.mktemp("base"))
+    AutoModelForCausalLM.from_config(LlamaConfig(**LLM_SIZES | {"vocab_size": len(tokenizer)})).save_pretrained(folder)
+    return randomise_alpha(Phase15ForCausalLM.from_base(folder, **SIZES)), tokenizer
+
+
 def listening(port: int) -> set[str]:
     """The addresses of this machine on which something listens at a port (Linux; IPv4 and IPv6)."""
     found = set()

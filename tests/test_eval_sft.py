@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from configuration_phase15 import Phase15Config
 from phase15 import evaluation
 from phase15.evaluation import Example, greedy_answers
+from phase15.recall import recall
 from scripts import eval_sft
 from train_sft import prepare
 
@@ -236,3 +237,18 @@ def test_bad_input_is_named_before_anything_is_written(case, home, tmp_path):
     with pytest.raises(ValueError, match=message):
         eval_sft.main(arguments(home, tmp_path / "new", **flags))
     assert not (tmp_path / "new").exists()
+
+
+def test_facts_are_asked_for_by_distance(talker, tmp_path, capsys):
+    """The rows are those of `recall`, which tests/test_recall.py holds against references."""
+    (model, tokenizer), folder = talker, tmp_path
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    arguments = {"model_dir": str(folder), "dataset": "facts", "facts_distances": [6, 3], "generated_records": 2}
+    eval_sft.main(eval_sft.EvaluationArguments(**arguments, device="cpu"))
+    measured = json.loads((folder / "recall.json").read_text())
+    assert measured == recall(model, tokenizer, [3, 6], 4, 2) and (folder / "recall.png").is_file()
+    assert "| words between (8 facts each) |" in capsys.readouterr().out
+    for wrong in ({"facts_distances": [-1]}, {"generated_records": 1}, {"base": "x"}):
+        with pytest.raises(ValueError, match="facts"):
+            eval_sft.EvaluationArguments(**arguments | wrong)

@@ -13,29 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import LLM_SIZES, SIZES, randomise_alpha
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from modeling_phase15 import Phase15ForCausalLM
 from phase15.arguments import parse_args
 from phase15.facts import fresh_chats
 from phase15.models import load_phase15
-from phase15.quickstart import train_tokenizer
 from phase15.recall import encoded, in_short, recall, show
 from phase15.runs import read_run
 
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def talker(tmp_path_factory):
-    """A random model whose vocabulary is that of the chats, and its tokenizer."""
-    tokenizer = train_tokenizer([{"messages": chat.messages} for chat in fresh_chats(9, 50, 4)], 400)
-    torch.manual_seed(0)
-    folder = str(tmp_path_factory.mktemp("base"))
-    AutoModelForCausalLM.from_config(LlamaConfig(**LLM_SIZES | {"vocab_size": len(tokenizer)})).save_pretrained(folder)
-    return randomise_alpha(Phase15ForCausalLM.from_base(folder, **SIZES)), tokenizer
 
 
 def nats(model, examples) -> float:
