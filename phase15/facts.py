@@ -88,12 +88,7 @@ class FactsArguments:
         },
     )
     facts_records: int = field(default=2000, metadata={"help": "How many records the data set facts has."})
-    facts_per_chat: int = field(
-        default=4,
-        metadata={
-            "help": f"Facts of each of them, {len(KINDS)} at most. Half of the records have fewer, or ask for fewer."
-        },
-    )
+    facts_per_chat: int = field(default=4, metadata={"help": f"Facts of each of them, at most {len(KINDS)}."})
 
     def __post_init__(self):
         self.facts_distances = list(self.facts_distances)
@@ -127,13 +122,13 @@ class Chat(NamedTuple):
         return sum(right == found for right, found in zip(self.answers, sentences, strict=False))
 
 
-def draw_chat(draw: random.Random, distance: int, num_facts: int, num_asked: int, sentences: list[str]) -> Chat:
-    """A chat with so many words of text between the facts and the questions, which ask for some of the facts."""
+def draw_chat(draw: random.Random, distance: int, num_facts: int, sentences: list[str]) -> Chat:
+    """A chat with so many words of text between the facts and the questions."""
     facts = [(kind, draw.choice(kind.values)) for kind in draw.sample(KINDS, num_facts)]
     words = []
     while len(words) < distance:
         words += draw.choice(sentences).split()
-    asked = draw.sample(facts, num_asked)
+    asked = draw.sample(facts, num_facts)
     return Chat(
         " ".join(kind.told.format(value) for kind, value in facts),
         " ".join(words[:distance]),
@@ -150,20 +145,14 @@ def training_records(arguments: FactsArguments, seed: int) -> Iterator[dict]:
         if number % BLOCK == 0:
             longest = len(distances) * number // arguments.facts_records
             distance = distances[longest] if draw.random() < 0.5 else draw.choice(distances[: longest + 1])
-        num_facts = some_of(arguments.facts_per_chat, draw)
-        yield {"messages": draw_chat(draw, distance, num_facts, some_of(num_facts, draw), sentences).messages}
-
-
-def some_of(number: int, draw: random.Random) -> int:
-    """All of so many half of the time, else any number of them."""
-    return number if draw.random() < 0.5 else draw.randint(1, number)
+        yield {"messages": draw_chat(draw, distance, arguments.facts_per_chat, sentences).messages}
 
 
 def fresh_chats(distance: int, number: int, num_facts: int, seed: int = 0) -> list[Chat]:
-    """Chats of one distance that ask for all their facts, with texts of sentences that are in no training record."""
+    """Chats of one distance, with texts of sentences that are in no training record."""
     draw = random.Random(f"fresh {seed} {distance}")
     sentences = plain_sentences()[-(len(plain_sentences()) // 10) :]
-    return [draw_chat(draw, distance, num_facts, num_facts, sentences) for _ in range(number)]
+    return [draw_chat(draw, distance, num_facts, sentences) for _ in range(number)]
 
 
 @functools.cache

@@ -22,8 +22,6 @@ def num_words(messages: list[dict]) -> int:
 
 
 def test_answers_are_what_was_told():
-    """One to four facts are told, and one to all of them asked for."""
-    numbers = set()
     for messages in chats(facts_records=200):
         assert [turn["role"] for turn in messages] == ["user", "assistant"] * 2
         told, (asked, answer) = messages[0]["content"], (turn["content"] for turn in messages[2:])
@@ -32,9 +30,7 @@ def test_answers_are_what_was_told():
         for _, kind in sorted(at.items()):  # in the order of the questions
             (value,) = [value for value in kind.values if kind.told.format(value) in told]
             expected.append(kind.answer.format(value))
-        assert answer == " ".join(expected)
-        numbers.add((sum(kind.told.split("{")[0] in told for kind in KINDS), len(expected)))
-    assert numbers == {(told, asked) for told in range(1, 5) for asked in range(1, told + 1)}
+        assert len(expected) == 4 and answer == " ".join(expected)
 
 
 def test_a_seed_decides_everything():
@@ -60,7 +56,7 @@ def test_every_value_is_as_likely_as_the_others():
     told = " ".join(messages[0]["content"] for messages in chats(facts_records=4800))
     for kind in KINDS:
         counts = [told.count(kind.told.format(value)) for value in kind.values]
-        assert 100 < min(counts) and max(counts) < 230, "about 160 each"
+        assert 130 < min(counts) and max(counts) < 270, "about 200 each"
 
 
 def test_fresh_chats_have_sentences_of_their_own():
