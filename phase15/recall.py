@@ -1,7 +1,6 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """How many facts of the data set `facts` a model answers, by the distance between the facts and the questions."""
 
-from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 
 from tqdm.auto import tqdm
@@ -129,9 +128,9 @@ def in_short(text: str) -> str:
     return text if len(words) < 12 else f"{' '.join(words[:5])} [… {len(words)} words …]"
 
 
-def show(chat: Chat, say: Callable[[bool], str]) -> str:
-    """A chat as lines of text, with what the model says, and what it says with Δ = 0: `say(no_delta)`."""
+def show(chat: Chat, answer: str, without_delta: str) -> str:
+    """A chat as lines of text, with what the model says, and what it says with Δ = 0."""
     *before, _ = chat.messages
     shortened = f"{in_short(chat.text)} {chat.questions}"
     lines = [f"User:      {before[0]['content']}", f"Assistant: {before[1]['content']}", f"User:      {shortened}"]
-    return "\n".join([*lines, f"Assistant: {say(False)}", f"With Δ = 0: {say(True)}"])
+    return "\n".join([*lines, f"Assistant: {answer}", f"With Δ = 0: {without_delta}"])

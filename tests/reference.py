@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import sys
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -64,8 +65,16 @@ def aligned(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+ANSWERING = threading.Lock()  # the code reads sys.argv and prints
+
+
 def answer_here(folder, query: list[int], max_new_tokens: int, no_delta: bool = False) -> list[int]:
     """`answer_in_new_process` in this process, because a new one takes seconds to import."""
+    with ANSWERING:
+        return _answer_here(folder, query, max_new_tokens, no_delta)
+
+
+def _answer_here(folder, query: list[int], max_new_tokens: int, no_delta: bool) -> list[int]:
     before, sys.argv = sys.argv, ["-c", str(folder), json.dumps(query), str(max_new_tokens), str(int(no_delta))]
     try:
         with contextlib.redirect_stdout(io.StringIO()) as said:

@@ -83,7 +83,7 @@ def test_answers_are_generated_under_each_control(talker, monkeypatch):
 def test_what_is_shown(talker):
     _, tokenizer = talker
     (chat,) = fresh_chats(40, 1, 2)
-    lines = show(chat, lambda no_delta: "nothing" if no_delta else "all").splitlines()
+    lines = show(chat, "all", "nothing").splitlines()
     assert lines[0].endswith(chat.told) and lines[2].endswith(chat.questions) and "[… 40 words …]" in lines[2]
     assert lines[3:] == ["Assistant: all", "With Δ = 0: nothing"]
     assert in_short("a b c") == "a b c"
