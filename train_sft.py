@@ -40,7 +40,7 @@ from phase15.checkpoints import Phase15CheckpointError, checkpoints_in, find_che
 from phase15.errors import one_line_errors
 from phase15.evaluation import compare, compare_baseline
 from phase15.examples import Phase15Stream, prepare_data
-from phase15.facts import FACTS, Chat, fresh_chats
+from phase15.facts import Chat, fresh_chats
 from phase15.files import write_text
 from phase15.models import compile_layers, make_baseline, make_model
 from phase15.recall import encoded, recall, show
@@ -138,10 +138,7 @@ def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments, recipe: dic
             model = trainer.save_final_model(merge_adapter=model_args.merge_adapter)
             if trainer.is_world_process_zero():
                 evaluate_and_report(trainer, model, model_args, result, held_out)
-                if held_out["dataset_name"] != FACTS:
-                    answer_one_question(trainer, model_args)
-                elif model_args.baseline in (None, "window"):
-                    show_one_chat(trainer, held_out)
+                show_what_it_says(trainer, model_args, held_out)
     return not stop.has_stopped
 
 
@@ -216,11 +213,12 @@ def evaluate_and_report(
                 results |= compare(model, loader)
         with writing(output_dir):
             plot(results["validation"], output_dir / "loss_by_chunk.png")
-    if held_out["dataset_name"] == FACTS:
+    if "facts_distances" in held_out:
         distances = {*held_out["facts_distances"]}
         if not model_args.baseline:
             distances.add(2 * max(distances))  # further than it was trained on
-        results["recall"] = recall(model, trainer.processing_class, sorted(distances), held_out["facts_per_chat"])
+        settings = {"facts_per_chat": held_out["facts_per_chat"], "batch_size": args.per_device_eval_batch_size}
+        results["recall"] = recall(model, trainer.processing_class, sorted(distances), **settings)
         results["chat"] = chat_to_show(held_out).messages[:-1]
         with writing(output_dir):
             plot_recall(results["recall"], output_dir / "recall.png")
@@ -252,11 +250,19 @@ def show_one_chat(trainer: Phase15Trainer, held_out: dict):
     print(f"Saved to {trainer.args.output_dir}. Loaded in new processes:\n\n{show(chat, *answers)}")
 
 
-def answer_one_question(trainer: Phase15Trainer, model_args: Phase15ModelArguments):
-    """Loads the saved model in a new process, and prints its answer to the first query."""
+def show_what_it_says(trainer: Phase15Trainer, model_args: Phase15ModelArguments, held_out: dict):
+    """Prints what the saved model says in a new process, if a Phase15 folder was saved."""
     is_adapter = model_args.stage == "lora" and not model_args.merge_adapter
     if is_adapter or model_args.baseline not in (None, "window"):
-        return  # no Phase15 folder was saved
+        return
+    if "facts_distances" in held_out:
+        show_one_chat(trainer, held_out)
+    else:
+        answer_one_question(trainer)
+
+
+def answer_one_question(trainer: Phase15Trainer):
+    """Loads the saved model in a new process, and prints its answer to the first query."""
     print(f"Saved to {trainer.args.output_dir}. Loaded in a new process:")
     first = trainer.data_collator([next(iter(trainer.train_dataset))])
     query = first["input_ids"][first["labels"] == -100].tolist()

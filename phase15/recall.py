@@ -1,6 +1,7 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """How many facts of the data set `facts` a model answers, by the distance between the facts and the questions."""
 
+import itertools
 from contextlib import contextmanager, nullcontext
 
 from tqdm.auto import tqdm
@@ -32,6 +33,7 @@ def recall(
     facts_per_chat: int,
     num_chats: int = 64,
     seed: int = 0,
+    batch_size: int = 64,
 ) -> list[dict]:
     """
     Asks a model for facts in fresh chats.
@@ -43,6 +45,7 @@ def recall(
         facts_per_chat (`int`): facts of a chat.
         num_chats (`int`): chats at each distance; 2 or more.
         seed (`int`): of the chats.
+        batch_size (`int`): chats at a time; a few more where one would be left alone, with nothing to shuffle it with.
 
     Returns:
         `list[dict]`: for each distance `distance`; `tokens`, the mean number of tokens between facts and questions;
@@ -50,14 +53,15 @@ def recall(
         the greedy answer, and `nats` per token of the reference answer.
     """
     model.eval()
+    batch_size = next(size for size in itertools.count(max(batch_size, 2)) if num_chats % size != 1)
     return [
-        at_distance(model, tokenizer, distance, fresh_chats(distance, num_chats, facts_per_chat, seed))
+        at_distance(model, tokenizer, distance, fresh_chats(distance, num_chats, facts_per_chat, seed), batch_size)
         for distance in tqdm(distances, desc="Asking for facts")
     ]
 
 
 def at_distance(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, distance: int, chats: list[Chat]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, distance: int, chats: list[Chat], batch_size: int
 ) -> dict[str, dict]:
     examples, number = encoded(chats, tokenizer), sum(len(chat.answers) for chat in chats)
     longest = max(len(example.answer) for example in examples)
@@ -65,8 +69,8 @@ def at_distance(
     for name, (answering, context, losses_of) in variants_of(model, examples).items():
         with context:
             queries = [example.query for example in examples]
-            said = greedy_answers(name, answering, tokenizer, queries, len(queries), longest)
-        nats, tokens = (values.sum().item() for values in measure(name, len(examples), losses_of, examples))
+            said = greedy_answers(name, answering, tokenizer, queries, batch_size, longest)
+        nats, tokens = (values.sum().item() for values in measure(name, batch_size, losses_of, examples))
         right = sum(chat.num_right(tokenizer.decode(ids)) for chat, ids in zip(chats, said, strict=True))
         result[name] = {"right": right / number, "nats": nats / tokens}
     num_tokens = [len(tokenizer(chat.text, add_special_tokens=False)["input_ids"]) for chat in chats]

@@ -34,8 +34,8 @@ OF_FACTS = tuple(f.name for f in fields(FactsArguments))  # these too, of the da
 def held_out_by(data_args, training_args) -> dict:
     """The settings of `HELD_OUT`, for results.json. A file is named without its folder."""
     settings = {**vars(data_args), "seed": training_args.seed}
-    settings["dataset_name"] = Path(settings["dataset_name"]).name
     names = HELD_OUT + OF_FACTS if settings["dataset_name"] == FACTS else HELD_OUT
+    settings["dataset_name"] = Path(settings["dataset_name"]).name
     return {name: settings[name] for name in names}
 
 
@@ -58,7 +58,7 @@ def before_held_out(recipe: dict) -> dict:
 def same_records(first: dict, second: dict) -> str | None:
     """The first setting in which two runs held out other records, or None."""
     left_out = set()
-    if not first["shuffle_records"] and first["dataset_name"] != FACTS:
+    if not first["shuffle_records"] and OF_FACTS[0] not in first:
         left_out.add("seed")
     if not first["streaming"]:
         left_out.add("max_validation_records")

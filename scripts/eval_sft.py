@@ -184,7 +184,7 @@ def measure_facts(args: EvaluationArguments, tokenizer: PreTrainedTokenizerBase)
     distances = args.facts_distances or run.get("facts_distances", defaults.facts_distances)
     model = load_any(args.model_dir, args.dtype, device=args.device)
     number, seed = run.get("facts_per_chat", defaults.facts_per_chat), 0 if args.seed is None else args.seed
-    measured = recall(model, tokenizer, sorted(set(distances)), number, args.generated_records, seed)
+    measured = recall(model, tokenizer, sorted(set(distances)), number, args.generated_records, seed, args.batch_size)
     output_dir = Path(args.output_dir or args.model_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_text(output_dir / "recall.json", json.dumps(measured, indent=2) + "\n")

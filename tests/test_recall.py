@@ -80,6 +80,16 @@ def test_answers_are_generated_under_each_control(talker, monkeypatch):
     assert at["rows"]["model"]["right"] == 3 / 6
 
 
+def test_no_chat_is_left_alone(talker):
+    """Shuffled with itself it would keep its own Δ."""
+    whole, parts = (recall(*talker, [5], 2, num_chats=5, batch_size=size)[0]["rows"] for size in (5, 2))
+    assert whole["shuffled_delta"] != whole["model"] != parts["shuffled_delta"]
+    for name in ("model", "window", "full_context"):
+        assert parts[name]["nats"] == pytest.approx(whole[name]["nats"], rel=1e-5)
+    alone = recall(*talker, [5], 2, num_chats=3, batch_size=1)
+    assert alone == recall(*talker, [5], 2, num_chats=3, batch_size=3), "one batch of three, not two and one"
+
+
 def test_what_is_shown(talker):
     _, tokenizer = talker
     (chat,) = fresh_chats(40, 1, 2)

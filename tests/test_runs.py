@@ -8,7 +8,17 @@ import pytest
 import yaml
 
 from phase15.evaluation import LABELS
-from phase15.runs import HELD_OUT, OLD_KEYS, held_out, held_out_by, read_run, same_records, with_keys, without_folders
+from phase15.runs import (
+    HELD_OUT,
+    OF_FACTS,
+    OLD_KEYS,
+    held_out,
+    held_out_by,
+    read_run,
+    same_records,
+    with_keys,
+    without_folders,
+)
 
 
 def folder_of(tmp_path, recipe: dict | None = None, results: dict | None = None):
@@ -69,3 +79,12 @@ def test_files_that_no_run_wrote_are_named(name, content, tmp_path):
 
 def test_folders_are_private():
     assert without_folders({"a": "/home/me/x", "b": "me/x", "c": 3}) == {"a": "x", "b": "me/x", "c": 3}
+
+
+def test_the_data_set_facts_is_known_by_its_whole_name():
+    data = SimpleNamespace(**dict.fromkeys(HELD_OUT + OF_FACTS, 1) | {"dataset_name": "facts"})
+    facts = held_out_by(data, SimpleNamespace(seed=1))
+    assert facts["facts_distances"] == 1 and same_records(facts, facts | {"seed": 2}) == "seed"
+    assert same_records(facts, facts | {"facts_records": 2}) == "facts_records"
+    data.dataset_name = "me/facts"  # of the Hub
+    assert "facts_distances" not in held_out_by(data, SimpleNamespace(seed=1))
