@@ -215,12 +215,8 @@ def parse_args(
     outputs = []
     for cls in parser.dataclass_types:
         outputs.append(cls(**{f.name: getattr(arguments, f.name) for f in fields(cls) if f.init}))
-    not_in_recipe = (
-        "recipe",
-        "config",
-        "hub_token",
-        "after",
-    )  # a token is private; after: its model's folder is there
+    # a token is private; what `after` names has run when the recipe is run again
+    not_in_recipe = ("recipe", "config", "hub_token", "after")
     recipe = {name: value for name, value in vars(arguments).items() if value != defaults[name]}
     return *outputs, {name: value for name, value in recipe.items() if name not in not_in_recipe}
 

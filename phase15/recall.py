@@ -62,11 +62,12 @@ def recall(
 
 def at_distance(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, distance: int, chats: list[Chat], batch_size: int
-) -> dict[str, dict]:
+) -> dict:
+    """The rows of one distance."""
     examples, number = encoded(chats, tokenizer), sum(len(chat.answers) for chat in chats)
     longest = max(len(example.answer) for example in examples)
     result = {}
-    for name, (answering, context, losses_of) in variants_of(model, examples).items():
+    for name, (answering, context, losses_of) in variants_of(model).items():
         with context:
             queries = [example.query for example in examples]
             said = greedy_answers(name, answering, tokenizer, queries, batch_size, longest)
@@ -78,7 +79,7 @@ def at_distance(
     return {"distance": distance, "tokens": tokens, "facts": number, "rows": result}
 
 
-def variants_of(model: PreTrainedModel, examples: list[Example]) -> dict[str, tuple]:
+def variants_of(model: PreTrainedModel) -> dict[str, tuple]:
     """By key: the model that answers, the context in which it does, and what measures its losses."""
     if not isinstance(model, Phase15ForCausalLM):
         return {FULL_CONTEXT: (model, nullcontext(), lambda batch: llm_losses(model, batch, 16))}
