@@ -44,7 +44,7 @@ from phase15.facts import Chat, fresh_chats
 from phase15.files import write_text
 from phase15.models import compile_layers, make_baseline, make_model
 from phase15.recall import encoded, recall, show
-from phase15.records import Phase15RecordError, open_records
+from phase15.records import Phase15RecordError, open_records, texts_of
 from phase15.reports import plot, plot_recall, plot_training, recall_table, table
 from phase15.runs import answer_in_new_process, check_same_run, held_out_by, read_run, save_recipe
 from phase15.shutdown import StopOnSignal, errors_together, leave
@@ -137,8 +137,9 @@ def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments, recipe: dic
         else:
             model = trainer.save_final_model(merge_adapter=model_args.merge_adapter)
             if trainer.is_world_process_zero():
-                evaluate_and_report(trainer, model, model_args, result, held_out)
-                show_what_it_says(trainer, model_args, held_out)
+                texts = texts_of(recipe.get("facts_text"))
+                evaluate_and_report(trainer, model, model_args, result, held_out, texts)
+                show_what_it_says(trainer, model_args, held_out, texts)
     return not stop.has_stopped
 
 
@@ -184,7 +185,12 @@ def is_same_run(trainer: Phase15Trainer, recipe: dict, checkpoint: Path) -> bool
 
 
 def evaluate_and_report(
-    trainer: Phase15Trainer, model, model_args: Phase15ModelArguments, result: TrainOutput, held_out: dict
+    trainer: Phase15Trainer,
+    model,
+    model_args: Phase15ModelArguments,
+    result: TrainOutput,
+    held_out: dict,
+    texts: list[str] | None,
 ):
     """Compares the model with its controls, and writes results.json and the pictures."""
     args, output_dir = trainer.args, Path(trainer.args.output_dir)
@@ -218,8 +224,9 @@ def evaluate_and_report(
         if not model_args.baseline:
             distances.add(2 * max(distances))  # further than it was trained on
         settings = {"facts_per_chat": held_out["facts_per_chat"], "batch_size": args.per_device_eval_batch_size}
-        results["recall"] = recall(model, trainer.processing_class, sorted(distances), **settings)
-        results["chat"] = chat_to_show(held_out).messages[:-1]
+        with trainer.accelerator.autocast():
+            results["recall"] = recall(model, trainer.processing_class, sorted(distances), texts=texts, **settings)
+        results["chat"] = chat_to_show(held_out, texts).messages[:-1]
         with writing(output_dir):
             plot_recall(results["recall"], output_dir / "recall.png")
     with writing(output_dir):
@@ -231,14 +238,14 @@ def evaluate_and_report(
         print(f"\n{recall_table(results['recall'])}\n")
 
 
-def chat_to_show(held_out: dict) -> Chat:
-    (chat,) = fresh_chats(max(held_out["facts_distances"]), 1, held_out["facts_per_chat"], seed=1)
+def chat_to_show(held_out: dict, texts: list[str] | None) -> Chat:
+    (chat,) = fresh_chats(max(held_out["facts_distances"]), 1, held_out["facts_per_chat"], seed=1, texts=texts)
     return chat
 
 
-def show_one_chat(trainer: Phase15Trainer, held_out: dict):
+def show_one_chat(trainer: Phase15Trainer, held_out: dict, texts: list[str] | None):
     """Prints a fresh chat at the longest distance, with the answers of the saved model in new processes."""
-    chat = chat_to_show(held_out)
+    chat = chat_to_show(held_out, texts)
     (example,), tokenizer = encoded([chat], trainer.processing_class), trainer.processing_class
 
     def say(no_delta: bool) -> str:
@@ -250,13 +257,15 @@ def show_one_chat(trainer: Phase15Trainer, held_out: dict):
     print(f"Saved to {trainer.args.output_dir}. Loaded in new processes:\n\n{show(chat, *answers)}")
 
 
-def show_what_it_says(trainer: Phase15Trainer, model_args: Phase15ModelArguments, held_out: dict):
+def show_what_it_says(
+    trainer: Phase15Trainer, model_args: Phase15ModelArguments, held_out: dict, texts: list[str] | None
+):
     """Prints what the saved model says in a new process, if a Phase15 folder was saved."""
     is_adapter = model_args.stage == "lora" and not model_args.merge_adapter
     if is_adapter or model_args.baseline not in (None, "window"):
         return
     if "facts_distances" in held_out:
-        show_one_chat(trainer, held_out)
+        show_one_chat(trainer, held_out, texts)
     else:
         answer_one_question(trainer)
 

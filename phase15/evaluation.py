@@ -226,8 +226,22 @@ def pad(rows: list[list[int]], device: torch.device) -> tuple[torch.LongTensor, 
     return ids.to(device), torch.tensor([len(row) for row in rows], device=device)
 
 
+def cross_entropy(logits: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
+    """In nats, of each target `(num_targets,)`."""
+    return F.cross_entropy(logits.float(), targets, reduction="none").double()
+
+
+def misses(logits: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
+    """1 for each target `(num_targets,)` that is not the most likely token, 0 for the others."""
+    return (logits.argmax(dim=-1) != targets).double()
+
+
 def phase15_losses(
-    model: Phase15ForCausalLM, examples: list[Example], histories: list[Example], chunk_length: int | None = None
+    model: Phase15ForCausalLM,
+    examples: list[Example],
+    histories: list[Example],
+    chunk_length: int | None = None,
+    score: Callable = cross_entropy,
 ) -> Losses:
     """
     Scores chunk c of each example behind sp_c of its history: the example itself, or another text. Where a history has
@@ -246,14 +260,20 @@ def phase15_losses(
         hidden_states, _ = model.predict(seen, embed(chunk[has_chunk, :-1]))
         is_target = torch.arange(start, start + chunk.shape[1], device=model.device) < answer_length[:, None]  # (B, K)
         logits = model.get_output_embeddings()(hidden_states[is_target[has_chunk]])
-        losses[:, start : start + length][is_target] = cross_entropy(logits, chunk[is_target])
+        losses[:, start : start + length][is_target] = score(logits, chunk[is_target])
         goes_on = history_length > start + length
         if goes_on.any():
             soft_prompt = model.step(soft_prompt, embed(history[:, start : start + length]), goes_on * length)
     return by_chunk(losses, answer_length, chunk_length or length)
 
 
-def shuffled_delta_losses(model: Phase15ForCausalLM, examples: list[Example], others: list[Example]) -> Losses:
+def shuffled_delta_losses(
+    model: Phase15ForCausalLM,
+    examples: list[Example],
+    others: list[Example],
+    chunk_length: int | None = None,
+    score: Callable = cross_entropy,
+) -> Losses:
     """
     Scores each example behind its own window, but with the Δ of another example at every step. The recursion of the
     other runs beside it; after its end, Δ is computed from its last soft prompt and no token.
@@ -264,13 +284,15 @@ def shuffled_delta_losses(model: Phase15ForCausalLM, examples: list[Example], ot
 
     hook = model.hypernet.register_forward_hook(use_the_other_delta)
     try:
-        losses = phase15_losses(model, examples + others, examples + others)
+        losses = phase15_losses(model, examples + others, examples + others, chunk_length, score)
     finally:
         hook.remove()
     return Losses(*(values[: len(examples)] for values in losses))
 
 
-def llm_losses(llm: PreTrainedModel | PeftModel, examples: list[Example], chunk_length: int) -> Losses:
+def llm_losses(
+    llm: PreTrainedModel | PeftModel, examples: list[Example], chunk_length: int = 16, score: Callable = cross_entropy
+) -> Losses:
     """Scores answers with a causal LM that sees the query and the answer so far."""
     ids, length = pad([example.query + example.answer for example in examples], llm.device)
     query_length = torch.tensor([len(example.query) for example in examples], device=llm.device)
@@ -281,7 +303,7 @@ def llm_losses(llm: PreTrainedModel | PeftModel, examples: list[Example], chunk_
     logits = llm(input_ids=ids, attention_mask=mask, logits_to_keep=kept, use_cache=False).logits[:, :-1]
     is_target = (position >= query_length[:, None]) & (position < length[:, None])
     losses = torch.zeros(ids.shape, dtype=torch.float64, device=llm.device)
-    losses[is_target] = cross_entropy(logits[is_target[:, first:]], ids[is_target])
+    losses[is_target] = score(logits[is_target[:, first:]], ids[is_target])
     answer_length = length - query_length
     answer = query_length[:, None] + torch.arange(int(answer_length.max()), device=llm.device)
     return by_chunk(losses.gather(1, answer.clamp(max=ids.shape[1] - 1)), answer_length, chunk_length)
@@ -319,11 +341,6 @@ def llm_losses_behind(
         ]
         parts.append(llm_losses(llm, chunk, chunk_length))
     return Losses(*(torch.cat(kind, dim=1) for kind in zip(*parts, strict=True)))
-
-
-def cross_entropy(logits: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
-    """In nats, of each target `(num_targets,)`."""
-    return F.cross_entropy(logits.float(), targets, reduction="none").double()
 
 
 def by_chunk(losses: torch.Tensor, answer_length: torch.LongTensor, chunk_length: int) -> Losses:

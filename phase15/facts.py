@@ -89,6 +89,13 @@ class FactsArguments:
     )
     facts_records: int = field(default=2000, metadata={"help": "How many records the data set facts has."})
     facts_per_chat: int = field(default=4, metadata={"help": f"Facts of each of them, at most {len(KINDS)}."})
+    facts_text: str | None = field(
+        default=None,
+        metadata={
+            "help": "What stands between facts and questions: a JSONL, JSON, CSV or Parquet file or a Hub id, of "
+            "whose records the longest text is taken; sentences of python-docstrings by default."
+        },
+    )
 
     def __post_init__(self):
         self.facts_distances = list(self.facts_distances)
@@ -103,12 +110,13 @@ class FactsArguments:
 
 
 class Chat(NamedTuple):
-    """A chat of the data set. `answers` has one sentence for each question, in their order."""
+    """A chat of the data set. `answers` has one sentence for each question, in their order; `values` their values."""
 
     told: str
     text: str
     questions: str
     answers: list[str]
+    values: list[str]
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -122,37 +130,47 @@ class Chat(NamedTuple):
         return sum(right == found for right, found in zip(self.answers, sentences, strict=False))
 
 
-def draw_chat(draw: random.Random, distance: int, num_facts: int, sentences: list[str]) -> Chat:
-    """A chat with so many words of text between the facts and the questions."""
+def draw_chat(draw: random.Random, distance: int, num_facts: int, texts: list[str]) -> Chat:
+    """A chat with so many words of texts between the facts and the questions."""
     facts = [(kind, draw.choice(kind.values)) for kind in draw.sample(KINDS, num_facts)]
     words = []
     while len(words) < distance:
-        words += draw.choice(sentences).split()
+        words += draw.choice(texts).split()
     asked = draw.sample(facts, num_facts)
     return Chat(
         " ".join(kind.told.format(value) for kind, value in facts),
         " ".join(words[:distance]),
         " ".join(kind.question for kind, _ in asked),
         [kind.answer.format(value) for kind, value in asked],
+        [value for _, value in asked],
     )
 
 
-def training_records(arguments: FactsArguments, seed: int) -> Iterator[dict]:
-    """The records of the data set: `messages`. The same arguments and seed give the same records."""
-    draw, distances = random.Random(seed), arguments.facts_distances
-    sentences = plain_sentences()[: -(len(plain_sentences()) // 10)]
+def training_records(arguments: FactsArguments, seed: int, texts: list[str] | None = None) -> Iterator[dict]:
+    """
+    The records of the data set: `messages`. The same arguments, seed and texts give the same records. The texts are
+    `plain_sentences` by default; the last tenth of them is left to `fresh_chats`.
+    """
+    draw, distances, texts = random.Random(seed), arguments.facts_distances, texts or plain_sentences()
+    texts = texts[: -num_fresh(texts)]
     for number in range(arguments.facts_records):
         if number % BLOCK == 0:
             longest = len(distances) * number // arguments.facts_records
             distance = distances[longest] if draw.random() < 0.5 else draw.choice(distances[: longest + 1])
-        yield {"messages": draw_chat(draw, distance, arguments.facts_per_chat, sentences).messages}
+        yield {"messages": draw_chat(draw, distance, arguments.facts_per_chat, texts).messages}
 
 
-def fresh_chats(distance: int, number: int, num_facts: int, seed: int = 0) -> list[Chat]:
-    """Chats of one distance, with texts of sentences that are in no training record."""
-    draw = random.Random(f"fresh {seed} {distance}")
-    sentences = plain_sentences()[-(len(plain_sentences()) // 10) :]
-    return [draw_chat(draw, distance, num_facts, sentences) for _ in range(number)]
+def fresh_chats(
+    distance: int, number: int, num_facts: int, seed: int = 0, texts: list[str] | None = None
+) -> list[Chat]:
+    """Chats of one distance, with texts that are in no training record."""
+    draw, texts = random.Random(f"fresh {seed} {distance}"), texts or plain_sentences()
+    return [draw_chat(draw, distance, num_facts, texts[-num_fresh(texts) :]) for _ in range(number)]
+
+
+def num_fresh(texts: list[str]) -> int:
+    """How many of the texts, the last, no training record has."""
+    return max(len(texts) // 10, 1)
 
 
 @functools.cache

@@ -54,7 +54,7 @@ def open_records(
     if name in EMBEDDED or suffix in READERS:
         check_no_parts(name, config, split)
     if name == FACTS:
-        sources = ((name, partial(training_records, facts or FactsArguments(), seed)),)
+        sources = ((name, partial(_facts, facts or FactsArguments(), seed)),)
     elif name == DOCSTRINGS:
         sources = ((name, docstring_records),)
     elif suffix in READERS:
@@ -82,6 +82,29 @@ def check_no_parts(name: str, config: str | None, split: str):
         raise ValueError(
             f"{name}: `dataset_train_split` is {split!r}, but only a Hub data set has splits; a file is read whole."
         )
+
+
+def _facts(facts: FactsArguments, seed: int) -> Iterator[dict]:
+    return training_records(facts, seed, texts_of(facts.facts_text))
+
+
+def texts_of(name: str | None) -> list[str] | None:
+    """
+    The longest text of each record of a data set, without line breaks.
+
+    Raises:
+        ValueError: when it has fewer than 2 texts. [`Phase15RecordError`] for a record that cannot be read.
+    """
+    if name is None:
+        return None
+    longest = (
+        max((value for value in row["fields"].values() if isinstance(value, str)), key=len, default="")
+        for row in open_records(name)
+    )
+    texts = [text for text in (" ".join(text.split()) for text in longest) if text]
+    if len(texts) < 2:
+        raise ValueError(f"{name}: 2 records with a text were expected, or more.")
+    return texts
 
 
 def _rows(sources: tuple[tuple[str, Callable], ...]) -> Iterator[dict]:

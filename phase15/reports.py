@@ -32,14 +32,20 @@ def table(results: dict[str, dict]) -> str:
 
 
 def recall_table(distances: list[dict]) -> str:
-    """What `recall.recall` measured: the share of right answers and the nats per token of each row, by distance."""
+    """What `recall.recall` measured, by distance."""
     names = list(distances[0]["rows"])
     lines = [f"| words between ({distances[0]['facts']:,} facts each) | tokens | {' | '.join(map(label, names))} |"]
     lines.append("|---" * (len(names) + 2) + "|")
     for at in distances:
-        cells = [f"{row['right']:.1%} ({row['nats']:.3f})" for row in at["rows"].values()]
+        cells = [
+            f"{row['right']:.1%}, {row['completed']:.1%} ({row['nats']:.3f})"
+            if "completed" in row  # not in a folder saved before 2026-11-27
+            else f"{row['right']:.1%} ({row['nats']:.3f})"
+            for row in at["rows"].values()
+        ]
         lines.append(f"| {at['distance']:,} | {at['tokens']:,.0f} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "Right answers, and in brackets nats per answer token."])
+    key = "Right answers; values completed, each behind the reference's words; in brackets nats per answer token."
+    return "\n".join([*lines, "", key])
 
 
 def plot_recall(distances: list[dict], path: str | Path):
@@ -47,11 +53,14 @@ def plot_recall(distances: list[dict], path: str | Path):
     with picture(path) as axes:
         for name in distances[0]["rows"]:
             if name != SHUFFLED_DELTA:
-                shares = [100 * at["rows"][name]["right"] for at in distances]
-                axes.plot([at["distance"] for at in distances], shares, marker="o", label=label(name))
+                rows, words = [at["rows"][name] for at in distances], [at["distance"] for at in distances]
+                (line,) = axes.plot(words, [100 * row["right"] for row in rows], marker="o", label=label(name))
+                if "completed" in rows[0]:
+                    axes.plot(words, [100 * row["completed"] for row in rows], "--", color=line.get_color())
         axes.set_xscale("symlog", base=2, linthresh=32)
         axes.set_xticks([at["distance"] for at in distances], [f"{at['distance']:,}" for at in distances])
         axes.set(xlabel="words between the facts and the questions", ylabel="right answers, %", ylim=(0, 103))
+        axes.set_title("dashed: values completed behind the reference's own words", fontsize="small")
         axes.legend()
 
 

@@ -32,10 +32,11 @@ OF_FACTS = tuple(f.name for f in fields(FactsArguments))  # these too, of the da
 
 
 def held_out_by(data_args, training_args) -> dict:
-    """The settings of `HELD_OUT`, for results.json. A file is named without its folder."""
+    """The settings of `HELD_OUT`, for results.json. Files are named without their folders."""
     settings = {**vars(data_args), "seed": training_args.seed}
     names = HELD_OUT + OF_FACTS if settings["dataset_name"] == FACTS else HELD_OUT
-    settings["dataset_name"] = Path(settings["dataset_name"]).name
+    for name in {"dataset_name", "facts_text"} & {*names}:
+        settings[name] = settings[name] and Path(settings[name]).name
     return {name: settings[name] for name in names}
 
 

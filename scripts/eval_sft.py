@@ -71,7 +71,7 @@ from phase15.facts import FACTS, FactsArguments
 from phase15.files import check_output_dir, write_text
 from phase15.models import CAUSAL_LM, check_kind, load_any, load_tokenizer, vocab_size_of
 from phase15.recall import recall
-from phase15.records import open_records
+from phase15.records import open_records, texts_of
 from phase15.reports import plot, plot_recall, recall_table, table
 from phase15.runs import held_out, read_run, same_records
 
@@ -108,6 +108,9 @@ class EvaluationArguments:
     facts_distances: list[int] = field(
         default_factory=list,
         metadata={"help": "Of the data set facts: words between facts and questions; those of the run by default."},
+    )
+    facts_text: str | None = field(
+        default=None, metadata={"help": "Of the data set facts: the text in between; that of the run by default."}
     )
     max_new_tokens: int = field(default=256, metadata={"help": "Length of these answers, at most."})
     bootstrap_samples: int = field(default=BOOTSTRAP_SAMPLES, metadata={"help": "Samples behind each interval."})
@@ -180,11 +183,13 @@ def main(args: EvaluationArguments):
 
 def measure_facts(args: EvaluationArguments, tokenizer: PreTrainedTokenizerBase):
     """Asks for facts at every distance, in chats that were drawn for it, instead of records that a run held out."""
-    run, defaults = held_out(args.model_dir) or {}, FactsArguments()
+    run, recipes, defaults = held_out(args.model_dir) or {}, read_run(args.model_dir).recipes, FactsArguments()
+    texts = texts_of(args.facts_text or (recipes[0].get("facts_text") if recipes else None))
     distances = args.facts_distances or run.get("facts_distances", defaults.facts_distances)
     model = load_any(args.model_dir, args.dtype, device=args.device)
     number, seed = run.get("facts_per_chat", defaults.facts_per_chat), 0 if args.seed is None else args.seed
-    measured = recall(model, tokenizer, sorted(set(distances)), number, args.generated_records, seed, args.batch_size)
+    settings = {"num_chats": args.generated_records, "seed": seed, "batch_size": args.batch_size, "texts": texts}
+    measured = recall(model, tokenizer, sorted(set(distances)), number, **settings)
     output_dir = Path(args.output_dir or args.model_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_text(output_dir / "recall.json", json.dumps(measured, indent=2) + "\n")

@@ -1,10 +1,12 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """The data set `facts`: what its chats say, and what their order is."""
 
+import json
+
 import pytest
 
 from phase15.facts import BLOCK, KINDS, Chat, FactsArguments, fresh_chats, plain_sentences, training_records
-from phase15.records import open_records
+from phase15.records import open_records, texts_of
 
 
 def chats(seed: int = 0, **arguments) -> list[list[dict]]:
@@ -68,6 +70,30 @@ def test_fresh_chats_have_sentences_of_their_own():
     assert {len(chat.text.split()) for chat in fresh_chats(77, 9, 4)} == {77}
 
 
+def test_text_of_a_file_stands_between(tmp_path):
+    """The longest text of each record; the last tenth of them is for fresh chats alone."""
+    path = tmp_path / "text.jsonl"
+    rows = [{"query": "Why?", "answer": f"Because {number}\n\nit is."} for number in range(20)]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in [*rows, {"n": 1}]))
+    texts = texts_of(str(path))
+    assert texts == [f"Because {number} it is." for number in range(20)] and texts_of(None) is None
+    facts = FactsArguments(facts_records=200, facts_distances=[8], facts_text=str(path))
+    rows = list(open_records("facts", facts=facts, seed=3))
+    assert [row["fields"] for row in rows] == list(training_records(facts, 3, texts))
+    between = {row["fields"]["messages"][2]["content"].partition(" is. ")[0] for row in rows}
+    assert between == {f"Because {number} it" for number in range(18)}
+    between = {chat.text for chat in fresh_chats(8, 50, 4, texts=texts)}
+    assert between == {f"Because {a} it is. Because {b} it is." for a in (18, 19) for b in (18, 19)}
+
+
+@pytest.mark.parametrize("text", ['{"a": "one text"}\n', '{"a": 1}\n{"a": 2}\n', "no JSON"])
+def test_a_file_without_text_is_refused(text, tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="text.jsonl: .*(2 records with a text|not JSON)"):
+        next(iter(open_records("facts", facts=FactsArguments(facts_text=str(path)))))
+
+
 @pytest.mark.parametrize(
     ("said", "right"),
     [
@@ -80,7 +106,8 @@ def test_fresh_chats_have_sentences_of_their_own():
     ],
 )
 def test_each_answer_counts_in_its_place(said, right):
-    assert Chat("", "", "", ["You live in Oslo.", "You play the cello."]).num_right(said) == right
+    chat = Chat("", "", "", ["You live in Oslo.", "You play the cello."], ["Oslo", "cello"])
+    assert chat.num_right(said) == right
 
 
 @pytest.mark.parametrize(

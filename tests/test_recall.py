@@ -53,6 +53,38 @@ def test_losses_are_those_of_forward(talker):
     assert alone["rows"] == {"full_context": at["rows"]["full_context"]}
 
 
+def test_values_are_completed_behind_the_reference(talker):
+    """Chat by chat, with `forward`. A random model knows no value, so this one has learned one chat by heart."""
+    model, tokenizer = copy.deepcopy(talker[0]), talker[1]
+    chats = fresh_chats(5, 3, 2)
+    examples = encoded(chats, tokenizer)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+
+    def forward(asked, query, answer):
+        ids = torch.tensor([query + answer])
+        return asked(input_ids=ids, labels=ids.masked_fill(torch.arange(ids.shape[1]) < len(query), -100))
+
+    for _ in range(60):
+        for asked in (model, model.llm):
+            forward(asked, *examples[1]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    (at,) = recall(model, tokenizer, [5], 2, num_chats=3)
+    window = copy.deepcopy(model)
+    window.hypernet.alpha.data.zero_()
+    for name, asked in (("model", model), ("window", window), ("full_context", model.llm)):
+        completed = 0
+        for chat, (query, answer) in zip(chats, examples, strict=True):
+            logits = forward(asked, query, answer).logits[0]
+            said = [int(logits[len(query) + place - 1].argmax()) for place in range(len(answer))]
+            for value in chat.values:
+                text = tokenizer(f" {value}", add_special_tokens=False)["input_ids"]
+                (start,) = [n for n in range(len(answer)) if answer[n : n + len(text)] == text]
+                completed += said[start : start + len(text)] == text
+        assert at["rows"][name]["completed"] == completed / 6, name
+        assert 0 < completed < 6, (name, completed)
+
+
 def test_answers_are_generated_under_each_control(talker, monkeypatch):
     """Each variant's own greedy answers are what is counted."""
     model, tokenizer = talker

@@ -82,8 +82,10 @@ def test_folders_are_private():
 
 
 def test_the_data_set_facts_is_known_by_its_whole_name():
-    data = SimpleNamespace(**dict.fromkeys(HELD_OUT + OF_FACTS, 1) | {"dataset_name": "facts"})
+    files = {"dataset_name": "facts", "facts_text": "folder/text.jsonl"}
+    data = SimpleNamespace(**dict.fromkeys(HELD_OUT + OF_FACTS, 1) | files)
     facts = held_out_by(data, SimpleNamespace(seed=1))
+    assert facts["facts_text"] == "text.jsonl"
     assert facts["facts_distances"] == 1 and same_records(facts, facts | {"seed": 2}) == "seed"
     assert same_records(facts, facts | {"facts_records": 2}) == "facts_records"
     data.dataset_name = "me/facts"  # of the Hub
