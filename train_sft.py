@@ -18,6 +18,7 @@ import json
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from phase15.arguments import (
     parse_args,
 )
 from phase15.checkpoints import Phase15CheckpointError, checkpoints_in, find_checkpoint, writing
+from phase15.distillation import DistillationTrainer, load_teacher
 from phase15.errors import one_line_errors
 from phase15.evaluation import compare, compare_baseline
 from phase15.examples import Phase15Stream, prepare_data
@@ -81,6 +83,10 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dic
         compile_layers(model)
     check_optimizer(training_args, model)
     trainer_class = Phase15Trainer if model_args.baseline in (None, "window") else FullContextTrainer
+    if model_args.distill:
+        teacher = load_teacher(model_args.distill, tokenizer, model_args.dtype)
+        settings = {"share": model_args.distill_share, "temperature": model_args.distill_temperature}
+        trainer_class = partial(DistillationTrainer, teacher=teacher, **settings)
     try:
         trainer = trainer_class(
             model=model,

@@ -69,6 +69,15 @@ class Phase15ModelArguments:
             "aliases": ["--rival"],  # its name before 2026-11-26
         },
     )
+    distill: str | None = field(
+        default=None,
+        metadata={
+            "help": "A teacher with full context (Hub id, folder or .gguf file; of a Phase15 model its LLM), for the "
+            "model and for baseline window."
+        },
+    )
+    distill_share: float = field(default=0.7, metadata={"help": "Share of the loss that is the teacher's."})
+    distill_temperature: float = field(default=1.0, metadata={"help": "Divides the logits of both."})
     lora_r: int = field(default=16, metadata={"help": "Rank of LoRA."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA."})
@@ -86,6 +95,7 @@ class Phase15ModelArguments:
     def __post_init__(self):
         check_choice("stage", self.stage, STAGES)
         check_dtype(self.dtype)
+        self.check_distill()
         if self.baseline is None:
             return
         check_choice("baseline", self.baseline, list(BASELINES))
@@ -96,6 +106,17 @@ class Phase15ModelArguments:
             )
         if self.merge_adapter:
             raise ValueError("`merge_adapter` is for stage lora; the adapter of a baseline is saved unmerged.")
+
+    def check_distill(self):
+        if not 0 <= self.distill_share <= 1:
+            raise ValueError(f"`distill_share` is {self.distill_share}, but it must be from 0 to 1.")
+        if not 0 < self.distill_temperature < float("inf"):
+            raise ValueError(f"`distill_temperature` is {self.distill_temperature}, but it must be above 0.")
+        if self.distill and self.baseline not in (None, "window"):
+            raise ValueError(
+                f"`distill` is {self.distill}, but `baseline` is {self.baseline}; a teacher is for the model and for "
+                "baseline window."
+            )
 
     @property
     def config_fields(self) -> dict:
@@ -247,6 +268,7 @@ OWN_FLAGS = {
     "after",
     "baseline",
     "config",
+    "distill",
     "merge_adapter",
     "output_dir",
     "overwrite_output_dir",

@@ -35,9 +35,11 @@ def records(queries=QUERIES, answers=ANSWERS) -> Dataset:
     )
 
 
-def trainer_of(model, folder, data=None, eval_dataset=None, callbacks=None, **settings) -> Phase15Trainer:
+def trainer_of(
+    model, folder, data=None, eval_dataset=None, callbacks=None, trainer_class=Phase15Trainer, **settings
+) -> Phase15Trainer:
     defaults = {"max_steps": 1, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
-    return Phase15Trainer(
+    return trainer_class(
         model=model,
         args=Phase15TrainingArguments(output_dir=str(folder), **{**defaults, "disable_tqdm": True, **settings}),
         train_dataset=records() if data is None else data,
