@@ -15,7 +15,8 @@ except ImportError:  # at the root of this repository
     from generation_phase15 import check_cache
 
 
-SIZES = ("num_soft_tokens", "num_sink_tokens", "chunk_length", "max_query_length")  # no weight's shape shows them
+# No shape of a weight shows them, and PEFT leaves out weights that a model does not have.
+SIZES = ("num_soft_tokens", "num_sink_tokens", "chunk_length", "max_query_length", "hypernet_slot_gate")
 
 
 def check_sizes(model: PreTrainedModel, state_dict: dict, prefix: str, *_):
@@ -24,8 +25,11 @@ def check_sizes(model: PreTrainedModel, state_dict: dict, prefix: str, *_):
     config. train_sft.py saves the sizes beside the adapter's weights.
     """
     sizes = state_dict.get(f"{prefix}hypernet.sizes")
-    if sizes is not None and sizes.tolist() != [getattr(model.config, name) for name in SIZES]:
-        fields = ", ".join(f"{name}={size}" for name, size in zip(SIZES, sizes.tolist(), strict=True))
+    if sizes is None:
+        return
+    sizes = sizes.tolist() + [0] * (len(SIZES) - len(sizes))  # saved before 2026-11-27: four of them
+    if sizes != [int(getattr(model.config, name)) for name in SIZES]:
+        fields = ", ".join(f"{name}={size}" for name, size in zip(SIZES, sizes, strict=True))
         raise ValueError(f"The adapter was trained with other sizes than the model's: give `from_base` {fields}.")
 
 

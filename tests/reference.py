@@ -25,6 +25,7 @@ SIZES = {
     "hypernet_num_hidden_layers": 2,
     "hypernet_num_attention_heads": 4,
     "hypernet_intermediate_size": 48,
+    "hypernet_slot_gate": True,
 }
 LLM_SIZES = {
     "vocab_size": VOCAB,
@@ -140,7 +141,8 @@ def reference_delta(net, carried: torch.Tensor, old: torch.Tensor, tokens: torch
     query, key = net.pointer_q_proj(y), net.pointer_k_proj(memory)
     pointed = (query @ key.T / key.shape[1] ** 0.5).softmax(dim=1) @ seen
     written = scale * (net.output_proj(y) + pointed)
-    return net.alpha.tanh() * net.gate_proj(y).sigmoid() * (written - carried)
+    gate = net.gate_proj(y) if net.slot_gate_proj is None else net.gate_proj(y) + y @ net.slot_gate_proj.weight.T
+    return net.alpha.tanh() * gate.sigmoid() * (written - carried)
 
 
 def reference_step(model, slots: list[torch.Tensor], ids: torch.LongTensor) -> list[torch.Tensor]:

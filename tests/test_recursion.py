@@ -73,7 +73,7 @@ def test_delta_is_the_gated_overwrite_of_the_design(tiny):
     net.output_proj.register_forward_hook(lambda module, arguments, output: written.append(output[0]))
     with torch.no_grad():
         net.alpha.fill_(50.0)
-        net.pointer_q_proj.weight.mul_(30)  # far from a mean of everything
+        net.pointer_q_proj.weight.mul_(100)  # far from a mean of everything
         for gate in (1e4, -1e4):
             hook = net.gate_proj.register_forward_hook(lambda m, a, output, gate=gate: output * 0 + gate)
             stepped = tiny.step(old, tokens, length)
