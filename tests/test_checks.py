@@ -9,7 +9,18 @@ from reference import SIZES, VOCAB, random_ids, randomise_alpha
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from checks_phase15 import SIZES as CHECKED
+from checks_phase15 import check_sizes
 from modeling_phase15 import Phase15ForCausalLM
+
+
+def test_sizes_of_an_adapter_from_before_the_slot_gate(bases):
+    """Four numbers instead of five: it was trained without."""
+    sizes = {name: SIZES[name] for name in CHECKED if name != "hypernet_slot_gate"}
+    state = {"hypernet.sizes": torch.tensor(list(sizes.values()))}
+    check_sizes(Phase15ForCausalLM.from_base(bases["llama"], **SIZES | {"hypernet_slot_gate": False}), state, "")
+    with pytest.raises(ValueError, match="hypernet_slot_gate=0"):
+        check_sizes(Phase15ForCausalLM.from_base(bases["llama"], **SIZES), state, "")
 
 
 # offloaded weights

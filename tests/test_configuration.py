@@ -81,6 +81,7 @@ def test_sizes_are_positive_integers(name, value):
             {"hypernet_hidden_size": 100, "hypernet_num_attention_heads": 16},
             r"`hypernet_hidden_size` is 100.*multiple of `hypernet_num_attention_heads` \(16\)",
         ),
+        ({"hypernet_slot_gate": 1}, "`hypernet_slot_gate` is 1, but it must be true or false"),
         ({"text_config": {"model_type": "no-such-model"}}, "`text_config.model_type` is 'no-such-model'"),
         (
             {"text_config": MistralConfig(sliding_window=143)},

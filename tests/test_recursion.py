@@ -15,6 +15,7 @@ from reference import (
     random_ids,
     randomise_alpha,
     reference_carry,
+    reference_step,
 )
 from torch.testing import assert_close
 
@@ -89,6 +90,31 @@ def test_delta_is_the_gated_overwrite_of_the_design(tiny):
                 expected = written[0][slot] * net.embedding_scale + (weights[:, None] * stream).sum(dim=0)
                 assert_close(stepped.embeds[0, slot], expected, atol=1e-4, rtol=1e-4)
             assert weights.max() > 2 / len(weights)
+
+
+def test_the_slot_gate_is_shared_by_all_channels(tiny):
+    """g·y alone: where it says so a slot keeps what was carried, in every channel, and elsewhere it is overwritten."""
+    net = tiny.hypernet
+    old, tokens = as_soft_prompt(list(torch.randn(SLOTS, 32)), 32), torch.randn(1, QUERY, 32)
+    length, says = torch.tensor([QUERY]), torch.where(torch.arange(SLOTS) % 3 == 0, 1e4, -1e4)[None, :, None]
+    net.slot_gate_proj.register_forward_hook(lambda module, arguments, output: output * 0 + says)
+    with torch.no_grad():
+        changed = tiny.step(old, tokens, length).embeds != carry(old, tokens, length, 2).embeds
+    assert changed[0, ::3].all() and not changed[0, 1::3].any() and not changed[0, 2::3].any()
+
+
+def test_without_a_slot_gate(bases):
+    """As in folders saved before 2026-11-27, whose config does not name it."""
+    values = Phase15Config(**SIZES).to_dict()
+    assert values.pop("hypernet_slot_gate") is True and Phase15Config.from_dict(values).hypernet_slot_gate is False
+    model = randomise_alpha(Phase15ForCausalLM.from_base(bases["llama"], **SIZES | {"hypernet_slot_gate": False}))
+    assert model.hypernet.slot_gate_proj is None
+    slots, tokens = list(torch.randn(SLOTS, 32)), random_ids(1, QUERY)
+    with torch.no_grad():
+        stepped = model.step(
+            as_soft_prompt(slots, 32), model.get_input_embeddings()(tokens), torch.tensor([QUERY])
+        ).embeds[0]
+        assert_close(stepped, torch.stack(reference_step(model, slots, tokens[0])), atol=1e-5, rtol=1e-5)
 
 
 def test_hypernet_layers_equal_the_equations(tiny):

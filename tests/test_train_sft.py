@@ -182,6 +182,9 @@ def test_lora(recipe, tmp_path, capfd):
     others = Phase15ForCausalLM.from_base(recipe["model_name_or_path"], **fields | {"chunk_length": 8})
     with pytest.raises(ValueError, match="trained with other sizes.*num_soft_tokens=24.*chunk_length=4"):
         PeftModel.from_pretrained(others, recipe["output_dir"])
+    others = Phase15ForCausalLM.from_base(recipe["model_name_or_path"], **fields | {"hypernet_slot_gate": False})
+    with pytest.raises(ValueError, match="trained with other sizes.*hypernet_slot_gate=1"):
+        PeftModel.from_pretrained(others, recipe["output_dir"])
 
     folder = str(tmp_path / "merged")
     main(*prepare([write(recipe, tmp_path, stage="lora", lora_r=2), "--merge_adapter", "--output_dir", folder]))
