@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train_sft
 from modeling_phase15 import Phase15ForCausalLM
 from phase15.models import load_phase15
+from phase15.recall import recall
+from phase15.records import texts_of
 
 
 REAL_BASE = os.environ.get("PHASE15_REAL_BASE")
@@ -214,3 +216,21 @@ def test_a_file_in_a_folder_is_saved_unquantised(tmp_path):
     folder, name = os.path.split(os.path.abspath(REAL_BASE))
     Phase15ForCausalLM.from_base(folder, gguf_file=name).save_pretrained(tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).num_parameters() > 130e6
+
+
+def test_facts_are_known_in_context_and_lost_behind_the_window(medquad, tmp_path):
+    """The start of recipes/smollm2_facts.yaml: what its HyperNetwork has to win back, and one step towards it."""
+    recipe = Path(__file__).parent.parent / "recipes" / "smollm2_facts.yaml"
+    flags = ["--model_name_or_path", REAL_BASE, "--facts_text", str(medquad), "--output_dir", str(tmp_path / "run")]
+    flags += ["--facts_records", "4"]
+    trainer, *_ = train_sft.prepare([str(recipe), *flags, "--max_steps", "1", "--warmup_steps", "0", "--use_cpu"])
+    model, texts = trainer.model, texts_of(str(medquad))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    (at,) = recall(model, trainer.processing_class, [64], 4, num_chats=8, batch_size=8, texts=texts)
+    completed = {name: row["completed"] for name, row in at["rows"].items()}
+    assert completed["full_context"] > 0.8 and completed["window"] < 0.2, completed
+    assert at["rows"]["model"] == at["rows"]["window"], "Δ = 0 before training"
+    assert at["rows"]["full_context"]["right"] < completed["full_context"], "it has words of its own"
+    trainer.train()
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(before[name], weight)}
+    assert changed and all(name.startswith("hypernet.") for name in changed)
