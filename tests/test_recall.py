@@ -64,7 +64,7 @@ def test_values_are_completed_behind_the_reference(talker):
         ids = torch.tensor([query + answer])
         return asked(input_ids=ids, labels=ids.masked_fill(torch.arange(ids.shape[1]) < len(query), -100))
 
-    for _ in range(60):
+    for _ in range(80):
         for asked in (model, model.llm):
             forward(asked, *examples[1]).loss.backward()
         optimizer.step()
@@ -82,7 +82,7 @@ def test_values_are_completed_behind_the_reference(talker):
                 (start,) = [n for n in range(len(answer)) if answer[n : n + len(text)] == text]
                 completed += said[start : start + len(text)] == text
         assert at["rows"][name]["completed"] == completed / 6, name
-        assert 0 < completed < 6, (name, completed)
+        assert completed < 6 and (completed > 0 or name == "window"), (name, completed)
 
 
 def test_answers_are_generated_under_each_control(talker, monkeypatch):
