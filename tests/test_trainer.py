@@ -55,6 +55,15 @@ def naive_losses(model, record) -> torch.Tensor:
     return F.cross_entropy(reference_logits(model, ids, query)[0][query - 1 : -1], ids[query:], reduction="none")
 
 
+def check_step(before: dict[str, torch.Tensor], stepped, expected):
+    """Each parameter moved by its learning rate times the gradient that `expected` holds."""
+    for name, parameter in expected.named_parameters():
+        rate = 3.0 if name.endswith("alpha") else 0.5 if name.startswith("hypernet") else 0.2
+        step = before[name] - stepped.get_parameter(name).detach()
+        assert parameter.grad.abs().max() > 0 and step.abs().max() > 0, name
+        assert_close(step, rate * parameter.grad, atol=2e-5, rtol=2e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
 @pytest.mark.parametrize("rows, accumulation", [(4, 1), (2, 2), (1, 4)])
 def test_a_step_is_that_of_the_mean_over_all_answer_tokens(rows, accumulation, tiny, tmp_path):
     """However the batch is accumulated; plain gradient descent shows the gradient's scale and each learning rate."""
@@ -74,11 +83,7 @@ def test_a_step_is_that_of_the_mean_over_all_answer_tokens(rows, accumulation, t
     )
     before = state(tiny)
     trainer.train()
-    for name, parameter in expected.named_parameters():
-        rate = 3.0 if name.endswith("alpha") else 0.5 if name.startswith("hypernet") else 0.2
-        step = before[name] - tiny.get_parameter(name).detach()
-        assert parameter.grad.abs().max() > 0 and step.abs().max() > 0, name
-        assert_close(step, rate * parameter.grad, atol=2e-5, rtol=2e-3, msg=lambda text, name=name: f"{name}: {text}")
+    check_step(before, tiny, expected)
     assert_close(trainer.state.log_history[0]["loss"], loss.item(), atol=1e-4, rtol=1e-4)
 
 
