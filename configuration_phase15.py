@@ -72,7 +72,7 @@ class Phase15Config(PreTrainedConfig):
         hypernet_intermediate_size (`int`, defaults to 4096):
             Width of each block's MLP.
         hypernet_slot_gate (`bool`, defaults to `False`):
-            Give Δ's gate a part that all channels of a slot share. It learns to keep facts in half the steps.
+            Give Δ's gate a part that all channels of a slot share. The tiny model learned facts in half the steps.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the HyperNetwork's initial weights.
 

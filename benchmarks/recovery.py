@@ -64,8 +64,11 @@ def plot_losses(found: dict[str, dict], path: Path):
             (line,) = axes.plot(rows[MODEL]["loss_by_chunk"], marker="o", markersize=3, label=name)
             window = rows.get(BASELINE_WINDOW, rows[WINDOW])
             axes.plot(window["loss_by_chunk"], "--", color=line.get_color())
-        if full := next((r["validation"].get(BASELINE_FULL_CONTEXT) for r in found.values()), None):
-            axes.plot(full["loss_by_chunk"], color="black", label=label(BASELINE_FULL_CONTEXT))
+        full = [
+            r["validation"][BASELINE_FULL_CONTEXT] for r in found.values() if BASELINE_FULL_CONTEXT in r["validation"]
+        ]
+        if full:  # the same model for all
+            axes.plot(full[0]["loss_by_chunk"], color="black", label=label(BASELINE_FULL_CONTEXT))
         axes.set(xlabel="chunk index", ylabel="nats per answer token", title="dashed: the window")
         axes.legend()
 

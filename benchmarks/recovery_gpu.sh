@@ -4,7 +4,7 @@
 #
 #     bash benchmarks/recovery_gpu.sh                        from the Hub
 #     BASE=FILE.gguf DATA=gsm8k_train.jsonl OUT=outputs/recovery STEPS=234 bash benchmarks/recovery_gpu.sh
-#     TINY=1 bash benchmarks/recovery_gpu.sh                 a random model, a minute or two on a CPU: does it run?
+#     TINY=1 bash benchmarks/recovery_gpu.sh                 a random model, minutes on a CPU: does it run?
 #
 # Every part prints its table as it ends. The same command again leaves out the parts that are done, and goes on with
 # the one that was cut off. All tables, and recovery.md and recovery.png of them, are in OUT.
@@ -16,7 +16,6 @@ STEPS=${STEPS:-234}  # two epochs of 64 records
 SIZES=(64 128)
 EVALUATION=(--generated_records 64 --batch_size 32 --dtype bfloat16)
 FLAGS=(recipes/smollm2_gsm8k.yaml --per_device_train_batch_size 32 --gradient_accumulation_steps 2 --max_validation_records 300 --logging_steps 20)
-[ "$DATA" = openai/gsm8k ] || FLAGS+=(--dataset_config null)
 
 if [ -n "${TINY:-}" ]; then
     OUT=${OUT}_tiny STEPS=2 DATA=python-docstrings SIZES=(8)

@@ -256,7 +256,10 @@ def read_arguments(argv: list[str]) -> tuple["Phase15Parser", Namespace, dict]:
     if recipe is None and known.model_name_or_path is None and known.dataset_name is None:
         recipe = QUICKSTART
     if recipe is not None:
-        parser.set_defaults(**read_recipe(recipe, parser))
+        values = read_recipe(recipe, parser)
+        if known.dataset_name not in (None, values.get("dataset_name")):  # these parts are of the recipe's data set
+            values = {k: v for k, v in values.items() if k not in ("dataset_config", "dataset_train_split")}
+        parser.set_defaults(**values)
         try:
             parser.parse_args([])
         except ValueError as error:

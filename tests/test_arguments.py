@@ -98,6 +98,20 @@ def test_without_arguments_it_is_the_quickstart():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_another_data_set_leaves_the_parts_of_the_recipes_own(tmp_path):
+    """`recipes/smollm2_gsm8k.yaml --dataset_name FILE`, as the recipe says itself."""
+    (path,) = [path for path in RECIPES if path.stem == "smollm2_gsm8k"]
+    for flags, config in (
+        ([], "main"),
+        (["--dataset_name", "openai/gsm8k"], "main"),
+        (["--dataset_name", "data.jsonl"], None),
+        (["--dataset_name", "me/data", "--dataset_config", "mine"], "mine"),
+    ):
+        _, data, _, recipe = parse_args([str(path), "--use_cpu", "--output_dir", str(tmp_path), *flags])
+        assert data.dataset_config == config == recipe.get("dataset_config"), flags
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes(path, tmp_path):
     """Every recipe parses; the ones of TinyLlama hold the card's values."""
