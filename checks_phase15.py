@@ -16,7 +16,15 @@ except ImportError:  # at the root of this repository
 
 
 # No shape of a weight shows them, and PEFT leaves out weights that a model does not have.
-SIZES = ("num_soft_tokens", "num_sink_tokens", "chunk_length", "max_query_length", "hypernet_slot_gate")
+SIZES = (
+    "num_soft_tokens",
+    "num_sink_tokens",
+    "chunk_length",
+    "max_query_length",
+    "hypernet_slot_gate",
+    "hypernet_signed_alpha",
+)
+EARLIER = (0, 1)  # the last two, for adapters from before 2026-11-27
 
 
 def check_sizes(model: PreTrainedModel, state_dict: dict, prefix: str, *_):
@@ -27,7 +35,7 @@ def check_sizes(model: PreTrainedModel, state_dict: dict, prefix: str, *_):
     sizes = state_dict.get(f"{prefix}hypernet.sizes")
     if sizes is None:
         return
-    sizes = sizes.tolist() + [0] * (len(SIZES) - len(sizes))  # saved before 2026-11-27: four of them
+    sizes = [*sizes.tolist(), *EARLIER[len(sizes) - 4 :]]  # there were four, then five
     if sizes != [int(getattr(model.config, name)) for name in SIZES]:
         fields = ", ".join(f"{name}={size}" for name, size in zip(SIZES, sizes, strict=True))
         raise ValueError(f"The adapter was trained with other sizes than the model's: give `from_base` {fields}.")

@@ -73,6 +73,9 @@ class Phase15Config(PreTrainedConfig):
             Width of each block's MLP.
         hypernet_slot_gate (`bool`, defaults to `False`):
             Give Δ's gate a part that all channels of a slot share. The tiny model learned facts in half the steps.
+        hypernet_signed_alpha (`bool`, *optional*):
+            Let the sign of α count, so that a slot's carried part can grow from step to step. Only for weights trained
+            before 2026-11-27: defaults to `True` in a saved config that does not name it, else to `False`.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the HyperNetwork's initial weights.
 
@@ -106,6 +109,7 @@ class Phase15Config(PreTrainedConfig):
     hypernet_num_attention_heads: int = 16
     hypernet_intermediate_size: int = 4096
     hypernet_slot_gate: bool = False
+    hypernet_signed_alpha: bool | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
@@ -145,6 +149,8 @@ class Phase15Config(PreTrainedConfig):
         # The LLM ties its own embeddings; the library asks the outer config whether anything is tied.
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         super().__post_init__(**kwargs)
+        if self.hypernet_signed_alpha is None:
+            self.hypernet_signed_alpha = self.transformers_version is not None  # saved before the choice
         self.auto_map = dict(AUTO_MAP)  # save_pretrained copies the code into every folder
         self._check_sizes()
 
@@ -163,8 +169,9 @@ class Phase15Config(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` is {value!r}, but it must be a positive integer.")
-        if not isinstance(self.hypernet_slot_gate, bool):
-            raise ValueError(f"`hypernet_slot_gate` is {self.hypernet_slot_gate!r}, but it must be true or false.")
+        for name in ("hypernet_slot_gate", "hypernet_signed_alpha"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, but it must be true or false.")
         if self.num_sink_tokens >= self.num_soft_tokens:
             raise ValueError(
                 f"`num_sink_tokens` is {self.num_sink_tokens}, but it must be smaller than `num_soft_tokens` "

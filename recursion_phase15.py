@@ -116,13 +116,16 @@ class HyperNetwork(nn.Module):
     Computes Δ, the learned part of a step. The carried slots attend to the memory: the old soft prompt, which still
     holds the tokens that fall out, and the new tokens. The result is y, and
 
-        Δ = tanh(α) · σ(G y) · (O y + P(y, memory) − carry)
+        Δ = tanh|α| · σ(G y) · (O y + P(y, memory) − carry)
 
     overwrites the slots through a gate. O y is free. P is a pointer, an attention whose values are the memory's own
     embeddings (pointer networks, Vinyals et al. 2015, arXiv 1506.03134): it can copy a token that falls out, in an
     embedding that the LLM knows already. α is one learned number per channel of the LLM. It starts at zero (ReZero,
-    Bachlechner et al. 2020, arXiv 2003.04887), so Δ is exactly zero before training. With
-    `config.hypernet_slot_gate` the gate is σ(G y + g·y), and g·y opens and closes all channels of a slot together.
+    Bachlechner et al. 2020, arXiv 2003.04887), so Δ is exactly zero before training. Its sign does not count, so the
+    factor is from 0 to 1, a step gives a mean of what was carried and what is written, and what is carried does not
+    grow. With `config.hypernet_signed_alpha` the factor is tanh(α), as for weights trained before 2026-11-27: below
+    zero, what is carried grows at every step. With `config.hypernet_slot_gate` the gate is σ(G y + g·y), and g·y opens
+    and closes all channels of a slot together.
 
     `embedding_scale` is the root mean square of the base's input embeddings, measured by
     [`Phase15ForCausalLM.from_base`]. Inputs are divided by it and outputs multiplied, so the network works at unit
@@ -146,6 +149,7 @@ class HyperNetwork(nn.Module):
         self.pointer_q_proj = nn.Linear(width, pointer_size, bias=False)
         self.pointer_k_proj = nn.Linear(width, pointer_size, bias=False)
         self.alpha = nn.Parameter(torch.zeros(hidden_size))
+        self.signed_alpha = config.hypernet_signed_alpha
         self.register_buffer("embedding_scale", torch.ones(1))
 
     def forward(
@@ -188,7 +192,9 @@ class HyperNetwork(nn.Module):
         gate = self.gate_proj(y)
         if self.slot_gate_proj is not None:
             gate = gate + self.slot_gate_proj(y)
-        delta = torch.tanh(self.alpha) * torch.sigmoid(gate) * (written - carried.embeds)
+        # not abs(): its gradient is zero at zero, where α starts
+        alpha = self.alpha if self.signed_alpha else torch.where(self.alpha < 0, -self.alpha, self.alpha)
+        delta = torch.tanh(alpha) * torch.sigmoid(gate) * (written - carried.embeds)
         return delta.to(carried.embeds.dtype) * slot_mask[..., None]
 
 

@@ -72,7 +72,8 @@ MAY_CHANGE = re.compile(
     r"(logging|save|eval|hub|log|report|dataloader(?!_drop_last)|ddp|include|trackio)_.*|output_dir|overwrite_output_dir|run_name|"
     r"resume_from_checkpoint|disable_tqdm|report_to|per_device_eval_batch_size|merge_adapter|use_cpu|compile_layers|"
     r"gradient_checkpointing|activation_checkpointing|accelerator_config|load_best_model_at_end|metric_for_best_model|"
-    r"greater_is_better|project|do_.*|torch_empty_cache_steps|skip_memory_metrics"
+    r"greater_is_better|project|do_.*|torch_empty_cache_steps|skip_memory_metrics|"
+    r"hypernet_signed_alpha"  # Phase15Trainer compares it with the checkpoint's own
 )
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 

@@ -26,7 +26,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_
 from checks_phase15 import SIZES
 from configuration_phase15 import Phase15Config
 from modeling_phase15 import HyperNetwork, Phase15ForCausalLM, SoftPrompt
-from phase15.checkpoints import loading, write_manifest, writing
+from phase15.checkpoints import Phase15CheckpointError, loading, write_manifest, writing
 from phase15.evaluation import sums_by_chunk
 from phase15.files import sync
 
@@ -231,8 +231,22 @@ class Phase15Trainer(Trainer):
             folder = get_last_checkpoint(output_dir)
         before = TrainerState.load_from_json(Path(folder, "trainer_state.json")) if folder else TrainerState()
         self.steps_before = before.global_step
+        if folder:
+            self.check_alpha(folder)
         with loading(folder or output_dir):
             return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def check_alpha(self, folder: str | Path):
+        """Raises an error for a checkpoint in which α has another meaning; an adapter's is checked as it is loaded."""
+        values = Phase15Config.get_config_dict(folder)[0] if Path(folder, "config.json").is_file() else {}
+        if values.get("model_type") != Phase15Config.model_type:
+            return
+        before, now = Phase15Config.from_dict(values).hypernet_signed_alpha, self.config.hypernet_signed_alpha
+        if before != now:
+            raise Phase15CheckpointError(
+                f"cannot resume from {folder}: it was trained with `hypernet_signed_alpha` {before}, and the model "
+                f"has {now}. Give --hypernet_signed_alpha {str(before).lower()}."
+            )
 
     def set_initial_training_values(self, *args, **kwargs) -> tuple:
         """

@@ -123,7 +123,7 @@ def reference_attention(attention, states: torch.Tensor, memory: torch.Tensor) -
 
 
 def reference_delta(net, carried: torch.Tensor, old: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Δ = tanh(α) · σ(G y) · (O y + P(y, memory) − carry), of vectors of which none is padding."""
+    """Δ = tanh|α| · σ(G y) · (O y + P(y, memory) − carry), of vectors of which none is padding."""
     position, scale = net.position_embeddings.weight, net.embedding_scale
     seen = torch.cat([old, tokens]) / scale
     memory = [
@@ -142,7 +142,7 @@ def reference_delta(net, carried: torch.Tensor, old: torch.Tensor, tokens: torch
     pointed = (query @ key.T / key.shape[1] ** 0.5).softmax(dim=1) @ seen
     written = scale * (net.output_proj(y) + pointed)
     gate = net.gate_proj(y) if net.slot_gate_proj is None else net.gate_proj(y) + y @ net.slot_gate_proj.weight.T
-    return net.alpha.tanh() * gate.sigmoid() * (written - carried)
+    return (net.alpha if net.signed_alpha else net.alpha.abs()).tanh() * gate.sigmoid() * (written - carried)
 
 
 def reference_step(model, slots: list[torch.Tensor], ids: torch.LongTensor) -> list[torch.Tensor]:

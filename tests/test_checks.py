@@ -14,12 +14,14 @@ from checks_phase15 import check_sizes
 from modeling_phase15 import Phase15ForCausalLM
 
 
-def test_sizes_of_an_adapter_from_before_the_slot_gate(bases):
-    """Four numbers instead of five: it was trained without."""
-    sizes = {name: SIZES[name] for name in CHECKED if name != "hypernet_slot_gate"}
-    state = {"hypernet.sizes": torch.tensor(list(sizes.values()))}
-    check_sizes(Phase15ForCausalLM.from_base(bases["llama"], **SIZES | {"hypernet_slot_gate": False}), state, "")
-    with pytest.raises(ValueError, match="hypernet_slot_gate=0"):
+@pytest.mark.parametrize("known", [4, 5])
+def test_sizes_of_an_adapter_from_before_a_choice(known, bases):
+    """Four numbers: without a slot gate, and α with its sign. Five: its sign alone."""
+    slot_gate = SIZES["hypernet_slot_gate"] and known > 4
+    old = SIZES | {"hypernet_slot_gate": slot_gate, "hypernet_signed_alpha": True}
+    state = {"hypernet.sizes": torch.tensor([old[name] for name in CHECKED[:known]])}
+    check_sizes(Phase15ForCausalLM.from_base(bases["llama"], **old), state, "")
+    with pytest.raises(ValueError, match=f"hypernet_slot_gate={int(slot_gate)}, hypernet_signed_alpha=1"):
         check_sizes(Phase15ForCausalLM.from_base(bases["llama"], **SIZES), state, "")
 
 

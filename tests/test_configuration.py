@@ -1,4 +1,6 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+import json
+
 import pytest
 import torch
 from reference import LLM_SIZES, SIZES
@@ -82,6 +84,7 @@ def test_sizes_are_positive_integers(name, value):
             r"`hypernet_hidden_size` is 100.*multiple of `hypernet_num_attention_heads` \(16\)",
         ),
         ({"hypernet_slot_gate": 1}, "`hypernet_slot_gate` is 1, but it must be true or false"),
+        ({"hypernet_signed_alpha": "no"}, "`hypernet_signed_alpha` is 'no', but it must be true or false"),
         ({"text_config": {"model_type": "no-such-model"}}, "`text_config.model_type` is 'no-such-model'"),
         (
             {"text_config": MistralConfig(sliding_window=143)},
@@ -127,6 +130,19 @@ def test_what_is_saved_is_read_again(tmp_path):
     assert {name: getattr(loaded, name) for name in SIZES} == SIZES
     loaded, unused = Phase15Config.from_pretrained(tmp_path, return_unused_kwargs=True, colour="red")
     assert loaded.wormhole == [3] and unused == {"colour": "red"}
+
+
+def test_a_config_from_before_the_choice_keeps_alphas_sign(tmp_path):
+    new, file = Phase15Config(), tmp_path / "config.json"
+    assert new.hypernet_signed_alpha is False
+    for signed in (False, True):
+        Phase15Config(hypernet_signed_alpha=signed).save_pretrained(tmp_path)
+        assert Phase15Config.from_pretrained(tmp_path).hypernet_signed_alpha is signed
+        values = json.loads(file.read_text())
+        assert values.pop("hypernet_signed_alpha") is signed
+        file.write_text(json.dumps(values))
+        assert Phase15Config.from_pretrained(tmp_path).hypernet_signed_alpha is True
+        assert Phase15Config.from_json_file(file).hypernet_signed_alpha is True
 
 
 def test_a_misspelt_field_is_an_error(tmp_path):

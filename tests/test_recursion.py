@@ -92,6 +92,22 @@ def test_delta_is_the_gated_overwrite_of_the_design(tiny):
             assert weights.max() > 2 / len(weights)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("signed", [False, True])
+def test_what_is_carried_does_not_grow(signed, bases):
+    """
+    A step gives means of carried vectors and embeddings, plus a share of O y: so no slot is longer than the longest
+    embedding and all of O y together. Where the sign of α counts, it is.
+    """
+    model = randomise_alpha(Phase15ForCausalLM.from_base(bases["llama"], **SIZES, hypernet_signed_alpha=signed))
+    net, added, query = model.hypernet, [], random_ids(1, 400)
+    assert (net.alpha < -0.1).any() and (net.alpha > 0.1).any()
+    net.output_proj.register_forward_hook(lambda module, arguments, output: added.append(output.abs().max()))
+    slots = model.read(model.empty_soft_prompt(1), query, torch.tensor([400])).embeds
+    limit = model.get_input_embeddings()(query).abs().max() + net.embedding_scale * sum(added)
+    assert len(added) == 58 and (slots.abs().max() > limit).item() is signed
+
+
 def test_the_slot_gate_is_shared_by_all_channels(tiny):
     """g·y alone: where it says so a slot keeps what was carried, in every channel, and elsewhere it is overwritten."""
     net = tiny.hypernet

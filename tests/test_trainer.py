@@ -2,6 +2,7 @@
 """`Phase15Trainer`: steps, learning rates, logs and evaluation against naive ones."""
 
 import copy
+import json
 import math
 import re
 from types import SimpleNamespace
@@ -165,6 +166,18 @@ def test_evaluation_loss_is_the_mean_over_tokens(tiny, tmp_path):
         atol=1e-4,
         rtol=1e-4,
     )
+
+
+def test_a_checkpoint_with_another_meaning_of_alpha_is_refused(tiny, tmp_path):
+    trainer = trainer_of(tiny, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    file = tmp_path / "checkpoint-1" / "config.json"
+    values = json.loads(file.read_text())
+    trainer.train(resume_from_checkpoint=str(file.parent))
+    del values["hypernet_signed_alpha"]  # as saved before there was a choice
+    file.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="checkpoint-1: it was trained with.* Give --hypernet_signed_alpha true"):
+        trainer.train(resume_from_checkpoint=str(file.parent))
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tiny, tmp_path):
