@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modeling_phase15 import query_lengths_of, split_gguf
 from phase15.evaluation import sums_by_chunk
 from phase15.models import PHASE15, kind_of, load_any, load_phase15, load_tokenizer
-from phase15.trainer import Phase15Trainer, shifted
+from phase15.trainer import Phase15Trainer, target_columns
 
 
 def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, dtype: str = "float32") -> PreTrainedModel:
@@ -48,7 +48,6 @@ def distillation_loss(
     outputs,
     labels: torch.LongTensor,
     teacher_logits: torch.Tensor,
-    columns: torch.LongTensor,
     share: float,
     temperature: float,
     num_items_in_batch: torch.Tensor | int | None = None,
@@ -58,15 +57,14 @@ def distillation_loss(
     (Hinton et al. 2015, arXiv 1503.02531); summed over target tokens and divided by their number.
 
     Args:
-        outputs: of the student; its logits `(batch_size, num_columns, vocab_size)`.
+        outputs: of the student; its logits `(batch_size, num_columns, vocab_size)`, of the columns with a target.
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): -100 for none.
         teacher_logits (`torch.Tensor` of shape `(batch_size, num_columns, vocab_size)`): of the same columns.
-        columns (`torch.LongTensor` of shape `(num_columns,)`): those that predict a target in some row.
         share (`float`): from 0, cross-entropy alone, to 1, the teacher alone.
         temperature (`float`): T.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*): the divisor; this batch's targets by default.
     """
-    targets = shifted(labels)[:, columns]
+    _, targets = target_columns(labels)
     is_target = targets != -100
     student, teacher = outputs.logits[is_target].float(), teacher_logits[is_target].float()
     losses = (1 - share) * F.cross_entropy(student, targets[is_target], reduction="none")
@@ -96,10 +94,10 @@ class DistillationTrainer(Phase15Trainer):
         self.compute_loss_func = None
         if model.training:
             ids, mask, labels = (inputs[name] for name in ("input_ids", "attention_mask", "labels"))
-            columns = (shifted(labels) != -100).any(dim=0).nonzero()[:, 0]
+            columns, _ = target_columns(labels)
             with torch.no_grad(), self.accelerator.autocast():
                 logits = self.teacher(ids, attention_mask=mask, logits_to_keep=columns, use_cache=False).logits
-            settings = {"columns": columns, "share": self.share, "temperature": self.temperature}
+            settings = {"share": self.share, "temperature": self.temperature}
             self.compute_loss_func = partial(distillation_loss, teacher_logits=logits, **settings)
             inputs = {**inputs, "query_lengths": query_lengths_of(labels, mask), "logits_to_keep": columns}
         return super().compute_loss(model, inputs, *args, **kwargs)
@@ -110,6 +108,5 @@ class DistillationTrainer(Phase15Trainer):
     def chunk_sums(self, labels: torch.LongTensor, outputs) -> tuple[torch.Tensor, torch.Tensor]:
         if self.compute_loss_func is None:
             return super().chunk_sums(labels, outputs)
-        targets = shifted(labels)
-        kept = (targets != -100).any(dim=0)
-        return sums_by_chunk(outputs.logits.detach(), targets[:, kept], self.config.chunk_length)
+        _, targets = target_columns(labels)
+        return sums_by_chunk(outputs.logits.detach(), targets, self.config.chunk_length)

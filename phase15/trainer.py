@@ -337,18 +337,22 @@ class FullContextTrainer(Phase15Trainer):
         """Overrides Trainer to compute logits only in columns with a target."""
         inner = self.accelerator.unwrap_model(model)
         if not (isinstance(inner, PeftModel) and inner.active_peft_config.is_prompt_learning):  # it adds columns
-            targets = shifted(inputs["labels"])
-            kept = (targets != -100).any(dim=0).nonzero()[:, 0]
-            inputs = {**inputs, "logits_to_keep": kept, "shift_labels": targets[:, kept]}
+            columns, targets = target_columns(inputs["labels"])
+            inputs = {**inputs, "logits_to_keep": columns, "shift_labels": targets}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def chunk_sums(self, labels: torch.LongTensor, outputs) -> tuple[torch.Tensor, torch.Tensor]:
-        logits, targets = outputs.logits.detach(), shifted(labels)
-        if logits.shape[1] < targets.shape[1]:
-            targets = targets[:, (targets != -100).any(dim=0)]
-        return sums_by_chunk(logits[:, -targets.shape[1] :], targets, self.config.chunk_length)
+        logits, (columns, targets) = outputs.logits.detach(), target_columns(labels)
+        if logits.shape[1] >= labels.shape[1]:  # all columns, behind those of a prompt
+            logits = logits[:, -labels.shape[1] :][:, columns]
+        return sums_by_chunk(logits, targets, self.config.chunk_length)
 
 
-def shifted(labels: torch.LongTensor) -> torch.LongTensor:
-    """The label of each column's next token, -100 for none."""
-    return F.pad(labels[:, 1:], (0, 1), value=-100)
+def target_columns(labels: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """
+    The columns that predict a target in some row, of shape `(num_columns,)`, and the tokens that they predict, of
+    shape `(batch_size, num_columns)`, -100 for none. The last column is never among them.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+    columns = (targets != -100).any(dim=0).nonzero()[:, 0]
+    return columns, targets[:, columns]
