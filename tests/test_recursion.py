@@ -92,6 +92,14 @@ def test_delta_is_the_gated_overwrite_of_the_design(tiny):
             assert weights.max() > 2 / len(weights)
 
 
+def test_alpha_learns_although_it_starts_at_zero(bases):
+    """The gradient of |α| at zero is that of α, not none, as `abs()` would have it."""
+    model, ids, gradients = Phase15ForCausalLM.from_base(bases["llama"], **SIZES), random_ids(2, 20), []
+    for model.hypernet.signed_alpha in (False, True):
+        gradients += torch.autograd.grad(model(ids, labels=ids).loss, model.hypernet.alpha)
+    assert gradients[0].all() and torch.equal(*gradients)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("signed", [False, True])
 def test_what_is_carried_does_not_grow(signed, bases):
