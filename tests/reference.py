@@ -142,7 +142,8 @@ def reference_delta(net, carried: torch.Tensor, old: torch.Tensor, tokens: torch
     pointed = (query @ key.T / key.shape[1] ** 0.5).softmax(dim=1) @ seen
     written = scale * (net.output_proj(y) + pointed)
     gate = net.gate_proj(y) if net.slot_gate_proj is None else net.gate_proj(y) + y @ net.slot_gate_proj.weight.T
-    return (net.alpha if net.signed_alpha else net.alpha.abs()).tanh() * gate.sigmoid() * (written - carried)
+    sign = torch.where((net.alpha < 0) & (not net.signed_alpha), -1, 1)  # abs() has no gradient at zero
+    return (sign * net.alpha).tanh() * gate.sigmoid() * (written - carried)
 
 
 def reference_step(model, slots: list[torch.Tensor], ids: torch.LongTensor) -> list[torch.Tensor]:
