@@ -377,7 +377,7 @@ def test_sft_trainer_trains_an_adapter(sft, saved, model, tokenizer, ids, tmp_pa
 def test_sft_trainer_trains_an_adapter_around_a_4_bit_llm(sft, saved):
     model = load(saved, quantization_config=QUANTISED["bitsandbytes-nf4"]())
     kind = LORA["the LLM, and the HyperNetwork whole"]
-    trainer = sft(model, peft_config=LoraConfig(task_type="CAUSAL_LM", r=2, **kind))
+    trainer = sft(model, peft_config=LoraConfig(task_type="CAUSAL_LM", r=2, **kind), learning_rate=3e-3)
     trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert losses[2] < losses[1] < losses[0]
