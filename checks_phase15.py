@@ -36,8 +36,9 @@ def check_sizes(model: PreTrainedModel, state_dict: dict, prefix: str, *_):
     if sizes is None:
         return
     sizes = [*sizes.tolist(), *EARLIER[len(sizes) - 4 :]]  # there were four, then five
-    if sizes != [int(getattr(model.config, name)) for name in SIZES]:
-        fields = ", ".join(f"{name}={size}" for name, size in zip(SIZES, sizes, strict=True))
+    own = [getattr(model.config, name) for name in SIZES]
+    if sizes != own:
+        fields = ", ".join(f"{name}={type(of)(size)}" for name, size, of in zip(SIZES, sizes, own, strict=True))
         raise ValueError(f"The adapter was trained with other sizes than the model's: give `from_base` {fields}.")
 
 

@@ -21,7 +21,7 @@ def test_sizes_of_an_adapter_from_before_a_choice(known, bases):
     old = SIZES | {"hypernet_slot_gate": slot_gate, "hypernet_signed_alpha": True}
     state = {"hypernet.sizes": torch.tensor([old[name] for name in CHECKED[:known]])}
     check_sizes(Phase15ForCausalLM.from_base(bases["llama"], **old), state, "")
-    with pytest.raises(ValueError, match=f"hypernet_slot_gate={int(slot_gate)}, hypernet_signed_alpha=1"):
+    with pytest.raises(ValueError, match=f"hypernet_slot_gate={slot_gate}, hypernet_signed_alpha=True"):
         check_sizes(Phase15ForCausalLM.from_base(bases["llama"], **SIZES), state, "")
 
 
