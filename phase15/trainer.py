@@ -237,7 +237,7 @@ class Phase15Trainer(Trainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def check_alpha(self, folder: str | Path):
-        """Raises an error for a checkpoint in which α has another meaning; an adapter's is checked as it is loaded."""
+        """Raises an error if the checkpoint's model used the sign of α and this one does not, or the reverse."""
         values = Phase15Config.get_config_dict(folder)[0] if Path(folder, "config.json").is_file() else {}
         if values.get("model_type") != Phase15Config.model_type:
             return
