@@ -23,8 +23,9 @@ SIZES = (
     "max_query_length",
     "hypernet_slot_gate",
     "hypernet_signed_alpha",
+    "hypernet_reads_layers",
 )
-EARLIER = (0, 1)  # the last two, for adapters from before 2026-11-27
+EARLIER = (0, 1, 0)  # the last three, for adapters from before them
 
 
 def check_sizes(model: PreTrainedModel, state_dict: dict, prefix: str, *_):
@@ -35,7 +36,7 @@ def check_sizes(model: PreTrainedModel, state_dict: dict, prefix: str, *_):
     sizes = state_dict.get(f"{prefix}hypernet.sizes")
     if sizes is None:
         return
-    sizes = [*sizes.tolist(), *EARLIER[len(sizes) - 4 :]]  # there were four, then five
+    sizes = [*sizes.tolist(), *EARLIER[len(sizes) - 4 :]]  # there were four at first
     own = [getattr(model.config, name) for name in SIZES]
     if sizes != own:
         fields = ", ".join(f"{name}={type(of)(size)}" for name, size, of in zip(SIZES, sizes, own, strict=True))

@@ -73,6 +73,9 @@ class Phase15Config(PreTrainedConfig):
             Width of each block's MLP.
         hypernet_slot_gate (`bool`, defaults to `False`):
             Give Δ's gate a part that all channels of a slot share. The tiny model learned facts in half the steps.
+        hypernet_reads_layers (`int`, defaults to 0):
+            Let the HyperNetwork read the new tokens' hidden states after so many layers of the LLM, too, not their
+            embeddings alone. The layers run over the new tokens alone.
         hypernet_signed_alpha (`bool`, *optional*):
             Let the sign of α count, so that a slot's carried part can grow from step to step. Only for weights trained
             before 2026-11-27: defaults to `True` in a saved config that does not name it, else to `False`.
@@ -109,6 +112,7 @@ class Phase15Config(PreTrainedConfig):
     hypernet_num_attention_heads: int = 16
     hypernet_intermediate_size: int = 4096
     hypernet_slot_gate: bool = False
+    hypernet_reads_layers: int = 0
     hypernet_signed_alpha: bool | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -169,6 +173,11 @@ class Phase15Config(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` is {value!r}, but it must be a positive integer.")
+        layers, of_llm = self.hypernet_reads_layers, self.text_config.num_hidden_layers
+        if not isinstance(layers, int) or isinstance(layers, bool) or not 0 <= layers <= of_llm:
+            raise ValueError(
+                f"`hypernet_reads_layers` is {layers!r}, but it must be a number of layers, 0 to {of_llm}."
+            )
         for name in ("hypernet_slot_gate", "hypernet_signed_alpha"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}, but it must be true or false.")

@@ -7,6 +7,7 @@ The two parts of a step of the recursion, `step(sp, tokens) = carry(sp, E[tokens
 - `HyperNetwork` computes Δ, a gated overwrite of the slots, which is exactly zero before training.
 """
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -127,6 +128,9 @@ class HyperNetwork(nn.Module):
     zero, what is carried grows at every step. With `config.hypernet_slot_gate` the gate is σ(G y + g·y), and g·y opens
     and closes all channels of a slot together.
 
+    With `config.hypernet_reads_layers` the new tokens' entries in the memory also get a projection of their hidden
+    states after the LLM's first layers, which [`Phase15Model.first_layers`] computes.
+
     `embedding_scale` is the root mean square of the base's input embeddings, measured by
     [`Phase15ForCausalLM.from_base`]. Inputs are divided by it and outputs multiplied, so the network works at unit
     scale, and the slots stay at the scale of the embeddings.
@@ -138,6 +142,9 @@ class HyperNetwork(nn.Module):
         num_positions = max(config.num_soft_tokens, config.max_query_length, config.chunk_length)
         self.slot_proj = nn.Linear(hidden_size, width, bias=False)
         self.token_proj = nn.Linear(hidden_size, width, bias=False)
+        if config.hypernet_reads_layers:
+            self.hidden_norm = nn.RMSNorm(hidden_size, eps=1e-5)
+            self.hidden_proj = nn.Linear(hidden_size, width, bias=False)
         self.position_embeddings = nn.Embedding(num_positions, width)
         self.memory_norm = nn.RMSNorm(width, eps=1e-5)
         self.layers = nn.ModuleList(HyperNetworkLayer(config) for _ in range(config.hypernet_num_hidden_layers))
@@ -153,7 +160,12 @@ class HyperNetwork(nn.Module):
         self.register_buffer("embedding_scale", torch.ones(1))
 
     def forward(
-        self, carried: SoftPrompt, old: SoftPrompt, tokens: torch.Tensor, token_length: torch.LongTensor
+        self,
+        carried: SoftPrompt,
+        old: SoftPrompt,
+        tokens: torch.Tensor,
+        token_length: torch.LongTensor,
+        hidden_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Args:
@@ -161,6 +173,8 @@ class HyperNetwork(nn.Module):
             old (`SoftPrompt`): the soft prompt before the step.
             tokens (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): embeddings that entered.
             token_length (`torch.LongTensor` of shape `(batch_size,)`): how many of them are real in each row.
+            hidden_states (`torch.Tensor` of the shape of `tokens`): after the LLM's first layers; only with
+                `config.hypernet_reads_layers`.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, num_soft_tokens, hidden_size)`: Δ, zero in slots that are not used.
@@ -171,13 +185,10 @@ class HyperNetwork(nn.Module):
         scale = self.embedding_scale.to(position.dtype)  # FSDP computes in bfloat16, but leaves buffers in float32
         slots = self.slot_proj(carried.embeds / scale) + position[:num_slots]  # (B, N, h)
         old_embeds, new_embeds = old.embeds / scale, tokens / scale
-        memory = torch.cat(
-            [
-                self.slot_proj(old_embeds) + position[:num_slots],
-                self.token_proj(new_embeds) + position[:num_tokens],
-            ],
-            dim=1,
-        )  # (B, N + T, h)
+        read = self.token_proj(new_embeds) + position[:num_tokens]  # (B, T, h)
+        if hidden_states is not None:
+            read = read + self.hidden_proj(self.hidden_norm(hidden_states))
+        memory = torch.cat([self.slot_proj(old_embeds) + position[:num_slots], read], dim=1)  # (B, N + T, h)
         token_mask = torch.arange(num_tokens, device=tokens.device) < token_length[:, None]
         memory_mask = torch.cat([old.mask, token_mask], dim=1)
         memory, slot_mask = self.memory_norm(memory), carried.mask
@@ -198,4 +209,22 @@ class HyperNetwork(nn.Module):
         return delta.to(carried.embeds.dtype) * slot_mask[..., None]
 
 
-__all__ = ["HyperNetwork", "SoftPrompt", "carry"]
+def first_layers_of(body: nn.Module, num_layers: int) -> nn.Module:
+    """
+    An LLM's body that ends after its first `num_layers` layers, without the last norm. It shares the modules of
+    `body`, so what happens to them (a cast, a move, an adapter, sharding) happens here too.
+
+    Raises:
+        ValueError: if the body has no `layers` and `norm`, as Llama's has.
+    """
+    if not {"layers", "norm"} <= body._modules.keys():
+        raise ValueError(
+            f"`hypernet_reads_layers` is {num_layers}, but {type(body).__name__} has no `layers` with a `norm` behind "
+            "them: give 0."
+        )
+    first = copy.copy(body)
+    first.__dict__["_modules"] = body._modules | {"layers": body.layers[:num_layers], "norm": nn.Identity()}
+    return first
+
+
+__all__ = ["HyperNetwork", "SoftPrompt", "carry", "first_layers_of"]

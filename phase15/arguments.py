@@ -92,6 +92,7 @@ class Phase15ModelArguments:
     hypernet_num_attention_heads: int | None = None
     hypernet_intermediate_size: int | None = None
     hypernet_slot_gate: bool | None = None
+    hypernet_reads_layers: int | None = None
     hypernet_signed_alpha: bool | None = None
 
     def __post_init__(self):

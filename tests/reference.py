@@ -26,6 +26,7 @@ SIZES = {
     "hypernet_num_attention_heads": 4,
     "hypernet_intermediate_size": 48,
     "hypernet_slot_gate": True,
+    "hypernet_reads_layers": 1,
 }
 LLM_SIZES = {
     "vocab_size": VOCAB,
@@ -122,15 +123,17 @@ def reference_attention(attention, states: torch.Tensor, memory: torch.Tensor) -
     return attention.o_proj(torch.cat(heads, dim=1))
 
 
-def reference_delta(net, carried: torch.Tensor, old: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Δ = tanh|α| · σ(G y) · (O y + P(y, memory) − carry), of vectors of which none is padding."""
+def reference_delta(net, carried: torch.Tensor, old: torch.Tensor, tokens: torch.Tensor, read=None) -> torch.Tensor:
+    """
+    Δ = tanh|α| · σ(G y) · (O y + P(y, memory) − carry), of vectors of which none is padding; `read`: hidden states of
+    the tokens.
+    """
     position, scale = net.position_embeddings.weight, net.embedding_scale
     seen = torch.cat([old, tokens]) / scale
-    memory = [
-        net.slot_proj(old / scale) + position[: len(old)],
-        net.token_proj(tokens / scale) + position[: len(tokens)],
-    ]
-    memory = net.memory_norm(torch.cat(memory))
+    new = net.token_proj(tokens / scale) + position[: len(tokens)]
+    if read is not None:
+        new = new + net.hidden_norm(read) @ net.hidden_proj.weight.T
+    memory = net.memory_norm(torch.cat([net.slot_proj(old / scale) + position[: len(old)], new]))
     slots = net.slot_proj(carried / scale) + position[: len(carried)]
     for layer in net.layers:
         normed = layer.self_norm(slots)
@@ -151,8 +154,10 @@ def reference_step(model, slots: list[torch.Tensor], ids: torch.LongTensor) -> l
     tokens = model.llm.get_input_embeddings()(ids)
     sizes = model.config.num_soft_tokens, model.config.num_sink_tokens
     carried = torch.stack(reference_carry(slots, list(tokens), *sizes))
-    old = torch.stack(slots) if slots else tokens[:0]
-    return list(carried + reference_delta(model.hypernet, carried, old, tokens))
+    old, read = torch.stack(slots) if slots else tokens[:0], None
+    if layers := model.config.hypernet_reads_layers:
+        read = model.llm.base_model(inputs_embeds=tokens[None], output_hidden_states=True).hidden_states[layers][0]
+    return list(carried + reference_delta(model.hypernet, carried, old, tokens, read))
 
 
 def reference_read(model, slots: list[torch.Tensor], query: torch.LongTensor) -> list[torch.Tensor]:

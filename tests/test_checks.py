@@ -14,14 +14,15 @@ from checks_phase15 import check_sizes
 from modeling_phase15 import Phase15ForCausalLM
 
 
-@pytest.mark.parametrize("known", [4, 5])
+@pytest.mark.parametrize("known", [4, 5, 6])
 def test_sizes_of_an_adapter_from_before_a_choice(known, bases):
-    """Four numbers: without a slot gate, and α with its sign. Five: its sign alone."""
-    slot_gate = SIZES["hypernet_slot_gate"] and known > 4
-    old = SIZES | {"hypernet_slot_gate": slot_gate, "hypernet_signed_alpha": True}
+    """Four numbers: without a slot gate, α with its sign, no layer read. Five: with its sign. Six: no layer read."""
+    earlier = {"hypernet_slot_gate": False, "hypernet_signed_alpha": True, "hypernet_reads_layers": 0}
+    old = SIZES | {"hypernet_signed_alpha": False} | dict(list(earlier.items())[known - 4 :])
     state = {"hypernet.sizes": torch.tensor([old[name] for name in CHECKED[:known]])}
     check_sizes(Phase15ForCausalLM.from_base(bases["llama"], **old), state, "")
-    with pytest.raises(ValueError, match=f"hypernet_slot_gate={slot_gate}, hypernet_signed_alpha=True"):
+    fields = ", ".join(f"{name}={old[name]}" for name in earlier)
+    with pytest.raises(ValueError, match=fields):
         check_sizes(Phase15ForCausalLM.from_base(bases["llama"], **SIZES), state, "")
 
 
@@ -100,7 +101,9 @@ def test_other_architectures_work_or_are_refused(kind, fields, reason, tmp_path)
             Phase15ForCausalLM.from_base(tmp_path, **SIZES)
         return
     ids, base = random_ids(1, 12), AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    model = Phase15ForCausalLM.from_base(tmp_path, **SIZES)
+    with pytest.raises(ValueError, match="`hypernet_reads_layers` is 1, but .* has no `layers` with a `norm`"):
+        Phase15ForCausalLM.from_base(tmp_path, **SIZES)
+    model = Phase15ForCausalLM.from_base(tmp_path, **SIZES | {"hypernet_reads_layers": 0})
     assert_close(model(ids).logits, base(ids).logits, atol=1e-5, rtol=1e-5)
 
 

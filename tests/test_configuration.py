@@ -85,6 +85,9 @@ def test_sizes_are_positive_integers(name, value):
         ),
         ({"hypernet_slot_gate": 1}, "`hypernet_slot_gate` is 1, but it must be true or false"),
         ({"hypernet_signed_alpha": "no"}, "`hypernet_signed_alpha` is 'no', but it must be true or false"),
+        ({"hypernet_reads_layers": -1}, "`hypernet_reads_layers` is -1, but it must be a number of layers, 0 to 22"),
+        ({"hypernet_reads_layers": 23}, "`hypernet_reads_layers` is 23, but it must be a number of layers, 0 to 22"),
+        ({"hypernet_reads_layers": True}, "`hypernet_reads_layers` is True"),
         ({"text_config": {"model_type": "no-such-model"}}, "`text_config.model_type` is 'no-such-model'"),
         (
             {"text_config": MistralConfig(sliding_window=143)},

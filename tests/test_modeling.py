@@ -264,7 +264,7 @@ def test_the_head_is_called_on_targets_or_kept_columns_only(tiny):
 def test_the_llm_is_called_once_and_on_no_empty_chunk(tiny):
     batch, _, _ = make_batch([(40, 4), (9, 8), (5, 4)])
     seen = []
-    tiny.llm.model.layers[0].register_forward_hook(lambda module, arguments, output: seen.append(len(arguments[0])))
+    tiny.llm.model.layers[-1].register_forward_hook(lambda module, arguments, output: seen.append(len(arguments[0])))
     tiny.llm.model.register_forward_hook(lambda module, arguments, output: seen.append(output.past_key_values))
     tiny(**batch, skip_logits=True)
     assert seen == [9 + 1 + 1, None]  # and keeps no keys and values

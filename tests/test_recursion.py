@@ -1,6 +1,8 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """The two parts of a step: carry, and Δ of the HyperNetwork."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -139,6 +141,42 @@ def test_without_a_slot_gate(bases):
             as_soft_prompt(slots, 32), model.get_input_embeddings()(tokens), torch.tensor([QUERY])
         ).embeds[0]
         assert_close(stepped, torch.stack(reference_step(model, slots, tokens[0])), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_other_numbers_of_layers_are_read(layers, bases):
+    """
+    Against the library's own hidden states, a segment at a time; all other tests read one layer. After the last layer
+    the library gives its states behind the norm, so its input is taken there.
+    """
+    model = randomise_alpha(Phase15ForCausalLM.from_base(bases["llama"], **SIZES | {"hypernet_reads_layers": layers}))
+    tokens, length, expected = model.get_input_embeddings()(random_ids(2, 2 * QUERY + 3)), torch.tensor([17, 4]), []
+    model.llm.model.norm.register_forward_pre_hook(lambda module, arguments: expected.append(arguments[0]))
+    with torch.no_grad():
+        read = model.read(model.empty_soft_prompt(2), tokens, length).embeds
+        actual = model.first_layers(tokens, QUERY)
+        for segment in tokens.split(QUERY, dim=1):
+            model.llm.model(inputs_embeds=segment)
+        if not layers:
+            assert actual == [None] * 3 and not hasattr(model.hypernet, "hidden_proj")
+            return
+        assert [states.shape[1] for states in actual] == [QUERY, QUERY, 3]
+        for states, of_library in zip(actual, expected, strict=True):
+            assert_close(states, of_library, atol=1e-5, rtol=1e-5)
+        model.hypernet.hidden_proj.weight.zero_()  # and what is read counts
+        assert not torch.allclose(model.read(model.empty_soft_prompt(2), tokens, length).embeds, read)
+
+
+def test_the_layers_read_are_those_of_the_llm(tiny):
+    """Not copies: counted once, in no file twice, and what happens to them happens to what is read."""
+    assert not any("first_layers" in name for name in [*tiny.state_dict(), *dict(tiny.named_modules())])
+    copied, tokens = copy.deepcopy(tiny), torch.randn(1, QUERY, 32)
+    with torch.no_grad():
+        (before,) = tiny.first_layers(tokens, QUERY)
+        copied.llm.model.layers[0].mlp.up_proj.weight.mul_(2)
+        assert torch.equal(tiny.first_layers(tokens, QUERY)[0], before)
+        assert not torch.allclose(copied.first_layers(tokens, QUERY)[0], before)
+        assert copied.bfloat16().first_layers(tokens.bfloat16(), QUERY)[0].dtype is torch.bfloat16
 
 
 def test_hypernet_layers_equal_the_equations(tiny):
