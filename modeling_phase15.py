@@ -36,13 +36,13 @@ try:  # inside a package: how transformers loads this file from a Hub repository
     from .compat_phase15 import CACHE_NAME, both_cache_names, one_cache
     from .configuration_phase15 import Phase15Config
     from .generation_phase15 import Phase15Cache, Phase15GenerationMixin, supported_settings
-    from .recursion_phase15 import HyperNetwork, SoftPrompt, carry, first_layers_of
+    from .recursion_phase15 import FirstLayers, HyperNetwork, SoftPrompt, carry
 except ImportError:  # at the root of this repository
     from checks_phase15 import check_arguments, check_base, check_batch, check_ids, check_sizes
     from compat_phase15 import CACHE_NAME, both_cache_names, one_cache
     from configuration_phase15 import Phase15Config
     from generation_phase15 import Phase15Cache, Phase15GenerationMixin, supported_settings
-    from recursion_phase15 import HyperNetwork, SoftPrompt, carry, first_layers_of
+    from recursion_phase15 import FirstLayers, HyperNetwork, SoftPrompt, carry
 
 
 @both_cache_names
@@ -157,8 +157,7 @@ class Phase15Model(Phase15PreTrainedModel):
         super().__init__(config)
         self.llm = AutoModelForCausalLM.from_config(config.text_config) if llm is None else llm
         self.hypernet = HyperNetwork(config)
-        reads = config.hypernet_reads_layers  # in a tuple, so that its modules count once
-        self._first_layers = (first_layers_of(self.llm.base_model, reads),) if reads else None
+        self._first_layers = FirstLayers(self.llm.base_model, config) if config.hypernet_reads_layers else None
         self.register_load_state_dict_pre_hook(check_sizes)
         self.post_init()
 
@@ -177,24 +176,10 @@ class Phase15Model(Phase15PreTrainedModel):
         )
 
     def first_layers(self, tokens: torch.Tensor, segment_length: int) -> list[torch.Tensor | None]:
-        """
-        What the HyperNetwork reads of each segment `(batch_size, segment_length, hidden_size)`, the last may be
-        shorter: its hidden states after the LLM's first layers, alone, with positions from 0. None if it reads none.
-        """
-        batch_size, num_tokens, hidden_size = tokens.shape
+        """What the HyperNetwork reads of each segment besides its embeddings: see [`FirstLayers`], or None."""
         if self._first_layers is None:
-            return [None] * -(-num_tokens // segment_length)
-        size = min(segment_length, num_tokens)
-        segments = F.pad(tokens, (0, 0, 0, -num_tokens % size)).reshape(-1, size, hidden_size)
-        mask, position = None, torch.arange(size, device=tokens.device).expand(len(segments), -1)
-        if size <= self.config.chunk_length and self.llm.config._attn_implementation in ("sdpa", "eager"):
-            # while the library makes a mask the host waits for the device; a chunk fits into any sliding window
-            mask = tokens.new_full((1, 1, size, size), torch.finfo(tokens.dtype).min).triu(1)
-        (first_layers,) = self._first_layers
-        hidden_states = first_layers(
-            inputs_embeds=segments, position_ids=position, attention_mask=mask, use_cache=False
-        ).last_hidden_state
-        return hidden_states.to(tokens.device).view(batch_size, -1, hidden_size)[:, :num_tokens].split(size, dim=1)
+            return [None] * -(-tokens.shape[1] // segment_length)
+        return self._first_layers(tokens, segment_length)
 
     def step(
         self,
@@ -212,20 +197,26 @@ class Phase15Model(Phase15PreTrainedModel):
             token_length (`torch.LongTensor` of shape `(batch_size,)`): how many of them are real in each row.
             hidden_states (`torch.Tensor` of the shape of `tokens`, *optional*): their `first_layers`, if known.
         """
-        if hidden_states is None:
+        if hidden_states is None and tokens.shape[1]:
             (hidden_states,) = self.first_layers(tokens, tokens.shape[1])
         carried = carry(soft_prompt, tokens, token_length, self.config.num_sink_tokens)
         delta = self.hypernet(carried, soft_prompt, tokens, token_length, hidden_states)
         delta, reads = delta.to(tokens.device), (token_length > 0)[:, None, None]
         return carried._replace(embeds=torch.where(reads, carried.embeds + delta, soft_prompt.embeds))
 
-    def read(self, soft_prompt: SoftPrompt, tokens: torch.Tensor, length: torch.LongTensor) -> SoftPrompt:
-        """Steps over a message of any length, given by ids or by embeddings, `max_query_length` tokens at a time."""
+    def read(
+        self,
+        soft_prompt: SoftPrompt,
+        tokens: torch.Tensor,
+        length: torch.LongTensor,
+        hidden_states: list | None = None,
+    ) -> SoftPrompt:
+        """
+        Steps over a message of any length, given by ids or by embeddings, `max_query_length` tokens at a time;
+        `hidden_states`: their `first_layers`, if known.
+        """
         segments = tokens.split(self.config.max_query_length, dim=1)
-        hidden_states = [None] * len(segments)  # long messages come as ids, one segment at a time
-        if tokens.is_floating_point():
-            hidden_states = self.first_layers(tokens, self.config.max_query_length)
-        for segment, read in zip(segments, hidden_states, strict=True):
+        for segment, read in zip(segments, hidden_states or [None] * len(segments), strict=True):
             segment_length = length.clamp(max=segment.shape[1])
             embeds = segment if segment.is_floating_point() else self.get_input_embeddings()(segment)
             soft_prompt = self.step(soft_prompt, embeds, segment_length, read)
@@ -364,18 +355,21 @@ class Phase15Model(Phase15PreTrainedModel):
         answer = rows.input_ids.gather(1, answer.clamp(max=rows.input_ids.shape[1] - 1))
         chunks = self.get_input_embeddings()(answer).unflatten(1, (num_chunks, chunk_length))  # (B, C, K, d)
         num_full = (rows.length - rows.query_length) // chunk_length
-        hidden_states = self.first_layers(chunks.flatten(1, 2), chunk_length)
 
         # one call for all segments: FSDP gathers the weights at each, and all processes must do so equally often
         query = self.get_input_embeddings()(rows.input_ids[:, : int(rows.query_length.max())])
-        soft_prompts = [self.read(self.empty_soft_prompt(num_rows, query), query, rows.query_length)]
+        of_query = self.first_layers(query, self.config.max_query_length)
+        of_chunks = self.first_layers(chunks.flatten(1, 2), chunk_length)
+        soft_prompts = [self.read(self.empty_soft_prompt(num_rows, query), query, rows.query_length, of_query)]
         for index in range(num_chunks - 1):
             soft_prompt = soft_prompts[-1]
             if bptt_chunks and (index + 1) % bptt_chunks == 0:
                 soft_prompt = soft_prompt._replace(embeds=soft_prompt.embeds.detach())
             token_length = (index < num_full) * chunk_length  # only a full chunk is read
-            soft_prompts.append(self.step(soft_prompt, chunks[:, index], token_length, hidden_states[index]))
+            soft_prompts.append(self.step(soft_prompt, chunks[:, index], token_length, of_chunks[index]))
         embeds, length = (torch.stack(states, dim=1) for states in zip(*soft_prompts, strict=True))  # (B, C, …)
+        if self._first_layers is not None:  # and equally often backward, also where no chunk was read
+            embeds = embeds + 0 * (of_query[0][:, None, :1] + of_chunks[0][:, None, :1])
 
         predicted, outputs = self.predict(SoftPrompt(embeds[needed], length[needed]), chunks[needed][:, :-1], **kwargs)
         hidden_states = predicted.new_zeros(num_rows, num_chunks, *predicted.shape[1:])  # (B, C, K, d)

@@ -129,7 +129,7 @@ class HyperNetwork(nn.Module):
     and closes all channels of a slot together.
 
     With `config.hypernet_reads_layers` the new tokens' entries in the memory also get a projection of their hidden
-    states after the LLM's first layers, which [`Phase15Model.first_layers`] computes.
+    states after the LLM's first layers ([`FirstLayers`]).
 
     `embedding_scale` is the root mean square of the base's input embeddings, measured by
     [`Phase15ForCausalLM.from_base`]. Inputs are divided by it and outputs multiplied, so the network works at unit
@@ -187,7 +187,7 @@ class HyperNetwork(nn.Module):
         old_embeds, new_embeds = old.embeds / scale, tokens / scale
         read = self.token_proj(new_embeds) + position[:num_tokens]  # (B, T, h)
         if hidden_states is not None:
-            read = read + self.hidden_proj(self.hidden_norm(hidden_states))
+            read = read + self.hidden_proj(self.hidden_norm(hidden_states.to(scale.dtype)))
         memory = torch.cat([self.slot_proj(old_embeds) + position[:num_slots], read], dim=1)  # (B, N + T, h)
         token_mask = torch.arange(num_tokens, device=tokens.device) < token_length[:, None]
         memory_mask = torch.cat([old.mask, token_mask], dim=1)
@@ -209,22 +209,47 @@ class HyperNetwork(nn.Module):
         return delta.to(carried.embeds.dtype) * slot_mask[..., None]
 
 
-def first_layers_of(body: nn.Module, num_layers: int) -> nn.Module:
+class FirstLayers:
     """
-    An LLM's body that ends after its first `num_layers` layers, without the last norm. It shares the modules of
-    `body`, so what happens to them (a cast, a move, an adapter, sharding) happens here too.
+    The LLM's first `config.hypernet_reads_layers` layers, without its last norm. They share the modules of `body`, so
+    what happens to them (a cast, a move, an adapter, sharding) happens here too. This is no module: their weights are
+    the LLM's.
 
     Raises:
         ValueError: if the body has no `layers` and `norm`, as Llama's has.
     """
-    if not {"layers", "norm"} <= body._modules.keys():
-        raise ValueError(
-            f"`hypernet_reads_layers` is {num_layers}, but {type(body).__name__} has no `layers` with a `norm` behind "
-            "them: give 0."
-        )
-    first = copy.copy(body)
-    first.__dict__["_modules"] = body._modules | {"layers": body.layers[:num_layers], "norm": nn.Identity()}
-    return first
+
+    def __init__(self, body: nn.Module, config: Phase15Config):
+        if not {"layers", "norm"} <= body._modules.keys():
+            number, kind = config.hypernet_reads_layers, type(body).__name__
+            raise ValueError(
+                f"`hypernet_reads_layers` is {number}, but {kind} has no `layers` with a `norm` behind them: give 0."
+            )
+        self.body, self.chunk_length = copy.copy(body), config.chunk_length
+        layers = body.layers[: config.hypernet_reads_layers]
+        self.body.__dict__["_modules"] = body._modules | {"layers": layers, "norm": nn.Identity()}
+
+    def __call__(self, tokens: torch.Tensor, segment_length: int) -> list[torch.Tensor]:
+        """
+        Args:
+            tokens (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): embeddings of segments in a row.
+            segment_length (`int`): tokens of a segment; the last may be shorter.
+
+        Returns:
+            `list[torch.Tensor]`: each segment's hidden states, of the shape of its embeddings. A segment sees itself
+            alone, causally, with positions from 0.
+        """
+        batch_size, num_tokens, hidden_size = tokens.shape
+        size = min(segment_length, num_tokens)
+        segments = F.pad(tokens, (0, 0, 0, -num_tokens % size)).reshape(-1, size, hidden_size)
+        mask, position = None, torch.arange(size, device=tokens.device).expand(len(segments), -1)
+        if size <= self.chunk_length and self.body.config._attn_implementation in ("sdpa", "eager"):
+            # while the library makes a mask the host waits for the device; a chunk fits into any sliding window
+            mask = tokens.new_full((1, 1, size, size), torch.finfo(tokens.dtype).min).triu(1)
+        hidden_states = self.body.forward(  # hooks on the whole body are for its own calls
+            inputs_embeds=segments, position_ids=position, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        return hidden_states.to(tokens.device).view(batch_size, -1, hidden_size)[:, :num_tokens].split(size, dim=1)
 
 
-__all__ = ["HyperNetwork", "SoftPrompt", "carry", "first_layers_of"]
+__all__ = ["FirstLayers", "HyperNetwork", "SoftPrompt", "carry"]

@@ -53,7 +53,7 @@ class Phase15Meters:
         self.chunk_losses.index_add_(0, index, losses)
         self.chunk_tokens.index_add_(0, index, tokens.float())
 
-    def add_delta(self, delta: torch.Tensor, carried: SoftPrompt, old: SoftPrompt, tokens, token_length):
+    def add_delta(self, delta: torch.Tensor, carried: SoftPrompt, old: SoftPrompt, tokens, token_length, *_):
         """Adds one call of the HyperNetwork; rows without a token do not step."""
         reads = (token_length > 0)[:, None, None]
         soft_prompt = carried.embeds.detach() + delta

@@ -120,7 +120,7 @@ class Recorder:
     def record(self, _, inputs: tuple, delta: torch.Tensor):
         if get_ident() != self.thread:  # another request's
             return
-        carried, _, _, token_length = inputs
+        carried, _, _, token_length, *_ = inputs
         length = int(carried.length[0])
         before, delta = carried.embeds[0, :length].float(), delta[0, :length].float()
         after = before + delta

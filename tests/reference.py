@@ -149,15 +149,25 @@ def reference_delta(net, carried: torch.Tensor, old: torch.Tensor, tokens: torch
     return (sign * net.alpha).tanh() * gate.sigmoid() * (written - carried)
 
 
+def reference_first_layers(model, tokens: torch.Tensor) -> torch.Tensor | None:
+    """What goes into the layer behind the first, or into the last norm, when the LLM reads the tokens alone."""
+    if not model.config.hypernet_reads_layers:
+        return None
+    body, seen = model.llm.base_model, []
+    behind = [*body.layers, body.norm][model.config.hypernet_reads_layers]
+    hook = behind.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0][0]))
+    body(inputs_embeds=tokens[None])
+    hook.remove()
+    return seen[0]
+
+
 def reference_step(model, slots: list[torch.Tensor], ids: torch.LongTensor) -> list[torch.Tensor]:
     """step(sp, tokens) = carry(sp, E[tokens]) + Δ(sp, E[tokens])"""
     tokens = model.llm.get_input_embeddings()(ids)
     sizes = model.config.num_soft_tokens, model.config.num_sink_tokens
     carried = torch.stack(reference_carry(slots, list(tokens), *sizes))
-    old, read = torch.stack(slots) if slots else tokens[:0], None
-    if layers := model.config.hypernet_reads_layers:
-        read = model.llm.base_model(inputs_embeds=tokens[None], output_hidden_states=True).hidden_states[layers][0]
-    return list(carried + reference_delta(model.hypernet, carried, old, tokens, read))
+    old = torch.stack(slots) if slots else tokens[:0]
+    return list(carried + reference_delta(model.hypernet, carried, old, tokens, reference_first_layers(model, tokens)))
 
 
 def reference_read(model, slots: list[torch.Tensor], query: torch.LongTensor) -> list[torch.Tensor]:

@@ -102,7 +102,9 @@ def naive_soft_prompts_with_the_delta_of(model, record: Example, other: Example)
         tokens, none = model.get_input_embeddings()(other_ids), torch.zeros(1, model.config.text_config.hidden_size)
         carried = reference_carry(other_slots, list(tokens))
         arguments = (as_soft_prompt(state, tokens.shape[1]) for state in (carried, other_slots))
-        delta = model.hypernet(*arguments, torch.cat([tokens, none])[None], torch.tensor([len(tokens)]))[0]
+        padded = torch.cat([tokens, none])[None]
+        (read,) = model.first_layers(padded, padded.shape[1])
+        delta = model.hypernet(*arguments, padded, torch.tensor([len(tokens)]), read)[0]
         other_slots = [slot + delta[i] for i, slot in enumerate(carried)] if len(tokens) else other_slots
         if ids is not None:
             slots = reference_carry(slots, list(model.get_input_embeddings()(ids)))

@@ -514,7 +514,7 @@ def enable_checkpointing(model):  # transformers 5.23 renamed it
 def test_gradient_checkpointing_changes_nothing(tiny):
     batch, _, _ = make_batch()
     calls = []
-    tiny.llm.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    tiny.llm.model.layers[-1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     tiny.train()
     plain = tiny(**batch).loss
     expected = gradients(tiny, plain)

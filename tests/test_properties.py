@@ -20,7 +20,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from reference import aligned, as_soft_prompt, reference_delta, reference_logits, reference_read
+from reference import (
+    aligned,
+    as_soft_prompt,
+    reference_delta,
+    reference_first_layers,
+    reference_logits,
+    reference_read,
+)
 from test_decoding import Collector
 from test_generation import reference_greedy, reference_turn
 from torch import nn
@@ -51,6 +58,7 @@ class Shape(NamedTuple):
     kv_heads: int = 2
     tied: bool = False
     layers: int = 1
+    reads: int = 0
     heads: int = 2
     alpha: float = 1.0
     seed: int = 0
@@ -77,6 +85,7 @@ class Shape(NamedTuple):
             max_query_length=self.segment,
             hypernet_hidden_size=8,
             hypernet_num_hidden_layers=self.layers,
+            hypernet_reads_layers=self.reads,
             hypernet_num_attention_heads=self.heads,
             hypernet_intermediate_size=12,
             initializer_range=0.5,
@@ -112,6 +121,7 @@ def shapes(draw) -> Shape:
         kv_heads=draw(st.sampled_from([1, 2, 4])),
         tied=draw(st.booleans()),
         layers=draw(st.integers(1, 2)),
+        reads=draw(st.integers(0, 1)),
         heads=draw(st.sampled_from([1, 2, 4])),
         alpha=draw(st.sampled_from([1.0, 0.0, 5.0])),
         seed=draw(st.integers(0, 9)),
@@ -204,7 +214,8 @@ def test_delta_equals_one_row_without_padding(shape, rows, extra):
             assert torch.equal(stepped.embeds[row], old[row]) and stepped.length[row] == used
             continue
         slots = carried.embeds[row, : carried.length[row]]
-        delta = reference_delta(model.hypernet, slots, old[row, :used], tokens[row, :new])
+        read = reference_first_layers(model, tokens[row, :new])
+        delta = reference_delta(model.hypernet, slots, old[row, :used], tokens[row, :new], read)
         assert_close(stepped.embeds[row, : len(slots)], slots + delta)
         assert not stepped.embeds[row, len(slots) :].any()
 
