@@ -327,7 +327,7 @@ def naive_loss_and_accuracy(model, records) -> tuple[float, float]:
 def test_sft_trainer_reads_prompts_as_queries_and_has_our_loss(form, sft, model, tokenizer):
     records = records_of(tokenizer, form)
     (expected, _), read, lengths = naive_loss_and_accuracy(model, records), model.read, []
-    model.read = lambda soft_prompt, ids, length: lengths.extend(length.tolist()) or read(soft_prompt, ids, length)
+    model.read = lambda sp, ids, length, *states: lengths.extend(length.tolist()) or read(sp, ids, length, *states)
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "bf16": False}
     trainer = sft(model, form, gradient_checkpointing=False, **settings)
     trainer.train()
