@@ -167,6 +167,17 @@ def test_other_numbers_of_layers_are_read(layers, bases):
         assert not torch.allclose(model.read(model.empty_soft_prompt(2), tokens, length).embeds, read)
 
 
+def test_a_layer_that_is_read_keeps_its_sliding_window(bases):
+    """Mistral's, of 28 tokens, in a segment of 40: the last token does not see the first."""
+    model = Phase15ForCausalLM.from_base(bases["mistral"], **SIZES | {"max_query_length": 40})
+    tokens = torch.randn(1, 40, 32)
+    with torch.no_grad():
+        (states,) = model.first_layers(tokens, 40)
+        for changed, seen in ((11, False), (12, True)):
+            (others,) = model.first_layers(tokens + F.one_hot(torch.tensor(changed), 40)[:, None], 40)
+            assert torch.equal(states[0, -1], others[0, -1]) is not seen
+
+
 def test_the_layers_read_are_those_of_the_llm(tiny):
     """Not copies: counted once, in no file twice, and what happens to them happens to what is read."""
     assert not any("first_layers" in name for name in [*tiny.state_dict(), *dict(tiny.named_modules())])
