@@ -359,7 +359,9 @@ class Phase15Model(Phase15PreTrainedModel):
         # one call for all segments: FSDP gathers the weights at each, and all processes must do so equally often
         query = self.get_input_embeddings()(rows.input_ids[:, : int(rows.query_length.max())])
         of_query = self.first_layers(query, self.config.max_query_length)
-        of_chunks = self.first_layers(chunks.flatten(1, 2), chunk_length)
+        of_chunks = self.first_layers(
+            chunks[:, : max(num_chunks - 1, 1)].flatten(1, 2), chunk_length
+        )  # the last is not read
         soft_prompts = [self.read(self.empty_soft_prompt(num_rows, query), query, rows.query_length, of_query)]
         for index in range(num_chunks - 1):
             soft_prompt = soft_prompts[-1]

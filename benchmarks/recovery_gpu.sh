@@ -18,7 +18,7 @@ EVALUATION=(--generated_records 64 --batch_size 32 --dtype bfloat16)
 FLAGS=(recipes/smollm2_gsm8k.yaml --per_device_train_batch_size 32 --gradient_accumulation_steps 1)
 FLAGS+=(--max_validation_records 300 --logging_steps 20)
 FLAGS+=(--learning_rate 1e-3 --alpha_learning_rate 3e-2 --llm_learning_rate 2e-4)
-FLAGS+=(--hypernet_slot_gate true --adam_beta2 0.95)  # without these SmolLM2 learned no facts in 900 steps (section 4)
+FLAGS+=(--hypernet_slot_gate true --adam_beta2 0.95)  # without, a prototype learned no facts (section 4)
 
 if [ -n "${TINY:-}" ]; then
     OUT=${OUT}_tiny STEPS=2 DATA=python-docstrings SIZES=(8)

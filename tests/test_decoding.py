@@ -66,7 +66,7 @@ def fast(request, monkeypatch):
 
 @pytest.fixture(params=[name for name in BASES if name != "llama"] + ["llama-eager"])
 def model(request, bases) -> Phase15ForCausalLM:
-    torch.manual_seed(3)  # with others, the tied model says few different tokens
+    torch.manual_seed(3)  # with 2 and 4, the tied model says few different tokens
     kwargs = {"attn_implementation": "eager"} if request.param == "llama-eager" else {}
     return randomise_alpha(
         Phase15ForCausalLM.from_base(bases[request.param.removesuffix("-eager")], **SIZES, **kwargs)
