@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
-from transformers import Cache, LogitsProcessorList
+from transformers import Cache, DynamicCache, LogitsProcessorList
 from transformers.generation import (
     EosTokenCriteria,
     MaxLengthCriteria,
@@ -133,52 +133,80 @@ class Phase15Decoder:
         pick (`Callable`): float32 logits of shape `(batch_size, vocab_size)` to token ids `(batch_size,)`.
         eos_token_id (`torch.LongTensor` of shape `(num_tokens,)`, *optional*): the tokens that end a row.
         pad_token_id (`torch.LongTensor` of shape `()`, *optional*): the token that fills ended rows.
+        within (`Phase15Decoder`, *optional*): a decoder of as many rows or more, whose buffers this one shares.
+        is_compiled (`bool`): compile the steps, and record them on CUDA.
     """
 
-    def __init__(self, model, batch_size: int, pick: Callable, eos_token_id, pad_token_id):
+    def __init__(
+        self,
+        model,
+        batch_size: int,
+        pick: Callable,
+        eos_token_id=None,
+        pad_token_id=None,
+        within: "Phase15Decoder | None" = None,
+        is_compiled: bool = True,
+    ):
         self.pick, self.eos_token_id, self.pad_token_id = pick, eos_token_id, pad_token_id
-        self.soft_prompt = model.empty_soft_prompt(batch_size)
-        embeds, config = self.soft_prompt.embeds, model.config.text_config
-        device, num_slots, chunk_length = embeds.device, embeds.shape[1], model.config.chunk_length
-        self.chunk = torch.zeros(batch_size, chunk_length, dtype=torch.long, device=device)
+        self.is_compiled = is_compiled
+        if within is None:
+            self.soft_prompt = model.empty_soft_prompt(batch_size)
+            embeds, config = self.soft_prompt.embeds, model.config.text_config
+            self.chunk = torch.zeros(batch_size, model.config.chunk_length, dtype=torch.long, device=embeds.device)
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            num_columns = embeds.shape[1] + self.chunk.shape[1]
+            shape = (batch_size, config.num_key_value_heads, num_columns, head_dim)
+            keys, values = ([embeds.new_zeros(shape) for _ in range(config.num_hidden_layers)] for _ in range(2))
+        else:
+            self.soft_prompt = within.soft_prompt._make(buffer[:batch_size] for buffer in within.soft_prompt)
+            self.chunk = within.chunk[:batch_size]
+            keys, values = (
+                [buffer[:batch_size] for buffer in buffers]
+                for buffers in (within.chunk_cache.keys, within.chunk_cache.values)
+            )
+        device, self.num_slots = self.chunk.device, self.soft_prompt.embeds.shape[1]
         self.finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (batch_size, config.num_key_value_heads, num_slots + chunk_length, head_dim)
-        keys, values = ([embeds.new_zeros(shape) for _ in range(config.num_hidden_layers)] for _ in range(2))
-        self.slot_cache = Phase15StaticCache(keys, values, torch.arange(num_slots, device=device), num_slots)
+        self.slot_cache = Phase15StaticCache(keys, values, torch.arange(self.num_slots, device=device), self.num_slots)
         # the column of the chunk's newest token
-        self.column = torch.full((1,), num_slots, device=device)
-        self.chunk_cache = Phase15StaticCache(keys, values, self.column, num_slots + chunk_length)
+        self.column = torch.full((1,), self.num_slots, device=device)
+        self.chunk_cache = Phase15StaticCache(keys, values, self.column, self.num_slots + self.chunk.shape[1])
         self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
         self.lock = threading.Lock()  # the buffers serve one call at a time
 
     def start(self, soft_prompt):
-        """Begins an answer behind a soft prompt."""
+        """Begins an answer behind a soft prompt. Steps that are not compiled leave out slots that no row uses."""
         for buffer, value in zip(self.soft_prompt, soft_prompt, strict=True):
             buffer.copy_(value)
         self.finished.zero_()
+        if not self.is_compiled:
+            used = int(soft_prompt.length.max())
+            self.slot_cache.columns, self.slot_cache.width = torch.arange(used, device=self.chunk.device), used
 
     def step(self, model):
-        stepped = compiled(step_soft_prompt)(model, self.soft_prompt, self.chunk)
+        stepped = self._compiled(step_soft_prompt)(model, self.soft_prompt, self.chunk)
         for buffer, value in zip(self.soft_prompt, stepped, strict=True):
             buffer.copy_(value)
 
     def prefill(self, model):
-        logits = compiled(prefill_chunk)(model, self.soft_prompt, self.slot_cache)
-        self.column.fill_(self.slot_cache.width)
+        slots = self.soft_prompt._replace(embeds=self.soft_prompt.embeds[:, : self.slot_cache.width])
+        logits = self._compiled(prefill_chunk)(model, slots, self.slot_cache)
+        self.column.fill_(self.num_slots)
         self._write(logits)
 
     def decode(self, model):
-        logits = compiled(decode_token)(model, self.soft_prompt, self.chunk, self.chunk_cache)
+        logits = self._compiled(decode_token)(model, self.soft_prompt, self.chunk, self.chunk_cache)
         self.column.add_(1)
         self._write(logits)
+
+    def _compiled(self, function: Callable) -> Callable:
+        return compiled(function) if self.is_compiled else function
 
     def _write(self, logits: torch.Tensor):
         tokens = self.pick(logits.float())
         if self.eos_token_id is not None:
             tokens = torch.where(self.finished, self.pad_token_id, tokens)
             self.finished |= (tokens[:, None] == self.eos_token_id).any(dim=1)
-        self.chunk.index_copy_(1, self.column - self.slot_cache.width, tokens[:, None])
+        self.chunk.index_copy_(1, self.column - self.num_slots, tokens[:, None])
 
     def run(self, name: str, model):
         """Runs `step`, `prefill` or `decode`, or replays its graph."""
@@ -189,7 +217,7 @@ class Phase15Decoder:
 
     def prepare(self, model):
         """On CUDA records the steps as graphs, and then restores the state that `start` set."""
-        if self.graphs or self.chunk.device.type != "cuda":
+        if self.graphs or not self.is_compiled or self.chunk.device.type != "cuda":
             return
         device = self.chunk.device
         began = [state.clone() for state in (*self.soft_prompt, self.finished)]
@@ -212,6 +240,48 @@ class Phase15Decoder:
         for state, value in zip((*self.soft_prompt, self.finished), began, strict=True):
             state.copy_(value)
         self.graphs = graphs
+
+
+class LibraryDecoder:
+    """
+    The steps of a [`Phase15Decoder`] as `generate` runs them without static buffers, for models that these cannot
+    take: offloaded or quantised weights, adapters, other attention.
+    """
+
+    num_slots = 0
+
+    def __init__(self, model, batch_size: int, pick: Callable):
+        self.pick = pick
+        self.chunk = torch.zeros(batch_size, model.config.chunk_length, dtype=torch.long, device=model.device)
+        self.column = torch.zeros(1, dtype=torch.long, device=model.device)
+
+    def start(self, soft_prompt):
+        self.soft_prompt = soft_prompt
+
+    def run(self, name: str, model):
+        getattr(self, name)(model)
+
+    def step(self, model):
+        length = torch.full_like(self.soft_prompt.length, self.chunk.shape[1])
+        self.soft_prompt = model.step(self.soft_prompt, model.get_input_embeddings()(self.chunk), length)
+
+    def prefill(self, model):
+        self.llm_cache, self.column = DynamicCache(config=model.config.text_config), torch.zeros_like(self.column)
+        self._write(model, self.chunk[:, :0])
+
+    def decode(self, model):
+        newest = int(self.column)
+        self._write(model, self.chunk[:, newest : newest + 1], newest)
+
+    def _write(self, model, tokens: torch.LongTensor, num_cached: int = 0):
+        is_first = not tokens.shape[1]
+        hidden_states, _ = model.predict(
+            self.soft_prompt, model.get_input_embeddings()(tokens), self.llm_cache, num_cached
+        )
+        if not is_first:
+            self.column = self.column + 1
+        tokens = self.pick(model.get_output_embeddings()(hidden_states[:, -1]).float())
+        self.chunk[:, int(self.column)] = tokens
 
 
 def compiled(function: Callable) -> Callable:
@@ -245,14 +315,24 @@ def unsupported_reason(
     model_kwargs: dict,
 ) -> str | None:
     """Names one thing that forbids the fast path, or None. `num_new`: tokens that a used cache has not seen."""
-    cache = model_kwargs.get(CACHE_NAME)
-    rope = getattr(model.config.text_config, "rope_parameters", None) or {}
-    modules, parameters = list(model.modules()), list(model.parameters())
     reasons = {
-        "`use_cache=False`": cache is None,
+        "`use_cache=False`": model_kwargs.get(CACHE_NAME) is None,
         "a cache that has seen all but one token": num_new == 1,  # the answer goes on: there is no message
         "`query_lengths`": model_kwargs.get("query_lengths") is not None,
         "synchronised GPUs": synced_gpus,
+    }
+    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        reasons[f"`{name}`"] = getattr(generation_config, name)
+    for part in (*processors, *criteria):
+        reasons[type(part).__name__] = type(part) not in PROCESSORS + CRITERIA
+    return next((reason for reason, applies in reasons.items() if applies), None) or unsupported_model(model)
+
+
+def unsupported_model(model) -> str | None:
+    """Names one thing about a model that forbids static buffers, or None."""
+    rope = getattr(model.config.text_config, "rope_parameters", None) or {}
+    modules, parameters = list(model.modules()), list(model.parameters())
+    reasons = {
         "a model in training mode": model.training,
         "quantised weights": getattr(model, "is_quantized", False),
         "PEFT adapters that are not merged": any(type(m).__module__.startswith("peft.") for m in modules),
@@ -263,10 +343,6 @@ def unsupported_reason(
         f"attention {(attention := model.llm.config._attn_implementation)!r}": attention not in ("sdpa", "eager"),
         f"RoPE of type {(kind := rope.get('rope_type', 'default'))!r}": kind in ("dynamic", "longrope"),
     }
-    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
-        reasons[f"`{name}`"] = getattr(generation_config, name)
-    for part in (*processors, *criteria):
-        reasons[type(part).__name__] = type(part) not in PROCESSORS + CRITERIA
     return next((reason for reason, applies in reasons.items() if applies), None)
 
 
@@ -372,11 +448,11 @@ def fill_cache(cache, decoder: Phase15Decoder, model, num_fed: int):
     cache.start_chunk(decoder.soft_prompt._replace(embeds=decoder.soft_prompt.embeds.clone()))
     cache.soft_prompt = cache.soft_prompt._replace(length=decoder.soft_prompt.length.clone())
     cache.chunk = model.get_input_embeddings()(decoder.chunk[:, :num_fed])
-    used, num_slots = int(decoder.soft_prompt.length.max()), decoder.slot_cache.width
+    used, num_slots = int(decoder.soft_prompt.length.max()), decoder.num_slots
     for layer, states in enumerate(zip(decoder.slot_cache.keys, decoder.slot_cache.values, strict=True)):
         cache.llm_cache.update(
             *(torch.cat([s[:, :, :used], s[:, :, num_slots : num_slots + num_fed]], dim=2) for s in states), layer
         )
 
 
-__all__ = ["Phase15Decoder", "Phase15StaticCache", "is_compiled", "sample_compiled"]
+__all__ = ["LibraryDecoder", "Phase15Decoder", "Phase15StaticCache", "is_compiled", "sample_compiled"]

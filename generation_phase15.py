@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin
+from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.utils import logging
 
 
@@ -18,10 +19,12 @@ try:  # inside a package: how transformers loads this file from a Hub repository
     from .compat_phase15 import CACHE_NAME, give_both_cache_names, pop_cache
     from .configuration_phase15 import Phase15Config
     from .decoding_phase15 import is_compiled, sample_compiled
+    from .lanes_phase15 import NUM_LANES, generate_in_lanes
 except ImportError:  # at the root of this repository
     from compat_phase15 import CACHE_NAME, give_both_cache_names, pop_cache
     from configuration_phase15 import Phase15Config
     from decoding_phase15 import is_compiled, sample_compiled
+    from lanes_phase15 import NUM_LANES, generate_in_lanes
 
 
 logger = logging.get_logger(__name__)
@@ -239,10 +242,55 @@ class Phase15GenerationMixin(GenerationMixin):
             query_lengths = mask[:, query_columns].sum(dim=1)
         return {**model_inputs, "query_lengths": query_lengths}
 
-    def init_continuous_batching(self, *args, **kwargs):
-        raise ValueError(f"Phase15 does not support paged and continuous batching: {_ONE_CACHE}.")
+    def generate_batch(
+        self,
+        inputs: list[list[int]],
+        generation_config: GenerationConfig | None = None,
+        record_timestamps: bool = False,
+        progress_bar: bool = False,
+        num_lanes: int = NUM_LANES,
+        compile: bool | None = None,
+        return_logprobs: bool = False,
+        **kwargs,
+    ) -> dict[str, GenerationOutput]:
+        r"""
+        Overrides the library's continuous batching to run in lanes ([`Phase15Lanes`]): prompts of different lengths,
+        without padding, and no answer waits for the longest. Its greedy tokens are those of `generate`.
 
-    generate_batch = init_continuous_batching
+        Args:
+            inputs (`list[list[int]]`): token ids of the prompts.
+            generation_config (`GenerationConfig`, *optional*): as for `generate`; `kwargs` (`max_new_tokens`,
+                `do_sample`, …) override it.
+            record_timestamps (`bool`): record `time.perf_counter()` at each token.
+            progress_bar (`bool`): show one.
+            num_lanes (`int`, defaults to 16): the most answers under way at a time. Memory grows with it.
+            compile (`bool`, *optional*): as for `generate`.
+            return_logprobs (`bool`): give each token's log-probability, in nats.
+
+        Returns:
+            `dict[str, GenerationOutput]`: by request, in the order of `inputs`: "req_0", "req_1", …; with
+            `num_return_sequences` the others of a prompt follow it as "req_0__child#0", …. `generated_tokens` hold the
+            end token. As with `generate`, what samples depends on torch's random state alone.
+
+        Raises:
+            ValueError: for a prompt without tokens or with ids outside the vocabulary, by its index; for settings that
+                lanes cannot honour.
+            FloatingPointError: for an LLM whose output is not finite.
+        """
+        return generate_in_lanes(
+            self,
+            inputs,
+            generation_config,
+            kwargs,
+            num_lanes=num_lanes,
+            compile=compile,
+            record_timestamps=record_timestamps,
+            progress_bar=progress_bar,
+            return_logprobs=return_logprobs,
+        )
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise ValueError(f"Phase15 does not support paged continuous batching: {_ONE_CACHE}. Call `generate_batch`.")
 
 
 def widen(cache: Phase15Cache, batch_size: int, repeats: int):
