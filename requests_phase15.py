@@ -184,24 +184,22 @@ def sample_tokens(scores: torch.Tensor, settings: torch.Tensor, uniform: torch.T
             or top-p, which need sorting.
     """
     temperature, top_k, top_p, min_p = settings[..., None].unbind(dim=1)  # (B, 1) each
-    greedy, order = scores.argmax(dim=-1), None
-    scores = scores / temperature.where(temperature > 0, 1)
+    greedy, scores = scores.argmax(dim=-1), scores / temperature.where(temperature > 0, 1)
     if width:
-        scores, order = scores.topk(width) if width < scores.shape[1] else scores.sort(dim=-1, descending=True)
-    probabilities = scores.softmax(dim=-1)
-    if width:
+        best, order = scores.topk(width) if width < scores.shape[1] else scores.sort(dim=-1, descending=True)
         rank = torch.arange(width, device=scores.device)
-        probabilities = probabilities.where((rank < top_k) | (top_k == 0), 0)
-        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
-        above = probabilities.cumsum(dim=-1) - probabilities  # the mass of likelier tokens
-        probabilities = probabilities.where((above < top_p) | (rank == 0), 0)
+        kept = best.masked_fill((rank >= top_k) & (top_k > 0), -torch.inf).softmax(dim=-1)
+        above = kept.cumsum(dim=-1) - kept  # the mass of likelier tokens
+        kept = kept.where((above < top_p) | (rank == 0), 0)
+        probabilities = torch.zeros_like(scores).scatter(1, order, kept)
+    else:
+        probabilities = scores.softmax(dim=-1)
     probabilities = probabilities.where(probabilities >= min_p * probabilities.amax(dim=-1, keepdim=True), 0)
-    mass = probabilities.cumsum(dim=-1)
+    mass = probabilities.cumsum(dim=-1)  # in the vocabulary's order, so that a number draws the same at any width
     total = mass[:, -1:]
     target = (uniform * total).clamp(max=torch.nextafter(total, torch.zeros_like(total)))
-    drawn = (mass <= target).sum(dim=-1, keepdim=True)
-    drawn = drawn if order is None else order.gather(1, drawn)
-    return drawn[:, 0].where(temperature[:, 0] > 0, greedy)
+    drawn = (mass <= target).sum(dim=-1)
+    return drawn.where(temperature[:, 0] > 0, greedy)
 
 
 def width_of(requests: list[Phase15Request], vocab_size: int) -> int | None:
