@@ -66,7 +66,8 @@ class Lane:
                 request.top_logprobs.append(list(likeliest)[: request.num_logprobs])
             if self.ids is not None:
                 self.ids = torch.cat([self.ids, self.ids.new_tensor([[token]])], dim=1)
-            if token in request.eos_token_ids or any(bool(stop(self.ids, None).all()) for stop in request.criteria):
+            stops = (torch.as_tensor(stop(self.ids, None)).all() for stop in request.criteria)  # lm_eval's give a bool
+            if token in request.eos_token_ids or any(stops):
                 request.finish("stop")
             elif len(request.generated_tokens) >= request.max_new_tokens:
                 request.finish("length")

@@ -196,6 +196,19 @@ def greedy_answers(
 ) -> list[list[int]]:
     """Greedy answers to queries, up to their end token, which cannot come before `min_new_tokens`."""
     ends, answers = tokenizer.eos_token_id, []
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
+        "do_sample": False,
+        "num_beams": 1,
+        "eos_token_id": ends,
+        "pad_token_id": ends,
+    }
+    if isinstance(model, Phase15ForCausalLM):
+        outputs = model.generate_batch(
+            queries, num_lanes=batch_size, progress_bar=len(queries) > batch_size, **settings
+        )
+        return [cut(output.generated_tokens, ends) for output in outputs.values()]
     is_prompt = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
     if is_prompt:
         batch_size = 1  # PEFT puts virtual tokens in front of the padding, which then counts as positions
@@ -207,17 +220,16 @@ def greedy_answers(
         output = model.generate(
             input_ids=ids.flip(1),  # padded on the left
             attention_mask=(position < length[:, None]).long().flip(1),
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            do_sample=False,
-            num_beams=1,
             use_cache=not is_prompt,  # PEFT 0.21 misses the cache of transformers 5.24
-            eos_token_id=ends,
-            pad_token_id=ends,
+            **settings,
         )
-        rows = output[:, ids.shape[1] :].tolist()
-        answers += [row[: row.index(ends)] if ends in row else row for row in rows]
+        answers += [cut(row, ends) for row in output[:, ids.shape[1] :].tolist()]
     return answers
+
+
+def cut(answer: list[int], end: int) -> list[int]:
+    """An answer up to its end token."""
+    return answer[: answer.index(end)] if end in answer else answer
 
 
 def pad(rows: list[list[int]], device: torch.device) -> tuple[torch.LongTensor, torch.LongTensor]:

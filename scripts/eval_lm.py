@@ -29,19 +29,23 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator
-from lm_eval.models.utils_hf import pad_and_concat
+from lm_eval.models.utils_hf import pad_and_concat, stop_sequences_criteria
 from lm_eval.utils import setup_logging
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from configuration_phase15 import Phase15Config
+from lanes_phase15 import Phase15Lanes
 from phase15.errors import one_line_errors
 from phase15.models import StrictPhase15ForCausalLM, check_kind
+from requests_phase15 import request_of
 
 
 AutoConfig.register(Phase15Config.model_type, Phase15Config)  # the code here, not the copy in the model's folder
 
 PREDICTIONS = 4096  # logits computed at a time, so that memory stays bounded
+REFILLS = 16  # lm_eval gets its answers after so many to a lane
 QUERY_END = -1  # not the id of any token
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # strings, context, continuation
@@ -92,15 +96,40 @@ class Phase15LM(HFLM):
         return logprobs
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        is_auto = self.batch_size == "auto"
-        if is_auto:  # generation needs the same memory at any length; HFLM would try `max_length`
+        given, self.num_lanes = self.batch_size_per_gpu, self.batch_size
+        if given == "auto":  # generation needs the same memory at any length; HFLM would try `max_length`
             sizes = self.config.max_query_length, self.config.chunk_length
-            self.batch_size_per_gpu = self.largest_batch_size((None, *([0] * size for size in sizes)))
+            self.num_lanes = self.largest_batch_size((None, *([0] * size for size in sizes)))
+        uses_beams = any((request.args[1].get("num_beams") or 1) > 1 for request in requests)
+        self.batch_size_per_gpu = self.num_lanes * (1 if uses_beams else REFILLS)
         try:
             return super().generate_until(requests, disable_tqdm)
         finally:
-            if is_auto:
-                self.batch_size_per_gpu = "auto"
+            self.batch_size_per_gpu = given
+
+    def _model_generate(self, context, max_length: int, stop: list[str], attention_mask=None, **kwargs):
+        """Answers a batch in lanes, of which there are fewer than rows; beam search as HFLM does."""
+        if (kwargs.get("num_beams") or 1) > 1:
+            return super()._model_generate(context, max_length, stop, attention_mask=attention_mask, **kwargs)
+        if not kwargs.get("temperature") and not kwargs.get("do_sample"):
+            kwargs.pop("temperature", None)  # 0 is lm_eval's word for greedy search
+            kwargs["do_sample"] = False
+        kwargs |= {"max_new_tokens": max_length - context.shape[1], "pad_token_id": self.tokenizer.pad_token_id}
+        dtype, asked = self.mixed_precision_dtype, []
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            lanes = Phase15Lanes(self.model, min(self.num_lanes, len(context)))
+            for ids, mask in zip(context, attention_mask, strict=True):
+                prompt = ids[mask.bool()].tolist()
+                ends = stop_sequences_criteria(self.tokenizer, stop, len(prompt), 1)
+                asked.append(request_of(self.model, prompt, stopping_criteria=ends, **kwargs))
+                lanes.submit(asked[-1])
+            while lanes.advance():
+                pass
+        if error := next((request.error for request in asked if request.error), None):
+            raise error
+        answers = [torch.tensor(request.generated_tokens, device=self.device) for request in asked]
+        answers = pad_sequence(answers, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        return torch.cat([context, answers], dim=1)
 
     def score(self, requests: list[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         # Requests that differ only in their last token share a row, if their queries end at the same position.

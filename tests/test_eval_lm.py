@@ -248,10 +248,23 @@ def test_an_automatic_batch_size_changes_no_answer(trained, folders, pairs, answ
     close(rolling, [logprob for logprob, _ in reference_scores(trained, [("", text) for text in documents])])
     sizes.clear()
     requests = [(document["context"], {"max_gen_toks": NEW_TOKENS, "do_sample": False}) for document in DOCUMENTS]
-    encode, batches = model.tok_batch_encode, []
-    monkeypatch.setattr(model, "tok_batch_encode", lambda x, **kwargs: batches.append(len(x)) or encode(x, **kwargs))
+    lanes, numbers = eval_lm.Phase15Lanes, []
+    monkeypatch.setattr(eval_lm, "Phase15Lanes", lambda model, number: numbers.append(number) or lanes(model, number))
     assert model.generate_until(requests_of("generate_until", *requests)) == answers
-    assert (sizes, batches, model.batch_size) == ([3], [3, len(DOCUMENTS) - 3], "auto")
+    assert (sizes, numbers, model.batch_size) == ([3], [3], "auto")
+
+
+@pytest.mark.parametrize("kwargs", [{"num_beams": 2}, {"repetition_penalty": 1.8}])
+def test_settings_of_a_task_are_those_of_generate(trained, folders, tokenizer, kwargs):
+    contexts = [document["context"] for document in DOCUMENTS]
+    requests = [(text, {"max_gen_toks": NEW_TOKENS, "do_sample": False, **kwargs}) for text in contexts]
+    model = load(folders["trained"], batch_size=2)
+    got = model.generate_until(requests_of("generate_until", *requests))
+    for text, answer in zip(contexts, got, strict=True):
+        ids = torch.tensor([ids_of(text)])
+        settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW_TOKENS, "do_sample": False}
+        output = trained.generate(ids, **settings, **kwargs, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+        assert model.tok_decode(output[0, ids.shape[1] :]).startswith(answer) and answer
 
 
 def test_scores_of_a_new_model_are_those_of_its_base(folders, manager):

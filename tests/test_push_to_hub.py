@@ -40,6 +40,8 @@ FILES = {
     "compat_phase15.py",
     "decoding_phase15.py",
     "generation_phase15.py",
+    "lanes_phase15.py",
+    "requests_phase15.py",
     "modeling_phase15.py",
     "recursion_phase15.py",
     "checks_phase15.py",

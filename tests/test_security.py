@@ -19,7 +19,8 @@ from phase15 import arguments, cards, evaluation, models, reports, runs
 
 
 ROOT = Path(__file__).parents[1]
-CODE = {f"{name}_phase15.py" for name in "checks compat configuration decoding generation modeling recursion".split()}
+NAMES_OF_CODE = "checks compat configuration decoding generation lanes modeling recursion requests"
+CODE = {f"{name}_phase15.py" for name in NAMES_OF_CODE.split()}
 
 
 # the code of a saved folder
