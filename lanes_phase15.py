@@ -17,6 +17,7 @@ import hashlib
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from transformers import GenerationConfig
@@ -35,6 +36,14 @@ logger = logging.get_logger(__name__)
 
 NUM_LANES = 16
 BROKEN = -1  # in place of a token whose logits are not finite
+
+
+class LaneCounts(NamedTuple):
+    """What lanes have done since they were made."""
+
+    prompt_tokens: int = 0  # of queries that got a lane
+    kept_tokens: int = 0  # those that a kept conversation had read
+    generated_tokens: int = 0
 
 
 class Lane:
@@ -104,6 +113,7 @@ class Phase15Lanes:
         self.kept = KeptConversations(max_kept_conversations, model.config.max_query_length)
         self.waiting: deque[Phase15Request] = deque()
         self.lanes: list[Lane] = []
+        self.counts = LaneCounts()
         device, chunk_length = model.device, model.config.chunk_length
         self._settings = torch.zeros(num_lanes, len(Sampling._fields), device=device)
         self._uniform = torch.zeros(num_lanes, chunk_length, device=device)
@@ -158,6 +168,7 @@ class Phase15Lanes:
                 like = self.model.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long, device=self.model.device))
                 soft_prompt = self.model.empty_soft_prompt(1, like)
             request.num_kept_tokens = num_read
+            self._count(prompt_tokens=len(request.prompt_ids), kept_tokens=num_read)
             self.lanes.append(Lane(request, soft_prompt, num_read, key))
 
     def _read(self, lanes: list[Lane]):
@@ -226,7 +237,11 @@ class Phase15Lanes:
         for lane, row in zip(lanes, tokens.tolist(), strict=True):
             for token in row[:width]:
                 if lane.request.finish_reason is None:
+                    self._count(generated_tokens=1)
                     lane.take(int(token), row[width:])
+
+    def _count(self, **new: int):
+        self.counts = self.counts._replace(**{name: getattr(self.counts, name) + n for name, n in new.items()})
 
     def _start(self, lanes: list[Lane], width: int | None = None, is_custom: bool = False):
         """A decoder that holds the lanes in its first rows. `width` and `is_custom` say how it picks."""

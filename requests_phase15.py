@@ -54,6 +54,7 @@ class Phase15Request:
         criteria (`list`): the library's, other than length and end tokens.
         num_logprobs (`int`, *optional*): give each token's log-probability and so many of the likeliest tokens'.
         on_token (`Callable`, *optional*): called with the request after every token, in the thread of `advance`.
+        on_finish (`Callable`, *optional*): called with the request at its end, in the thread that ends it.
 
     Attributes:
         generated_tokens (`list[int]`): the answer so far, an end token included.
@@ -74,6 +75,7 @@ class Phase15Request:
     criteria: list = field(default_factory=list)
     num_logprobs: int | None = None
     on_token: Callable | None = None
+    on_finish: Callable | None = None
     generated_tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
@@ -92,6 +94,8 @@ class Phase15Request:
         """Ends the request, from any thread. Its lane is free at the next boundary."""
         if self.finish_reason is None:
             self.error, self.finished, self.finish_reason = error, time.perf_counter(), reason
+            if self.on_finish is not None:
+                self.on_finish(self)
 
 
 def request_of(

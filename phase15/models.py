@@ -122,6 +122,16 @@ def load_phase15(
     return model, tokenizer
 
 
+def load_served(
+    name: str, dtype: str = "auto", revision: str | None = None
+) -> tuple[Phase15ForCausalLM, PreTrainedTokenizerBase]:
+    """A Phase15 model of a folder or of the Hub, and its tokenizer. None of its code is run."""
+    check_kind(name)
+    revision = revision or "main"
+    model = load_strictly(Phase15ForCausalLM.from_pretrained, name, dtype=dtype, revision=revision)
+    return model, load_tokenizer(name, config=model.config, revision=revision)
+
+
 def load_any(
     name: str, dtype: str = "float32", base: str | None = None, device: str = "cpu"
 ) -> PreTrainedModel | PeftModel:

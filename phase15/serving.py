@@ -1,0 +1,370 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""Answers as text for many clients at once: a thread that advances the lanes, and their tokens in an event loop."""
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
+
+from lanes_phase15 import LaneCounts, Phase15Lanes
+from requests_phase15 import Phase15Request
+
+
+RATE_SECONDS = 10.0  # over which tokens per second are counted
+BROKEN_CHARACTER = "�"  # of bytes that the next tokens may complete
+
+
+logger = logging.getLogger(__name__)
+
+
+class LanesBusyError(Exception):
+    """As many requests wait as may."""
+
+
+class StoppingError(Exception):
+    """The server stops, and did not wait for this answer."""
+
+
+@dataclass
+class Phase15ServerArguments:
+    """Lanes and limits of a server. The defaults protect a machine that others can reach."""
+
+    num_lanes: int = field(default=16, metadata={"help": "Answers at once. Memory grows with it, and nothing else."})
+    compile: bool | None = field(
+        default=None, metadata={"help": "Compiled steps, as in `generate`: by default on CUDA, where possible."}
+    )
+    max_kept_conversations: int = field(
+        default=64, metadata={"help": "Soft prompts kept after their answers; a next turn reads what is new."}
+    )
+    max_body_bytes: int = field(default=4 * 2**20, metadata={"help": "Of a request."})
+    max_prompt_tokens: int = field(default=32768, metadata={"help": "Of a prompt. The model itself has no limit."})
+    max_tokens: int = field(default=4096, metadata={"help": "The most that a request may ask for."})
+    default_tokens: int = field(default=1024, metadata={"help": "Of an answer whose request gives no max_tokens."})
+    max_waiting: int = field(default=64, metadata={"help": "Requests without a lane; others get status 429."})
+    retry_after: int = field(default=1, metadata={"help": "Seconds after which those may try again."})
+    api_key: str | None = field(
+        default=None,
+        metadata={"help": "File with the key that clients must send; or set PHASE15_API_KEY to the key itself."},
+    )
+
+    def __post_init__(self):
+        at_least = {"max_kept_conversations": 0, "max_waiting": 0, "retry_after": 0}
+        for name in ("num_lanes", "max_body_bytes", "max_prompt_tokens", "max_tokens", "default_tokens", *at_least):
+            if getattr(self, name) < at_least.get(name, 1):
+                raise ValueError(f"`{name}` is {getattr(self, name)}, but it must be {at_least.get(name, 1)} or more.")
+
+    def key(self) -> str | None:
+        """The API key, if clients need one."""
+        key = os.environ.get("PHASE15_API_KEY")
+        if self.api_key is not None:
+            key = Path(self.api_key).read_text("utf-8")
+        if key is not None and not key.strip():
+            raise ValueError(f"{self.api_key or 'PHASE15_API_KEY'} holds no API key.")
+        return key and key.strip()
+
+
+class Metrics:
+    """What /metrics shows, in Prometheus' own types."""
+
+    def __init__(self, lanes: Phase15Lanes):
+        self.registry = CollectorRegistry()
+        here = {"registry": self.registry}
+        self.requests = Counter("phase15_requests", "Answers that ended, by how.", ["reason"], **here)
+        self.prompt_tokens = Counter("phase15_prompt_tokens", "Tokens of the queries that got a lane.", **here)
+        self.kept_tokens = Counter("phase15_kept_tokens", "Those that a kept conversation had read.", **here)
+        self.tokens = Counter("phase15_generated_tokens", "Tokens said.", **here)
+        buckets = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
+        self.first_token = Histogram(
+            "phase15_first_token_seconds", "From a request to its first token.", buckets=buckets, **here
+        )
+        for name, about, value in (
+            ("phase15_lanes", "Lanes that there are.", lambda: lanes.num_lanes),
+            ("phase15_lanes_in_use", "Lanes with an answer under way.", lambda: len(lanes.lanes)),
+            ("phase15_requests_waiting", "Requests without a lane.", lambda: num_waiting(lanes)),
+            ("phase15_kept_conversations", "Soft prompts kept after their answers.", lambda: len(lanes.kept.states)),
+            ("phase15_tokens_per_second", f"Over the last {RATE_SECONDS:.0f} seconds.", self.rate),
+        ):
+            Gauge(name, about, **here).set_function(value)
+        self.times: deque[tuple[float, int]] = deque()
+
+    def count(self, before: LaneCounts, after: LaneCounts):
+        """What one call of `advance` has done."""
+        new = LaneCounts(*(b - a for a, b in zip(before, after, strict=True)))
+        self.prompt_tokens.inc(new.prompt_tokens)
+        self.kept_tokens.inc(new.kept_tokens)
+        self.tokens.inc(new.generated_tokens)
+        self.times.append((time.monotonic(), new.generated_tokens))
+        self.forget()
+
+    def rate(self) -> float:
+        self.forget()
+        return sum(number for _, number in list(self.times)) / RATE_SECONDS
+
+    def forget(self):
+        before = time.monotonic() - RATE_SECONDS
+        while self.times and self.times[0][0] < before:
+            self.times.popleft()
+
+
+def num_waiting(lanes: Phase15Lanes) -> int:
+    return sum(request.finish_reason is None for request in list(lanes.waiting))
+
+
+class LaneWorker:
+    """
+    The thread that advances the lanes while there is something to do.
+
+    Args:
+        lanes (`Phase15Lanes`): of the served model.
+        max_waiting (`int`): requests that may wait for a lane.
+    """
+
+    def __init__(self, lanes: Phase15Lanes, max_waiting: int):
+        self.lanes, self.max_waiting, self.metrics = lanes, max_waiting, Metrics(lanes)
+        self.news = threading.Condition()
+        self.is_stopping = False
+        self.thread = threading.Thread(target=self._run, name="lanes", daemon=True)
+
+    def start(self):
+        self.thread.start()
+
+    def stop(self):
+        """Ends what is still under way, and waits for the chunk that is being said."""
+        with self.news:
+            self.is_stopping = True
+            self.news.notify()
+        for request in [*self.lanes.waiting, *(lane.request for lane in self.lanes.lanes)]:
+            request.finish("cancelled")
+        self.thread.join()
+
+    def submit(self, requests: list[Phase15Request]):
+        """
+        Puts all of the requests into the queue, or none.
+
+        Raises:
+            LanesBusyError: if more would wait than may.
+        """
+        with self.news:
+            free = max(self.lanes.num_lanes - len(self.lanes.lanes), 0)
+            if num_waiting(self.lanes) + len(requests) > self.max_waiting + free:
+                raise LanesBusyError
+            for request in requests:
+                self.lanes.submit(request)
+            self.news.notify()
+
+    def _run(self):
+        while True:
+            with self.news:
+                while not (self.is_stopping or self.lanes.waiting or self.lanes.lanes):
+                    self.news.wait()
+                if self.is_stopping:
+                    return
+            before = self.lanes.counts
+            try:
+                self.lanes.advance()
+            except Exception as error:  # out of memory, or a bug: the next requests may go well
+                logger.exception("All answers under way are ended")
+                self.lanes.abort(error)
+            self.metrics.count(before, self.lanes.counts)
+
+
+class TextStream:
+    """
+    The text of an answer, token by token. What may be the beginning of a stop string, or of a character, is held back.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): of the served model.
+        stops (`list[str]`): the text ends before the first of them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: list[str]):
+        self.tokenizer, self.stops = tokenizer, stops
+        self.ids: list[int] = []
+        self.begin = self.end = 0  # ids from `end` on are no text yet; those from `begin` on are decoded with them
+        self.text, self.num_given = "", 0
+        self.is_stopped = False
+
+    def add(self, token: int) -> str:
+        """One more token; returns the text that is sure."""
+        self.ids.append(token)
+        new = self._decode_new()
+        if new and not new.endswith(BROKEN_CHARACTER):
+            self.text += new
+            self.begin, self.end = self.end, len(self.ids)
+        return self._give(hold=True)
+
+    def close(self) -> str:
+        """The rest, when the answer has ended."""
+        if not self.is_stopped:
+            self.text += self._decode_new()
+            self.end = len(self.ids)
+        return self._give(hold=False)
+
+    def _decode_new(self) -> str:
+        decode = lambda ids: self.tokenizer.decode(  # noqa: E731
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return decode(self.ids[self.begin :])[len(decode(self.ids[self.begin : self.end])) :]
+
+    def _give(self, hold: bool) -> str:
+        end = len(self.text)
+        found = [at for stop in self.stops if (at := self.text.find(stop, self.num_given)) >= 0]
+        if found:
+            self.is_stopped, end = True, min(found)
+            self.text = self.text[:end]
+        elif hold:
+            end -= max((overlap(self.text[self.num_given :], stop) for stop in self.stops), default=0)
+        piece, self.num_given = self.text[self.num_given : end], end
+        return piece
+
+
+def overlap(text: str, stop: str) -> int:
+    """How many characters at the end of a text are the beginning of `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Piece(NamedTuple):
+    """A part of an answer: text, the tokens since the last piece, and at the end why it ended."""
+
+    index: int
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    top_logprobs: list[list[tuple[int, float]]]
+    finish_reason: str | None
+
+
+class Choice:
+    """One of the answers to a call."""
+
+    def __init__(self, index: int, request: Phase15Request, stream: TextStream):
+        self.index, self.request, self.stream, self.num_taken = index, request, stream, 0
+
+    def take(self) -> Piece | None:
+        """What is new since the last piece, if there is something."""
+        request, first, text = self.request, self.num_taken, ""
+        reason = request.finish_reason  # read first: no token comes after it
+        for token in request.generated_tokens[first:]:
+            self.num_taken += 1
+            text += self.stream.add(token)
+            if self.stream.is_stopped:
+                reason = "stop"
+                request.finish(reason)
+                break
+        if reason is not None:
+            text += self.stream.close()
+        elif not text:
+            return None if self.num_taken == first else self._piece(first, text, reason)
+        return self._piece(first, text, reason)
+
+    def _piece(self, first: int, text: str, reason: str | None) -> Piece:
+        new = slice(first, self.num_taken)
+        request = self.request
+        return Piece(
+            self.index, text, request.generated_tokens[new], request.logprobs[new], request.top_logprobs[new], reason
+        )
+
+
+class Call:
+    """
+    The answers to one call of the API. Made in the event loop that reads them.
+
+    Args:
+        worker (`LaneWorker`): answers the requests.
+        requests (`list[Phase15Request]`): one for each choice.
+        tokenizer (`PreTrainedTokenizerBase`): of the served model.
+        stops (`list[str]`): end the text of each.
+        is_streamed (`bool`): wake the reader at each token, not at the end alone.
+    """
+
+    def __init__(
+        self,
+        worker: LaneWorker,
+        requests: list[Phase15Request],
+        tokenizer: PreTrainedTokenizerBase,
+        stops: list[str],
+        is_streamed: bool,
+    ):
+        self.worker, self.begun = worker, time.perf_counter()
+        self.choices = [Choice(index, request, TextStream(tokenizer, stops)) for index, request in enumerate(requests)]
+        self.news, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def wake(_):
+            with suppress(RuntimeError):  # the loop has been closed, and nobody reads
+                loop.call_soon_threadsafe(self.news.set)
+
+        def finish(request):
+            worker.metrics.requests.labels(request.finish_reason).inc()
+            wake(request)
+
+        for request in requests:
+            request.on_finish = finish
+            if is_streamed or stops:
+                request.on_token = wake
+        worker.submit(requests)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """
+        All pieces of all choices, until the last has ended.
+
+        Raises:
+            Exception: that of a request that failed.
+            StoppingError: when the server stops.
+        """
+        going_on, metrics = list(self.choices), self.worker.metrics
+        try:
+            while going_on:
+                await self.news.wait()
+                self.news.clear()
+                for choice in list(going_on):
+                    is_first = not choice.num_taken
+                    piece = choice.take()
+                    if piece is None:
+                        continue
+                    if choice.request.error is not None:
+                        raise choice.request.error
+                    if piece.finish_reason == "cancelled":
+                        raise StoppingError
+                    if is_first and choice.num_taken:
+                        metrics.first_token.observe(time.perf_counter() - self.begun)
+                    if piece.finish_reason is not None:
+                        going_on.remove(choice)
+                    yield piece
+        finally:
+            self.cancel()
+
+    def cancel(self):
+        """Frees the lanes of what has not ended at the next boundary."""
+        for choice in self.choices:
+            choice.request.finish("cancelled")
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all choices so far."""
+        return sum(choice.num_taken for choice in self.choices)
+
+
+class TokenPenalties(LogitsProcessor):
+    """
+    OpenAI's `presence_penalty` and `frequency_penalty`: subtracted from the score of each token of the answer so far,
+    once, and as often as it was said.
+    """
+
+    def __init__(self, prompt_length: int, presence: float, frequency: float):
+        self.prompt_length, self.presence, self.frequency = prompt_length, presence, frequency
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        said = input_ids[:, self.prompt_length :]
+        counts = torch.zeros_like(scores).scatter_add(1, said, torch.ones_like(said, dtype=scores.dtype))
+        return scores - self.presence * (counts > 0) - self.frequency * counts
