@@ -9,7 +9,6 @@ Differences between the releases of transformers that this code runs on, and whe
         and the recipes use it. They can use the new one when OLDEST is 5.23.
 5.24    mistakes a cache without layers for one of linear attention. `Phase15Cache.is_linear` prevents it, and stays.
 5.24    with PEFT 0.21 loses the cache of prompt tuning. `use_cache=` in eval_sft.py goes when peft 0.22 is required.
-before 5.24  `transformers serve` lists other models. The route in serve.py goes when OLDEST is 5.24.
 
 OLDEST and NEWEST are the ends of the tested range. requirements.txt has the same bounds; .ci/canary tries newer
 releases.

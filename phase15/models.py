@@ -27,6 +27,7 @@ from phase15.quickstart import train_tokenizer
 from recursion_phase15 import HyperNetworkLayer
 
 
+QUICKSTART = "outputs/quickstart"  # what python train_sft.py leaves
 PHASE15, ADAPTER, CAUSAL_LM = "a Phase15 model", "a PEFT adapter", "a causal LM"
 
 
@@ -126,7 +127,12 @@ def load_served(
     name: str, dtype: str = "auto", revision: str | None = None
 ) -> tuple[Phase15ForCausalLM, PreTrainedTokenizerBase]:
     """A Phase15 model of a folder or of the Hub, and its tokenizer. None of its code is run."""
-    check_kind(name)
+    if name == QUICKSTART and not Path(name).exists():
+        raise ValueError(f"{name} is not there: run python train_sft.py, or name another model.")
+    try:
+        check_kind(name)
+    except OSError as error:  # the library's does not always name it
+        raise OSError(f"{name}: {error}") from error
     revision = revision or "main"
     model = load_strictly(Phase15ForCausalLM.from_pretrained, name, dtype=dtype, revision=revision)
     return model, load_tokenizer(name, config=model.config, revision=revision)

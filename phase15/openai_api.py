@@ -22,6 +22,7 @@ from openai.types.completion_choice import Logprobs
 from openai.types.completion_usage import PromptTokensDetails
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
 from lanes_phase15 import Phase15Lanes
@@ -345,6 +346,8 @@ def build_app(server: Server) -> FastAPI:
 
     for kind in (ApiError, StoppingError):
         app.add_exception_handler(kind, failed)
+    # the client left before its request was whole: nobody reads this
+    app.add_exception_handler(ClientDisconnect, lambda *_: Response(status_code=400))
     return app
 
 

@@ -104,7 +104,7 @@ class Fields:
         if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value <= most:
             kind = "an integer" if whole else "a number"
             raise ApiError(f"`{name}` is {value!r:.80}, but it must be {kind} from {least:,} to {most:,}.", name)
-        return value
+        return value if whole else float(value)  # the library takes no integers there
 
     def flag(self, name: str) -> bool:
         value = self.body.get(name)

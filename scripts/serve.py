@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from phase15.arguments import Phase15Parser
 from phase15.errors import one_line_errors
-from phase15.models import load_served
+from phase15.models import QUICKSTART, load_served
 from phase15.openai_api import Server, build_app
 from phase15.serving import Phase15ServerArguments
 
@@ -32,7 +32,7 @@ logger = logging.get_logger("transformers.phase15.serve")
 
 @dataclass
 class ServeArguments(Phase15ServerArguments):
-    model_dir: str = field(default="outputs/quickstart", metadata={"help": "Folder or Hub id of a Phase15 model."})
+    model_dir: str = field(default=QUICKSTART, metadata={"help": "Folder or Hub id of a Phase15 model."})
     revision: str | None = field(default=None, metadata={"help": "Of a model on the Hub."})
     dtype: str = field(default="auto", metadata={"help": "Of the weights: auto, float32, bfloat16."})
     device: str | None = field(default=None, metadata={"help": "Default: cuda if there is one, else cpu."})
@@ -45,7 +45,7 @@ class ServeArguments(Phase15ServerArguments):
 
 def main(argv: list[str]):
     parser = Phase15Parser(ServeArguments, prog="serve.py", description=__doc__.strip().splitlines()[0])
-    (args,) = parser.parse_args_into_dataclasses(argv)
+    args = ServeArguments(**vars(parser.parse_args(argv)))
     server = make_server(args)
     config = uvicorn.Config(
         build_app(server), host=args.host, port=args.port, timeout_graceful_shutdown=args.shutdown_seconds
@@ -59,8 +59,12 @@ def make_server(args: ServeArguments) -> Server:
     """Loads the model, and says in the log what its lanes take."""
     args.key()  # refuse a missing one before the weights are read
     name = args.model_dir.rstrip("/")  # the shell appends a slash; the name has none
-    model, tokenizer = load_served(name, args.dtype, args.revision)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`device` is {device!r}: {str(error).splitlines()[0]}") from error
+    model, tokenizer = load_served(name, args.dtype, args.revision)
     server = Server(model.to(device).eval(), tokenizer, name, args)
     state = model.config.num_soft_tokens * model.config.text_config.hidden_size * model.dtype.itemsize
     text, columns = model.config.text_config, model.config.num_soft_tokens + model.config.chunk_length

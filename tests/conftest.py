@@ -146,6 +146,27 @@ def talker(tmp_path_factory):
     return randomise_alpha(Phase15ForCausalLM.from_base(folder, **SIZES)), tokenizer
 
 
+@pytest.fixture(scope="session")
+def chatter(chat_tokenizer):
+    """A random model with the chat tokenizer's vocabulary; the answer to `ENDING` holds its end token."""
+    import torch
+    from reference import ENDING, LLM_SIZES, PROMPTS, SIZES, answer_ids, randomise_alpha
+    from transformers import LlamaConfig
+
+    from configuration_phase15 import Phase15Config
+    from modeling_phase15 import Phase15ForCausalLM
+
+    torch.manual_seed(1)
+    text_config = LlamaConfig(**LLM_SIZES | {"vocab_size": len(chat_tokenizer)})
+    model = randomise_alpha(Phase15ForCausalLM(Phase15Config(text_config=text_config, **SIZES))).eval()
+    model.generation_config.pad_token_id = chat_tokenizer.pad_token_id
+    free, used = answer_ids(model, chat_tokenizer, ENDING)[20:], set()
+    for prompt in PROMPTS:
+        used |= set(answer_ids(model, chat_tokenizer, prompt))
+    model.generation_config.eos_token_id = next(token for token in free if token not in used)
+    return model
+
+
 def listening(port: int) -> set[str]:
     """The addresses of this machine on which something listens at a port (Linux; IPv4 and IPv6)."""
     found = set()

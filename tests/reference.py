@@ -86,6 +86,20 @@ def _answer_here(folder, query: list[int], max_new_tokens: int, no_delta: bool) 
     return json.loads(said.getvalue())
 
 
+PROMPTS = ["Hello", "Why is the sky blue?", "a", "What is the function os.path.join for?"]
+ENDING = "Tell me a story."
+
+
+def answer_ids(model, tokenizer, prompt: str | list[int], length: int = 150, **kwargs) -> list[int]:
+    """What `generate` answers, greedily, to a chat's user or, given ids, to a text."""
+    if isinstance(prompt, str):
+        chat = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    ids = torch.tensor([prompt])
+    kwargs = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": length} | kwargs
+    return model.generate(ids, **kwargs)[0, len(prompt) :].tolist()
+
+
 def random_ids(*shape: int, seed: int = 0) -> torch.LongTensor:
     return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 

@@ -395,12 +395,18 @@ CASES = {
         "benchmarks", ["long", "--shape", "tiny", "--new_tokens", "9"], "--new_tokens of at least 256"
     ),
     "benchmark no folders": command("benchmarks", ["load", "--folders", "a", "b"], "a is no folder of a model"),
-    "serve compiled": command("serve.py", ["--model_dir", "{model}", "--compile"], "--compile needs"),
     "serve in batches": command(
-        "serve.py", ["--model_dir", "{model}", "--continuous-batching"], "--continuous-batching needs a paged"
+        "serve.py", ["--continuous-batching"], "unrecognized arguments: --continuous-batching", needs="uvicorn"
     ),
-    "serve a base": command("serve.py", ["--model_dir", "{base}"], "model_type 'phase15'", needs="uvicorn"),
-    "serve nothing": command("serve.py", ["--model_dir", "none"], "cannot serve 'none'", needs="uvicorn"),
+    "serve without lanes": command("serve.py", ["--num_lanes", "0"], "`num_lanes` is 0", needs="uvicorn"),
+    "serve a base": command("serve.py", ["--model_dir", "{base}"], "not a Phase15 model", needs="uvicorn"),
+    "serve nothing": command("serve.py", ["--model_dir", "none"], "none", needs="uvicorn"),
+    "serve with no key": command(
+        "serve.py", ["--model_dir", "{model}", "--api_key", "no/key"], "no/key", needs="uvicorn"
+    ),
+    "serve on a device": command(
+        "serve.py", ["--model_dir", "{model}", "--device", "abacus"], "abacus", needs="uvicorn"
+    ),
     "lm_eval of nothing": command(
         "eval_lm.py", ["--model_dir", "none", "--tasks", "a"], "none: no such folder", needs="lm_eval", process=True
     ),
