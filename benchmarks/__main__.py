@@ -6,7 +6,7 @@ Speed and memory of Phase15 beside its baselines, with random weights at a named
     python -m benchmarks long --shape tinyllama      the same as the answer grows: a table and a curve
     python -m benchmarks train --shape tinyllama     a step, beside chunk by chunk and full-context fine-tuning
     python -m benchmarks load --shape smollm2        `from_pretrained`, beside the bare base's
-    python -m benchmarks serve --model_dir DIR       time to the first token of the server, beside `generate`'s
+    python -m benchmarks serve --shape smollm2       the server at 1, 4 and 16 clients, beside `transformers serve`
 
 Every variant first runs uncounted. Then all take turns; figures are medians over the rounds. Ceilings are measured in
 the same run: bytes/s of a large copy, FLOP/s of a large matrix product. The last line is JSON,
@@ -40,9 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("kind", choices=list(KINDS))
     parser.add_argument("--shape", choices=list(SHAPES), default="tinyllama" if cuda else "smollm2")
     parser.add_argument("--json", action="store_true", help="print the JSON line alone")
-    parser.add_argument(
-        "--rounds", type=int, help="counted calls of each variant (default 5; load 30; serve 15; long 1)"
-    )
+    parser.add_argument("--rounds", type=int, help="counted calls of each variant (default 5; load 30; long 1)")
     parser.add_argument("--batch_sizes", type=int, nargs="+", help="rows (default: decode 1, on CUDA 1 64; train 8)")
     parser.add_argument("--prompt_length", type=int, default=256, help="tokens of the prompt or query")
     parser.add_argument("--new_tokens", type=int, help="tokens of the answer (default 256; long 8192)")
@@ -51,21 +49,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stage", choices=["hypernet", "full"], default="full", help="train: what is trained")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="train: recompute the LLM's activations")
     parser.add_argument("--folders", nargs=2, metavar=("PHASE15", "BASE"), help="load: these, not random weights")
-    parser.add_argument("--model_dir", default="outputs/quickstart", help="serve: folder or Hub id of a Phase15 model")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="serve: how many ask at a time")
+    parser.add_argument("--requests", type=int, default=2, help="serve: of each client")
+    parser.add_argument("--turns", type=int, default=20, help="serve: of a conversation")
+    parser.add_argument("--soak", type=int, default=0, help="serve: so many more requests, for the memory")
+    parser.add_argument(
+        "--before", nargs=2, metavar=("CHECKOUT", "SITE"), help="serve: an earlier checkout, and packages for it"
+    )
     parser.add_argument("--picture", type=Path, help="long: the curve (default outputs/long_SHAPE.png)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16" if cuda else "float32")
     parser.add_argument("--device", type=device, default=torch.device("cuda" if cuda else "cpu"))
     args = parser.parse_args(argv)
-    for name in ("rounds", "batch_sizes", "prompt_length", "new_tokens"):
+    for name in ("rounds", "batch_sizes", "prompt_length", "new_tokens", "clients", "requests"):
         value = getattr(args, name)
         if value is not None and min(value if isinstance(value, list) else [value]) < 1:
             parser.error(f"argument --{name}: must be 1 or more, not {value}")
     for folder in args.folders or ():
         if not Path(folder, "config.json").is_file():
             parser.error(f"argument --folders: {folder} is no folder of a model, it has no config.json")
-    args.model_dir = args.model_dir.rstrip("/")  # the server's name for the model has no slash
     args.dtype = getattr(torch, args.dtype)
-    args.rounds = args.rounds or {"load": 30, "serve": 15, "long": 1}.get(args.kind, 5)
+    args.rounds = args.rounds or {"load": 30, "long": 1}.get(args.kind, 5)
     args.new_tokens = args.new_tokens or (8192 if args.kind == "long" else 256)
     if args.batch_sizes is None:
         args.batch_sizes = {"decode": [1, 64] if cuda else [1], "train": [8]}.get(args.kind, [1])
@@ -75,12 +78,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def print_tables(report: dict):
     settings, results = report["settings"], report["results"]
-    model = settings["model_dir"] if report["benchmark"] == "serve" else f"{settings['shape']}, {settings['dtype']}"
-    print(f"{report['benchmark']}, {model}, {report['device']}, commit {report['commit']}")
+    kind, shape = report["benchmark"], f"{settings['shape']}, {settings['dtype']}"
+    print(f"{kind}, {shape}, {report['device']}, commit {report['commit']}")
     if limits := report.get("ceilings"):
         rates = limits["bytes_per_second"] / 1e9, limits["flop_per_second"] / 1e12
         print("ceilings: a large copy {:.0f} GB/s, a large matrix product {:.2f} TFLOP/s".format(*rates))
-    if report["benchmark"] in ("load", "serve"):  # one table
+    if kind == "load":  # one table
         print(f"\n{table(results)}")
         results = {}
     for name, rows in results.items():
@@ -89,13 +92,17 @@ def print_tables(report: dict):
             token = shown(rows["faster_than_base_from_token"])
             heading += f"; whole answer faster than the base's from token: {token}"
         print(f"\n{heading}\n{table({key: row for key, row in rows.items() if isinstance(row, dict)})}")
+    for name, reason in report.get("not_measured", {}).items():
+        print(f"\n{LABELS.get(name, name)}: not measured, {reason}")
     print()
 
 
 def main(args: argparse.Namespace) -> dict:
     with quiet():
         report = KINDS[args.kind](args)
-    settings = {name: value for name, value in vars(args).items() if name not in ("json", "picture", "folders")}
+    settings = {
+        name: value for name, value in vars(args).items() if name not in ("json", "picture", "folders", "before")
+    }
     settings |= {name: str(settings[name]).removeprefix("torch.") for name in ("dtype", "device")}
     report = {
         "benchmark": args.kind,

@@ -49,11 +49,14 @@ LABELS = {
     "base": "base",
     "base_compiled": "base, static cache, compiled",
     "base_full_context": "base, full context",
+    "base_server": "transformers serve, the base",
+    "base_server_batching": "the same, continuous batching",
     "generate": "generate, with a streamer",
     "phase15": "phase15",
     "phase15_chunk_by_chunk": "phase15, chunk by chunk",
     "phase15_compiled": "phase15, compiled",
     "server": "scripts.serve",
+    "server_before": "serve.py of the earlier checkout",
 }
 
 
