@@ -19,12 +19,12 @@ try:  # inside a package: how transformers loads this file from a Hub repository
     from .compat_phase15 import CACHE_NAME, give_both_cache_names, pop_cache
     from .configuration_phase15 import Phase15Config
     from .decoding_phase15 import is_compiled, sample_compiled
-    from .lanes_phase15 import NUM_LANES, generate_in_lanes
+    from .lanes_phase15 import NUM_LANES, Phase15Lanes, Phase15LaneThread, generate_in_lanes
 except ImportError:  # at the root of this repository
     from compat_phase15 import CACHE_NAME, give_both_cache_names, pop_cache
     from configuration_phase15 import Phase15Config
     from decoding_phase15 import is_compiled, sample_compiled
-    from lanes_phase15 import NUM_LANES, generate_in_lanes
+    from lanes_phase15 import NUM_LANES, Phase15Lanes, Phase15LaneThread, generate_in_lanes
 
 
 logger = logging.get_logger(__name__)
@@ -288,6 +288,20 @@ class Phase15GenerationMixin(GenerationMixin):
             progress_bar=progress_bar,
             return_logprobs=return_logprobs,
         )
+
+    def open_lanes(
+        self, num_lanes: int = NUM_LANES, compile: bool | None = None, max_kept_conversations: int = 0
+    ) -> Phase15LaneThread:
+        """
+        Lanes for requests that come and go, advanced by a thread: see [`Phase15LaneThread`] and [`Phase15Lanes`].
+
+        ```python
+        >>> thread = model.open_lanes()
+        >>> thread.start()
+        >>> request = thread.lanes.request(prompt_ids, max_new_tokens=64, on_token=lambda request: ...)
+        >>> thread.submit([request])
+        ```"""
+        return Phase15LaneThread(Phase15Lanes(self, num_lanes, compile, max_kept_conversations))
 
     def init_continuous_batching(self, *args, **kwargs):
         raise ValueError(f"Phase15 does not support paged continuous batching: {_ONE_CACHE}. Call `generate_batch`.")

@@ -14,6 +14,7 @@ of a request are those of `generate` on the request alone. The rest of the model
 """
 
 import hashlib
+import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator
@@ -27,9 +28,11 @@ from transformers.utils import logging
 
 try:  # inside a package: how transformers loads this file from a Hub repository or a saved folder
     from .decoding_phase15 import AUTOMATIC_ON, LibraryDecoder, Phase15Decoder, unsupported_model
+    from .recursion_phase15 import carry
     from .requests_phase15 import TOP_LOGPROBS, Phase15Request, Sampling, request_of, sample_tokens, width_of
 except ImportError:  # at the root of this repository
     from decoding_phase15 import AUTOMATIC_ON, LibraryDecoder, Phase15Decoder, unsupported_model
+    from recursion_phase15 import carry
     from requests_phase15 import TOP_LOGPROBS, Phase15Request, Sampling, request_of, sample_tokens, width_of
 
 logger = logging.get_logger(__name__)
@@ -75,13 +78,13 @@ class Lane:
                 request.top_logprobs.append(list(likeliest)[: request.num_logprobs])
             if self.ids is not None:
                 self.ids = torch.cat([self.ids, self.ids.new_tensor([[token]])], dim=1)
+            if request.on_token is not None:
+                request.on_token(request)
             stops = (torch.as_tensor(stop(self.ids, None)).all() for stop in request.criteria)  # lm_eval's give a bool
             if token in request.eos_token_ids or any(stops):
                 request.finish("stop")
             elif len(request.generated_tokens) >= request.max_new_tokens:
                 request.finish("length")
-        if request.on_token is not None:
-            request.on_token(request)
 
 
 class Phase15Lanes:
@@ -126,6 +129,10 @@ class Phase15Lanes:
     def submit(self, request: Phase15Request):
         """Puts a request into the queue. It gets a lane at a boundary, in the order of calls."""
         self.waiting.append(request)
+
+    def request(self, prompt_ids: list[int], *args, **kwargs) -> Phase15Request:
+        """A request with the settings of a call of `generate`: see [`request_of`]. It still has to be submitted."""
+        return request_of(self.model, prompt_ids, *args, **kwargs)
 
     def abort(self, error: Exception):
         """Ends every request that waits or is under way, with an error."""
@@ -181,7 +188,8 @@ class Phase15Lanes:
         ids = torch.tensor([segment + [0] * (longest - len(segment)) for segment in segments], device=device)
         length = torch.tensor([len(segment) for segment in segments], device=device)
         soft_prompt = self.model.read(self._stack(lanes), ids, length)
-        for lane, segment, row in zip(lanes, segments, rows_of(soft_prompt), strict=True):
+        for index, (lane, segment, row) in enumerate(zip(lanes, segments, rows_of(soft_prompt), strict=True)):
+            self._show(lane, ids[index : index + 1, : len(segment)], row)
             lane.soft_prompt, lane.num_read = row, lane.num_read + len(segment)
             if self.kept.size and len(segment) == size:
                 lane.kept = lane.request.prompt_ids[: lane.num_read], row
@@ -194,7 +202,15 @@ class Phase15Lanes:
         decoder.chunk.copy_(torch.cat(pad([lane.chunk for lane in lanes], len(decoder.chunk))))
         decoder.run("step", self.model)
         for lane, row in zip(lanes, rows_of(decoder.soft_prompt), strict=False):
+            self._show(lane, lane.chunk, row)
             lane.soft_prompt, lane.chunk = row, None
+
+    def _show(self, lane: Lane, ids: torch.LongTensor, stepped):
+        """Gives a request that asks for it the step over `ids`, `(1, num_tokens)`."""
+        if lane.request.on_step is not None:
+            tokens, length = self.model.get_input_embeddings()(ids), torch.full((1,), ids.shape[1], device=ids.device)
+            carried = carry(lane.soft_prompt, tokens, length, self.model.config.num_sink_tokens)
+            lane.request.on_step(carried, stepped, ids.shape[1])
 
     def _speak(self, lanes: list[Lane]):
         """One chunk of each answer, or less where all end before."""
@@ -307,6 +323,54 @@ class Phase15Lanes:
         return lanes[0].soft_prompt._make(map(torch.cat, states))
 
 
+class Phase15LaneThread:
+    """
+    A thread that advances lanes while there is something to do.
+
+    Args:
+        lanes (`Phase15Lanes`): nobody else may call their `advance`.
+    """
+
+    def __init__(self, lanes: Phase15Lanes):
+        self.lanes, self.news, self.is_stopping = lanes, threading.Condition(), False
+        self.thread = threading.Thread(target=self._run, name="lanes", daemon=True)
+
+    def start(self):
+        self.thread.start()
+
+    def stop(self):
+        """Ends what is still under way, and waits for the chunk that is being said."""
+        with self.news:
+            self.is_stopping = True
+            self.news.notify()
+        for request in [*self.lanes.waiting, *(lane.request for lane in self.lanes.lanes)]:
+            request.finish("cancelled")
+        self.thread.join()
+
+    def submit(self, requests: list[Phase15Request]):
+        """Puts requests into the queue, from any thread."""
+        with self.news:
+            for request in requests:
+                self.lanes.submit(request)
+            self.news.notify()
+
+    def advance(self):
+        self.lanes.advance()
+
+    def _run(self):
+        while True:
+            with self.news:
+                while not (self.is_stopping or self.lanes.waiting or self.lanes.lanes):
+                    self.news.wait()
+                if self.is_stopping:
+                    return
+            try:
+                self.advance()
+            except Exception as error:  # out of memory, or a bug: the next requests may go well
+                logger.exception("All answers under way are ended")
+                self.lanes.abort(error)
+
+
 class KeptConversations:
     """
     Soft prompts after their answers, by the tokens that they have read.
@@ -405,4 +469,4 @@ def generate_in_lanes(
     return outputs
 
 
-__all__ = ["Phase15Lanes", "generate_in_lanes"]
+__all__ = ["Phase15LaneThread", "Phase15Lanes", "generate_in_lanes"]

@@ -54,6 +54,8 @@ class Phase15Request:
         criteria (`list`): the library's, other than length and end tokens.
         num_logprobs (`int`, *optional*): give each token's log-probability and so many of the likeliest tokens'.
         on_token (`Callable`, *optional*): called with the request after every token, in the thread of `advance`.
+        on_step (`Callable`, *optional*): called after every step of the recursion with the carried soft prompt, the
+            stepped one, each of one row, and how many tokens entered.
         on_finish (`Callable`, *optional*): called with the request at its end, in the thread that ends it.
 
     Attributes:
@@ -75,6 +77,7 @@ class Phase15Request:
     criteria: list = field(default_factory=list)
     num_logprobs: int | None = None
     on_token: Callable | None = None
+    on_step: Callable | None = None
     on_finish: Callable | None = None
     generated_tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)

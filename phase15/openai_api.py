@@ -11,6 +11,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import torch
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
@@ -24,9 +25,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from lanes_phase15 import Phase15Lanes
 from modeling_phase15 import Phase15ForCausalLM
+from phase15.models import load_served
 from phase15.openai_requests import ApiError, Asked, asked_of, chat_ids, messages_of, prompts_of
 from phase15.serving import (
     Call,
@@ -37,7 +40,10 @@ from phase15.serving import (
     StoppingError,
     TokenPenalties,
 )
-from requests_phase15 import request_of
+from requests_phase15 import Phase15Request, request_of
+
+
+logger = logging.get_logger("transformers.phase15.serve")
 
 
 class Server:
@@ -46,45 +52,66 @@ class Server:
 
     Args:
         model (`Phase15ForCausalLM`), tokenizer (`PreTrainedTokenizerBase`): the served model.
-        name (`str`): of the model, in requests and answers.
-        arguments (`Phase15ServerArguments`): lanes and limits.
+        arguments (`Phase15ServerArguments`): its name, lanes and limits.
     """
 
     def __init__(
-        self,
-        model: Phase15ForCausalLM,
-        tokenizer: PreTrainedTokenizerBase,
-        name: str,
-        arguments: Phase15ServerArguments,
+        self, model: Phase15ForCausalLM, tokenizer: PreTrainedTokenizerBase, arguments: Phase15ServerArguments
     ):
-        self.model, self.tokenizer, self.name, self.arguments = model, tokenizer, name, arguments
+        self.model, self.tokenizer, self.arguments, self.key = model, tokenizer, arguments, arguments.read_key()
         lanes = Phase15Lanes(model, arguments.num_lanes, arguments.compile, arguments.max_kept_conversations)
         self.worker = LaneWorker(lanes, arguments.max_waiting)
-        self.created = int(time.time())
 
-    async def call(self, body: dict, kind: str) -> tuple[Asked, Call]:
+    @classmethod
+    def load(cls, arguments: Phase15ServerArguments) -> "Server":
+        """Loads the model, and says in the log what its lanes take."""
+        device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"`device` is {device!r}: {str(error).splitlines()[0]}") from error
+        arguments.read_key()  # refuse a missing one before the weights are read
+        model, tokenizer = load_served(arguments.name, arguments.dtype, arguments.revision)
+        config, text = model.config, model.config.text_config
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        column = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim
+        kept = config.num_soft_tokens * text.hidden_size * model.dtype.itemsize
+        lane = kept + (config.num_soft_tokens + config.chunk_length) * column * model.dtype.itemsize
+        logger.warning(
+            f"{arguments.name} on {device}: {arguments.num_lanes} lanes of {lane / 2**20:,.1f} MB, and up to "
+            f"{arguments.max_kept_conversations} kept conversations of {kept / 2**20:,.2f} MB, at any length."
+        )
+        return cls(model.to(device).eval(), tokenizer, arguments)
+
+    async def start(self):
+        self.worker.start()
+
+    async def stop(self):
+        await run_in_threadpool(self.worker.stop)
+
+    def is_alive(self) -> bool:
+        return self.worker.thread.is_alive()
+
+    def metrics(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self.worker.metrics.registry)
+
+    async def open(self, body: dict, kind: str) -> "Answer":
         """
-        Asks for the answers to the body of a request.
+        Asks for the answers to the body of a request; `kind` is "chat" or "text".
 
         Raises:
             ApiError: for what cannot be honoured, and when too many requests wait.
         """
-        if body.get("model") not in (None, self.name):
-            raise ApiError(
-                f"the model {body['model']!r:.80} does not exist; this server has {self.name!r}.",
-                "model",
-                404,
-                "model_not_found",
-            )
+        check_model(body, self.arguments.name)
         asked, requests = await run_in_threadpool(self.prepare, body, kind)
         try:
-            return asked, Call(self.worker, requests, self.tokenizer, asked.stops, asked.is_streamed)
+            call = Call(self.worker, requests, self.tokenizer, asked.stops, asked.is_streamed)
         except LanesBusyError:
-            message = f"{self.arguments.max_waiting} requests wait already: try again later."
-            headers = {"Retry-After": str(self.arguments.retry_after)}
-            raise ApiError(message, status=429, code="rate_limit_exceeded", **headers) from None
+            raise busy(self.arguments) from None
+        return Answer(kind, asked, call, self.tokenizer, self.arguments.name)
 
-    def prepare(self, body: dict, kind: str) -> tuple[Asked, list]:
+    def prepare(self, body: dict, kind: str) -> tuple[Asked, list[Phase15Request]]:
         """The requests that a body asks for, one for each choice of each prompt."""
         vocab_size = self.model.config.text_config.vocab_size
         asked = asked_of(body, kind, self.arguments, self.model.generation_config, vocab_size)
@@ -93,44 +120,124 @@ class Server:
         else:
             asked.prompts = prompts_of(body, self.tokenizer)
         param, most = ("messages" if kind == "chat" else "prompt"), self.arguments.max_prompt_tokens
-        requests = []
         for prompt in asked.prompts:
             if len(prompt) > most:
                 reason = f"the prompt has {len(prompt):,} tokens, but this server reads {most:,} at most."
                 raise ApiError(reason, param, code="context_length_exceeded")
-            settings = dict(asked.settings)
-            if any(asked.penalties):
-                settings["logits_processor"] = LogitsProcessorList([TokenPenalties(len(prompt), *asked.penalties)])
-            for index in range(asked.n):
-                seed = None if asked.seed is None else (asked.seed + index) % 2**63
-                try:
-                    requests.append(
-                        request_of(
-                            self.model,
-                            prompt,
-                            seed=seed,
-                            num_logprobs=asked.num_logprobs,
-                            name=param,
-                            pad_token_id=0,
-                            **settings,
-                        )
-                    )
-                except ValueError as error:
-                    raise ApiError(str(error)) from error
-                if asked.ignores_end:
-                    requests[-1].eos_token_ids = frozenset()
-        if len(requests) > self.arguments.num_lanes + self.arguments.max_waiting:
-            raise ApiError(f"{len(requests)} answers are asked for at once: ask for fewer.", param)
-        return asked, requests
+        number = len(asked.prompts) * asked.n
+        if number > self.arguments.num_lanes + self.arguments.max_waiting:
+            raise ApiError(f"{number} answers are asked for at once: ask for fewer.", param)
+        return asked, [self.request(asked, prompt, index) for prompt in asked.prompts for index in range(asked.n)]
 
-    def usage(self, asked: Asked, call: Call) -> CompletionUsage:
-        # each prompt counts once, whatever `n`
-        prompt_tokens = sum(map(len, asked.prompts))
-        kept = sum(choice.request.num_kept_tokens for choice in call.choices[:: asked.n])
+    def request(self, asked: Asked, prompt: list[int], index: int) -> Phase15Request:
+        """One choice of the answer to a prompt."""
+        settings = dict(asked.settings)
+        if any(asked.penalties):
+            settings["logits_processor"] = LogitsProcessorList([TokenPenalties(len(prompt), *asked.penalties)])
+        try:
+            request = request_of(
+                self.model,
+                prompt,
+                seed=None if asked.seed is None else (asked.seed + index) % 2**63,
+                num_logprobs=asked.num_logprobs,
+                name="prompt",
+                pad_token_id=0,
+                **settings,
+            )
+        except ValueError as error:
+            raise ApiError(str(error)) from error
+        if asked.ignores_end:
+            request.eos_token_ids = frozenset()
+        return request
+
+
+class Answer:
+    """
+    The answer to one request, as OpenAI's types.
+
+    Args:
+        kind (`str`): "chat" or "text".
+        asked (`Asked`): what the request asked for.
+        call (`Call`): its choices.
+        tokenizer (`PreTrainedTokenizerBase`), name (`str`): of the served model.
+    """
+
+    def __init__(self, kind: str, asked: Asked, call: Call, tokenizer: PreTrainedTokenizerBase, name: str):
+        self.asked, self.call, self.tokenizer = asked, call, tokenizer
+        self.is_chat, self.is_streamed = kind == "chat", asked.is_streamed
+        self.head = {
+            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": name,
+        }
+        if self.is_chat:
+            self.head["object"] = "chat.completion.chunk" if self.is_streamed else "chat.completion"
+
+    def cancel(self):
+        """Frees the lanes at the next boundary."""
+        self.call.cancel()
+
+    async def events(self) -> AsyncIterator[str]:
+        """JSON: the chunks of a streamed answer, or the whole answer."""
+        if not self.is_streamed:
+            yield (await self.whole()).model_dump_json(exclude_unset=True)
+            return
+        made = ChatCompletionChunk if self.is_chat else Completion
+        no_usage = {"usage": None} if self.asked.includes_usage else {}
+        async for choice in self.chunks():
+            yield made(choices=[choice], **self.head, **no_usage).model_dump_json(exclude_unset=True)
+        if self.asked.includes_usage:
+            yield made(choices=[], **self.head, usage=self.usage()).model_dump_json(exclude_unset=True)
+
+    async def whole(self) -> ChatCompletion | Completion:
+        pieces: list[list[Piece]] = [[] for _ in self.call.choices]
+        async for piece in self.call.pieces():
+            pieces[piece.index].append(piece)
+        choices = []
+        for index, parts in enumerate(pieces):
+            text, reason = "".join(part.text for part in parts), parts[-1].finish_reason
+            if self.is_chat:
+                choice = chat_completion.Choice(
+                    index=index,
+                    message={"role": "assistant", "content": text, "refusal": None},
+                    logprobs=self.chat_logprobs(parts),
+                    finish_reason=reason,
+                )
+            else:
+                logprobs = self.text_logprobs(parts, 0)
+                choice = CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=reason)
+            choices.append(choice)
+        made = ChatCompletion if self.is_chat else Completion
+        return made(choices=choices, usage=self.usage(), **self.head)
+
+    async def chunks(self) -> AsyncIterator[chat_completion_chunk.Choice | CompletionChoice]:
+        lengths = [0] * len(self.call.choices)
+        if self.is_chat:
+            for choice in self.call.choices:
+                yield chat_chunk(choice.index, {"role": "assistant", "content": ""}, None, None)
+        async for piece in self.call.pieces():
+            if not (piece.text or piece.finish_reason) and self.asked.num_logprobs is None:
+                continue  # what was said is held back
+            if self.is_chat:
+                delta = {"content": piece.text} if piece.text or piece.tokens else {}
+                yield chat_chunk(piece.index, delta, self.chat_logprobs([piece]), piece.finish_reason)
+            else:
+                yield CompletionChoice.model_construct(  # its finish_reason may not be null, but in a stream it is
+                    index=piece.index,
+                    text=piece.text,
+                    logprobs=self.text_logprobs([piece], lengths[piece.index]),
+                    finish_reason=piece.finish_reason,
+                )
+                lengths[piece.index] += len(piece.text)
+
+    def usage(self) -> CompletionUsage:
+        prompt_tokens = sum(map(len, self.asked.prompts))  # each prompt counts once, whatever `n`
+        kept = sum(choice.request.num_kept_tokens for choice in self.call.choices[:: self.asked.n])
         return CompletionUsage(
             prompt_tokens=prompt_tokens,
-            completion_tokens=call.num_tokens,
-            total_tokens=prompt_tokens + call.num_tokens,
+            completion_tokens=self.call.num_tokens,
+            total_tokens=prompt_tokens + self.call.num_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=kept),
         )
 
@@ -141,9 +248,9 @@ class Server:
         text = self.token_text(token)
         return {"token": text, "bytes": list(text.encode()), "logprob": logprob}
 
-    def chat_logprobs(self, asked: Asked, pieces: list[Piece]) -> dict | None:
+    def chat_logprobs(self, pieces: list[Piece]) -> dict | None:
         """`ChoiceLogprobs` of a choice's pieces."""
-        if asked.num_logprobs is None:
+        if self.asked.num_logprobs is None:
             return None
         content = []
         for piece in pieces:
@@ -152,88 +259,35 @@ class Server:
                 content.append(ChatCompletionTokenLogprob(**self.token_logprob(token, logprob), top_logprobs=top))
         return {"content": content, "refusal": None}
 
-    def text_logprobs(self, asked: Asked, pieces: list[Piece], offset: int = 0) -> Logprobs | None:
-        if asked.num_logprobs is None:
+    def text_logprobs(self, pieces: list[Piece], offset: int) -> Logprobs | None:
+        """Of a choice's pieces, the first of which begins at character `offset` of the text."""
+        if self.asked.num_logprobs is None:
             return None
         tokens = [self.token_text(token) for piece in pieces for token in piece.tokens]
-        offsets = [offset + sum(map(len, tokens[:index])) for index in range(len(tokens))]
         likeliest = [pairs for piece in pieces for pairs in piece.top_logprobs]
         return Logprobs(
             tokens=tokens,
             token_logprobs=[logprob for piece in pieces for logprob in piece.logprobs],
             top_logprobs=[{self.token_text(token): logprob for token, logprob in pairs} for pairs in likeliest],
-            text_offset=offsets,
+            text_offset=[offset + sum(map(len, tokens[:index])) for index in range(len(tokens))],
         )
-
-    async def whole(self, kind: str, asked: Asked, call: Call) -> ChatCompletion | Completion:
-        """The answer to a request without `stream`."""
-        pieces: list[list[Piece]] = [[] for _ in call.choices]
-        async for piece in call.pieces():
-            pieces[piece.index].append(piece)
-        choices = []
-        for index, parts in enumerate(pieces):
-            text, reason = "".join(part.text for part in parts), parts[-1].finish_reason
-            if kind == "chat":
-                choices.append(
-                    chat_completion.Choice(
-                        index=index,
-                        message={"role": "assistant", "content": text, "refusal": None},
-                        logprobs=self.chat_logprobs(asked, parts),
-                        finish_reason=reason,
-                    )
-                )
-            else:
-                logprobs = self.text_logprobs(asked, parts)
-                choices.append(CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=reason))
-        made = ChatCompletion if kind == "chat" else Completion
-        return made(choices=choices, usage=self.usage(asked, call), **self.head(kind, "chat.completion"))
-
-    def head(self, kind: str, name: str) -> dict:
-        prefix, name = ("chatcmpl", name) if kind == "chat" else ("cmpl", "text_completion")
-        return {
-            "id": f"{prefix}-{uuid.uuid4().hex}",
-            "object": name,
-            "created": int(time.time()),
-            "model": self.name,
-        }
-
-    async def stream(self, kind: str, asked: Asked, call: Call) -> AsyncIterator[bytes]:
-        """Server-sent events of a request with `stream`."""
-        head, lengths = self.head(kind, "chat.completion.chunk"), [0] * len(call.choices)
-        made = ChatCompletionChunk if kind == "chat" else Completion
-        no_usage = {"usage": None} if asked.includes_usage else {}
-
-        def event(choices: list, **more) -> bytes:
-            return format_sse_event(data_str=made(choices=choices, **head, **more).model_dump_json(exclude_unset=True))
-
-        try:
-            if kind == "chat":
-                for choice in call.choices:
-                    delta = {"role": "assistant", "content": ""}
-                    yield event([chat_chunk(choice.index, delta, None, None)], **no_usage)
-            async for piece in call.pieces():
-                if kind == "chat":
-                    delta = {"content": piece.text} if piece.text or piece.tokens else {}
-                    choice = chat_chunk(piece.index, delta, self.chat_logprobs(asked, [piece]), piece.finish_reason)
-                else:
-                    choice = CompletionChoice.model_construct(
-                        index=piece.index,
-                        text=piece.text,
-                        logprobs=self.text_logprobs(asked, [piece], lengths[piece.index]),
-                        finish_reason=piece.finish_reason,
-                    )
-                    lengths[piece.index] += len(piece.text)
-                if piece.text or piece.finish_reason or asked.num_logprobs is not None:
-                    yield event([choice], **no_usage)
-            if asked.includes_usage:
-                yield event([], usage=self.usage(asked, call))
-        except Exception as error:  # the status has been sent already
-            yield format_sse_event(data_str=json.dumps(error_of(error).body))
-        yield format_sse_event(data_str="[DONE]")
 
 
 def chat_chunk(index: int, delta: dict, logprobs: dict | None, reason: str | None) -> chat_completion_chunk.Choice:
     return chat_completion_chunk.Choice(index=index, delta=delta, logprobs=logprobs, finish_reason=reason)
+
+
+def check_model(body: dict, name: str):
+    """Raises an ApiError for another model."""
+    if body.get("model") not in (None, name):
+        message = f"the model {body['model']!r:.80} does not exist; this server has {name!r}."
+        raise ApiError(message, "model", 404, "model_not_found")
+
+
+def busy(arguments: Phase15ServerArguments) -> ApiError:
+    headers = {"Retry-After": str(arguments.retry_after)}
+    message = f"{arguments.max_waiting} requests wait already: try again later."
+    return ApiError(message, status=429, code="rate_limit_exceeded", **headers)
 
 
 def error_of(error: Exception) -> ApiError:
@@ -265,76 +319,84 @@ async def read_body(request: Request, most: int) -> dict:
     return found
 
 
-async def cancel_without_client(request: Request, call: Call):
+async def cancel_without_client(request: Request, answer: Answer):
     """Frees the lanes of a client that leaves."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    call.cancel()
+    answer.cancel()
+
+
+async def stream(answer: Answer) -> AsyncIterator[bytes]:
+    """Server-sent events of a streamed answer."""
+    try:
+        async for text in answer.events():
+            yield format_sse_event(data_str=text)
+    except Exception as error:  # the status has been sent already
+        yield format_sse_event(data_str=json.dumps(error_of(error).body))
+    yield format_sse_event(data_str="[DONE]")
 
 
 def build_app(server: Server) -> FastAPI:
-    """The ASGI application of a server. Its lanes run from startup to shutdown."""
+    """The ASGI application of a server, which starts and stops with it."""
 
     @asynccontextmanager
     async def lifespan(_):
-        server.worker.start()
+        await server.start()
         yield
-        await run_in_threadpool(server.worker.stop)
+        await server.stop()
 
     app = FastAPI(title="Phase15", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    watching: set[asyncio.Task] = set()
-    key = server.arguments.key()
+    key, watching, name = server.key, set(), server.arguments.name
+    model = Model(id=name, created=int(time.time()), object="model", owned_by="phase15").model_dump()
 
     def check_key(request: Request):
-        scheme = "Bearer "
         given = request.headers.get("authorization", "")
-        if key and not hmac.compare_digest(given.encode(), (scheme + key).encode()):
+        if key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
             raise ApiError("the API key is missing or wrong.", status=401, code="invalid_api_key")
 
-    async def answer(request: Request, kind: str) -> Response:
+    async def respond(request: Request, kind: str) -> Response:
         check_key(request)
         body = await read_body(request, server.arguments.max_body_bytes)
-        asked, call = await server.call(body, kind)
-        watcher = asyncio.create_task(cancel_without_client(request, call))
+        answer = await server.open(body, kind)
+        watcher = asyncio.create_task(cancel_without_client(request, answer))
         watching.add(watcher)  # the loop itself keeps no task alive
         watcher.add_done_callback(watching.discard)
-        if asked.is_streamed:
-            return EventSourceResponse(server.stream(kind, asked, call))
+        if answer.is_streamed:
+            return EventSourceResponse(stream(answer))
         try:
-            completion = await server.whole(kind, asked, call)
+            (text,) = [text async for text in answer.events()]
         finally:
             watcher.cancel()
-        return Response(completion.model_dump_json(exclude_unset=True), media_type="application/json")
+        return Response(text, media_type="application/json")
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await answer(request, "chat")
+        return await respond(request, "chat")
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await answer(request, "text")
+        return await respond(request, "text")
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         check_key(request)
-        return JSONResponse({"object": "list", "data": [describe(server)]})
+        return JSONResponse({"object": "list", "data": [model]})
 
-    @app.get("/v1/models/{name:path}")
-    async def model(request: Request, name: str) -> Response:
+    @app.get("/v1/models/{model_id:path}")
+    async def one_model(request: Request, model_id: str) -> Response:
         check_key(request)
-        if name != server.name:
-            raise ApiError(f"the model {name!r:.80} does not exist.", "model", 404, "model_not_found")
-        return JSONResponse(describe(server))
+        check_model({"model": model_id}, name)
+        return JSONResponse(model)
 
     @app.get("/health")
     async def health() -> Response:
-        is_alive = server.worker.thread.is_alive()
+        is_alive = server.is_alive()
         return JSONResponse({"status": "ok" if is_alive else "stopped"}, 200 if is_alive else 503)
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
         check_key(request)
-        return Response(generate_latest(server.worker.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(server.metrics(), media_type=CONTENT_TYPE_LATEST)
 
     @app.exception_handler(HTTPException)
     async def not_served(_, error: HTTPException) -> Response:
@@ -349,7 +411,3 @@ def build_app(server: Server) -> FastAPI:
     # the client left before its request was whole: nobody reads this
     app.add_exception_handler(ClientDisconnect, lambda *_: Response(status_code=400))
     return app
-
-
-def describe(server: Server) -> dict:
-    return Model(id=server.name, created=server.created, object="model", owned_by="phase15").model_dump()

@@ -66,6 +66,7 @@ class ApiError(Exception):
 
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None, **headers):
         super().__init__(message)
+        self.arguments = {"message": message, "param": param, "status": status, "code": code, **headers}
         self.status, self.headers = status, headers
         kind = "invalid_request_error" if status < 500 else "server_error"
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}

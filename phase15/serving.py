@@ -2,9 +2,7 @@
 """Answers as text for many clients at once: a thread that advances the lanes, and their tokens in an event loop."""
 
 import asyncio
-import logging
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator
@@ -17,15 +15,13 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from lanes_phase15 import LaneCounts, Phase15Lanes
+from lanes_phase15 import LaneCounts, Phase15Lanes, Phase15LaneThread
+from phase15.models import QUICKSTART
 from requests_phase15 import Phase15Request
 
 
 RATE_SECONDS = 10.0  # over which tokens per second are counted
 BROKEN_CHARACTER = "�"  # of bytes that the next tokens may complete
-
-
-logger = logging.getLogger(__name__)
 
 
 class LanesBusyError(Exception):
@@ -38,8 +34,12 @@ class StoppingError(Exception):
 
 @dataclass
 class Phase15ServerArguments:
-    """Lanes and limits of a server. The defaults protect a machine that others can reach."""
+    """A server's model, lanes and limits. The defaults protect a machine that others can reach."""
 
+    model_dir: str = field(default=QUICKSTART, metadata={"help": "Folder or Hub id of a Phase15 model."})
+    revision: str | None = field(default=None, metadata={"help": "Of a model on the Hub."})
+    dtype: str = field(default="auto", metadata={"help": "Of the weights: auto, float32, bfloat16."})
+    device: str | None = field(default=None, metadata={"help": "Default: cuda if there is one, else cpu."})
     num_lanes: int = field(default=16, metadata={"help": "Answers at once. Memory grows with it, and nothing else."})
     compile: bool | None = field(
         default=None, metadata={"help": "Compiled steps, as in `generate`: by default on CUDA, where possible."}
@@ -64,7 +64,12 @@ class Phase15ServerArguments:
             if getattr(self, name) < at_least.get(name, 1):
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but it must be {at_least.get(name, 1)} or more.")
 
-    def key(self) -> str | None:
+    @property
+    def name(self) -> str:
+        """Of the model, in requests and answers."""
+        return self.model_dir.rstrip("/")  # the shell appends a slash
+
+    def read_key(self) -> str | None:
         """The API key, if clients need one."""
         key = os.environ.get("PHASE15_API_KEY")
         if self.api_key is not None:
@@ -121,9 +126,9 @@ def num_waiting(lanes: Phase15Lanes) -> int:
     return sum(request.finish_reason is None for request in list(lanes.waiting))
 
 
-class LaneWorker:
+class LaneWorker(Phase15LaneThread):
     """
-    The thread that advances the lanes while there is something to do.
+    A thread that advances lanes, counts what they do, and lets no more requests wait than may.
 
     Args:
         lanes (`Phase15Lanes`): of the served model.
@@ -131,22 +136,8 @@ class LaneWorker:
     """
 
     def __init__(self, lanes: Phase15Lanes, max_waiting: int):
-        self.lanes, self.max_waiting, self.metrics = lanes, max_waiting, Metrics(lanes)
-        self.news = threading.Condition()
-        self.is_stopping = False
-        self.thread = threading.Thread(target=self._run, name="lanes", daemon=True)
-
-    def start(self):
-        self.thread.start()
-
-    def stop(self):
-        """Ends what is still under way, and waits for the chunk that is being said."""
-        with self.news:
-            self.is_stopping = True
-            self.news.notify()
-        for request in [*self.lanes.waiting, *(lane.request for lane in self.lanes.lanes)]:
-            request.finish("cancelled")
-        self.thread.join()
+        super().__init__(lanes)
+        self.max_waiting, self.metrics = max_waiting, Metrics(lanes)
 
     def submit(self, requests: list[Phase15Request]):
         """
@@ -159,23 +150,13 @@ class LaneWorker:
             free = max(self.lanes.num_lanes - len(self.lanes.lanes), 0)
             if num_waiting(self.lanes) + len(requests) > self.max_waiting + free:
                 raise LanesBusyError
-            for request in requests:
-                self.lanes.submit(request)
-            self.news.notify()
+            super().submit(requests)
 
-    def _run(self):
-        while True:
-            with self.news:
-                while not (self.is_stopping or self.lanes.waiting or self.lanes.lanes):
-                    self.news.wait()
-                if self.is_stopping:
-                    return
-            before = self.lanes.counts
-            try:
-                self.lanes.advance()
-            except Exception as error:  # out of memory, or a bug: the next requests may go well
-                logger.exception("All answers under way are ended")
-                self.lanes.abort(error)
+    def advance(self):
+        before = self.lanes.counts
+        try:
+            super().advance()
+        finally:
             self.metrics.count(before, self.lanes.counts)
 
 

@@ -21,7 +21,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from threading import Event, Thread, get_ident
 from typing import NamedTuple
 
 import gradio as gr
@@ -34,7 +33,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
     TextIteratorStreamer,
 )
 from transformers.utils import cached_file
@@ -43,7 +41,8 @@ from transformers.utils import cached_file
 HERE = Path(__file__).parent.parent
 QUICKSTART = HERE / "outputs" / "quickstart"
 MAX_CHARACTERS = 100_000  # of a conversation: 40 pages, some 100 steps of reading; the model itself has no limit
-MAX_WAITING = 16  # questions; one is answered at a time
+MAX_WAITING = 16  # questions, beside those that are being answered
+NUM_LANES = 8  # questions that are answered at once
 COLUMNS = 32  # steps in the table; the picture has them all
 INVISIBLE = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"})
 FONTS = ["system-ui", "sans-serif"]  # no font is fetched from anywhere
@@ -97,89 +96,67 @@ def nearest_tokens(slots: torch.Tensor, embeddings: torch.Tensor) -> tuple[torch
 
 class Recorder:
     """
-    A context that collects in `steps` the recursion's steps of this thread's calls of the model, for the first row.
+    Collects the steps of the recursion in one answer.
 
     Args:
-        model (`Phase15ForCausalLM`): the model; it is left as it was.
         query_length (`int`): tokens of the query; the step that reads the last of them makes sp_0.
-        vocab_size (`int`): tokens that the tokenizer knows; embeddings behind them are padding.
+        embeddings (`torch.Tensor` of shape `(vocab_size, hidden_size)`): of the tokens that the tokenizer knows.
     """
 
-    def __init__(self, model: PreTrainedModel, query_length: int, vocab_size: int):
-        self.model, self.query_length, self.vocab_size = model, query_length, vocab_size
+    def __init__(self, query_length: int, embeddings: torch.Tensor):
+        self.query_length, self.embeddings = query_length, embeddings
+        self.raw: list[tuple] = []  # of the lanes' thread, which others wait for
         self.steps: list[Step] = []
 
-    def __enter__(self) -> "Recorder":
-        self.thread = get_ident()
-        self.hook = self.model.hypernet.register_forward_hook(self.record)
-        return self
+    def __call__(self, carried: tuple, stepped: tuple, num_tokens: int):
+        """The lanes' thread gives soft prompts of one row."""
+        self.raw.append((carried, stepped, num_tokens))
 
-    def __exit__(self, *_):
-        self.hook.remove()
-
-    def record(self, _, inputs: tuple, delta: torch.Tensor):
-        if get_ident() != self.thread:  # another request's
-            return
-        carried, _, _, token_length, *_ = inputs
-        length = int(carried.length[0])
-        before, delta = carried.embeds[0, :length].float(), delta[0, :length].float()
-        after = before + delta
-        embeddings = self.model.get_input_embeddings().weight[: self.vocab_size]
-        tokens, cosines = (x.tolist() for x in nearest_tokens(torch.cat([after, before]), embeddings))
-        shares = (delta.norm(dim=1) / after.norm(dim=1).clamp(min=1e-12)).tolist()
-        seen = int(token_length[0]) + (self.steps[-1].seen if self.steps else 0)
-        chunk = sum(step.seen >= self.query_length for step in self.steps)
-        name = f"sp_{chunk}" if seen >= self.query_length else f"read {len(self.steps) + 1}"
-        self.steps.append(Step(name, seen, tokens[:length], cosines[:length], tokens[length:], shares))
-
-
-class Stop(Event, StoppingCriteria):
-    """Ends a generation at its next token, once set."""
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
-        return torch.full(input_ids.shape[:1], self.is_set(), device=input_ids.device)
+    def read(self) -> list[Step]:
+        """All steps so far, worked out in the thread that reads them."""
+        for carried, stepped, num_tokens in self.raw[len(self.steps) :]:
+            length = int(carried.length[0])
+            before, after = carried.embeds[0, :length].float(), stepped.embeds[0, :length].float()
+            tokens, cosines = (x.tolist() for x in nearest_tokens(torch.cat([after, before]), self.embeddings))
+            shares = ((after - before).norm(dim=1) / after.norm(dim=1).clamp(min=1e-12)).tolist()
+            seen = num_tokens + (self.steps[-1].seen if self.steps else 0)
+            chunk = sum(step.seen >= self.query_length for step in self.steps)
+            name = f"sp_{chunk}" if seen >= self.query_length else f"read {len(self.steps) + 1}"
+            self.steps.append(Step(name, seen, tokens[:length], cosines[:length], tokens[length:], shares))
+        return list(self.steps)
 
 
 def reply(
-    model: PreTrainedModel,
+    lanes,
     tokenizer: PreTrainedTokenizerBase,
     conversation: list[dict[str, str]],
     temperature: float = 0.0,
     max_new_tokens: int = 256,
 ) -> Iterator[tuple[str, list[Step]]]:
     """
-    Answers a conversation: the text so far and the steps so far, again and again. Closing the iterator ends the
-    generation. Its errors are raised here.
+    Answers a conversation: the text so far and the steps so far, again and again. Closing the iterator frees the lane.
+    Errors of the answer are raised here. `lanes` is a model's `open_lanes()`, started.
     """
     if tokenizer.chat_template:
-        settings = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
-        inputs = tokenizer.apply_chat_template(conversation, **settings)
+        ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)["input_ids"]
     else:
-        inputs = tokenizer("\n".join(turn["content"] for turn in conversation), return_tensors="pt")
-    inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    sampling["max_new_tokens"] = max_new_tokens
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    recorder, stop, errors = Recorder(model, inputs["input_ids"].shape[1], len(tokenizer)), Stop(), []
-
-    def generate():
-        try:
-            with recorder:
-                model.generate(**inputs, **sampling, streamer=streamer, stopping_criteria=[stop])
-        except Exception as error:
-            errors.append(error)
-            streamer.on_finalized_text("", stream_end=True)  # nobody waits for more
-
-    Thread(target=generate, daemon=True).start()
+        ids = tokenizer("\n".join(turn["content"] for turn in conversation))["input_ids"]
+    sampling = {"do_sample": True, "temperature": float(temperature)} if temperature else {"do_sample": False}
+    streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
+    request = lanes.lanes.request(ids, max_new_tokens=max_new_tokens, **sampling)
+    request.on_token = lambda request: streamer.put(torch.tensor(request.generated_tokens[-1:]))
+    request.on_finish = lambda _: streamer.end()
+    request.on_step = recorder = Recorder(len(ids), lanes.lanes.model.get_input_embeddings().weight[: len(tokenizer)])
+    lanes.submit([request])
     text = ""
     try:
         for piece in streamer:
             text += piece
-            yield text, list(recorder.steps)
-        if errors:
-            raise errors[0]
+            yield text, recorder.read()
+        if request.error is not None:
+            raise request.error
     finally:
-        stop.set()
+        request.finish("cancelled")
 
 
 def picture(steps: list[Step], num_slots: int, num_sinks: int) -> Figure:
@@ -232,6 +209,7 @@ def build_demo(
     name: str,
     max_characters: int = MAX_CHARACTERS,
     max_waiting: int = MAX_WAITING,
+    num_lanes: int = NUM_LANES,
     opening: list[dict[str, str]] | None = None,
 ) -> gr.Blocks:
     """
@@ -241,6 +219,8 @@ def build_demo(
     config = model.config
     sizes = config.num_soft_tokens, config.num_sink_tokens
     width, number_size = model.get_input_embeddings().weight.shape[1], model.dtype.itemsize
+    lanes = model.open_lanes(num_lanes)
+    lanes.start()
     state = f"{sizes[0]} slots × {width} numbers: {sizes[0] * width * number_size / 1024:,.0f} kB"
 
     def turn(role: str, text: str) -> dict:
@@ -270,7 +250,7 @@ def build_demo(
         yield "", history, *[gr.skip()] * 3
         shown = 0
         try:
-            with closing(reply(model, tokenizer, conversation, temperature, max_new_tokens)) as answer:
+            with closing(reply(lanes, tokenizer, conversation, temperature, max_new_tokens)) as answer:
                 for text, steps in answer:
                     is_new, shown = len(steps) > shown, len(steps)
                     shows = panel(steps) if is_new else [gr.skip()] * 3
@@ -280,7 +260,7 @@ def build_demo(
 
     first, shows = [], [HEADING, None, ""]
     if opening:
-        *_, (text, steps) = reply(model, tokenizer, opening)
+        *_, (text, steps) = reply(lanes, tokenizer, opening)
         whole = [*opening, {"role": "assistant", "content": text}]
         first, shows = [turn(said["role"], said["content"]) for said in whole], panel(steps)
 
@@ -306,7 +286,7 @@ def build_demo(
             respond,
             inputs=[box, chat, temperature, max_new_tokens],
             outputs=[box, chat, facts, plot, slots],
-            concurrency_limit=1,
+            concurrency_limit=num_lanes,
         )
         stop.click(None, cancels=[event])
     return demo.queue(max_size=max_waiting)
@@ -324,6 +304,11 @@ def load(model_dir: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise ValueError(f"{model_dir}: model.safetensors cannot be read: {error}") from error
     if missing := sorted(info["missing_keys"]):  # the library would go on with random weights
         raise ValueError(f"{model_dir}: {len(missing)} of the weights are missing: {missing[0]}.")
+    if not hasattr(model, "open_lanes"):
+        raise ValueError(
+            f"{model_dir} holds code from before this page answered several visitors at once: load the model with the "
+            "code of this repository, and save it again with `save_pretrained`."
+        )
     return model.to(device).eval(), AutoTokenizer.from_pretrained(model_dir, trust_remote_code=True)
 
 
@@ -362,13 +347,17 @@ def main(argv: list[str]):
         "--max_waiting",
         type=int,
         default=MAX_WAITING,
-        help="questions, beside the one being answered; default: %(default)s",
+        help="questions, beside those being answered; default: %(default)s",
+    )
+    parser.add_argument(
+        "--num_lanes", type=int, default=NUM_LANES, help="questions that are answered at once; default: %(default)s"
     )
     args = parser.parse_args(argv)
     if not args.model_dir:
         train_quickstart()
     name = args.model_dir or os.path.relpath(QUICKSTART)
-    demo = build_demo(*load(name), name, args.max_characters, args.max_waiting, opening_chat(name))
+    limits = args.max_characters, args.max_waiting, args.num_lanes
+    demo = build_demo(*load(name), name, *limits, opening_chat(name))
     # no file is taken: the page has no use for any
     demo.launch(server_port=args.port, theme=THEME, css=CSS, ssr_mode=False, max_file_size=0)
 

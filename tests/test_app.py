@@ -11,7 +11,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -30,6 +29,7 @@ from reference import (
     SIZES,
     SLOTS,
     VOCAB,
+    as_soft_prompt,
     random_ids,
     randomise_alpha,
     reference_carry,
@@ -134,54 +134,51 @@ def test_nearest_tokens_equal_a_loop_over_slots_and_vocabulary():
     assert not torch.equal(tokens, (slots @ embeddings.T).argmax(1))  # the lengths of the embeddings mattered
 
 
-def test_a_recorder_holds_every_step_of_the_reference(tiny):
+@pytest.fixture
+def lanes():
+    """Makes started lanes of a model, and stops them."""
+    started = []
+
+    def start(model):
+        started.append(model.open_lanes(4))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for thread in started:
+        thread.stop()
+
+
+def test_a_reply_shows_every_step_of_the_reference(tiny, tokenizer, lanes):
     large_delta(tiny)
-    ids, query_length = random_ids(2 * QUERY + 3 + 3 * CHUNK), 2 * QUERY + 3
-    with app.Recorder(tiny, query_length, 60) as recorder, torch.no_grad():
-        tiny(ids[None], query_lengths=query_length, use_cache=True)
-    assert [step.name for step in recorder.steps] == ["read 1", "read 2", "sp_0", "sp_1", "sp_2", "sp_3"]
-    assert [step.seen for step in recorder.steps] == [7, 14, 17, 21, 25, 29]
+    text = "".join(map(chr, 65 + random_ids(2 * QUERY + 3)))
+    *_, (answer, steps) = app.reply(lanes(tiny), tokenizer, [{"role": "user", "content": text}], 0, 3 * CHUNK + 1)
+    ids = torch.tensor(tokenizer(text + answer)["input_ids"])
+    assert [step.name for step in steps] == ["read 1", "read 2", "sp_0", "sp_1", "sp_2", "sp_3"]
+    assert [step.seen for step in steps] == [7, 14, 17, 21, 25, 29]
     embeddings = tiny.get_input_embeddings().weight
-    for step, (carried, slots) in zip(recorder.steps, reference_steps(tiny, ids, query_length), strict=True):
+    for step, (carried, slots) in zip(steps, reference_steps(tiny, ids[:-1], len(text)), strict=True):
         assert step.tokens == [nearest(slot, embeddings) for slot in slots]
         assert step.carried == [nearest(slot, embeddings) for slot in carried]
         shares = [((slot - old).norm() / slot.norm()).item() for slot, old in zip(slots, carried, strict=True)]
         assert step.shares == pytest.approx(shares, rel=1e-3)
-    assert any(step.tokens != step.carried for step in recorder.steps)
-
-
-def test_a_recorder_leaves_nothing_on_the_model(tiny):
-    with app.Recorder(tiny, 1, 60):
-        assert tiny.hypernet._forward_hooks
-    with pytest.raises(KeyError), app.Recorder(tiny, 1, 60):
-        raise KeyError
-    assert not tiny.hypernet._forward_hooks
-
-
-def test_a_recorder_does_not_see_the_steps_of_another_thread(tiny):
-    with app.Recorder(tiny, 5, 60) as recorder:
-        other = threading.Thread(target=tiny, args=(random_ids(1, 20),))
-        other.start()
-        other.join()
-        assert recorder.steps == []
-        tiny(random_ids(1, 5), query_lengths=5)
-        assert len(recorder.steps) == 1
+    assert any(step.tokens != step.carried for step in steps)
 
 
 def test_embeddings_unknown_to_the_tokenizer_are_never_shown(tiny):
-    ids = torch.full((1, 5), 50)
-    tiny.hypernet.alpha.data.zero_()
-    shown = []
+    embeddings, shown = tiny.get_input_embeddings().weight, []
+    slots = as_soft_prompt([embeddings[50]] * 5, embeddings.shape[1])
     for vocab_size in (60, 50):
-        with app.Recorder(tiny, 5, vocab_size) as recorder:
-            tiny(ids, query_lengths=5)
-        shown.append(recorder.steps[0].tokens)
+        recorder = app.Recorder(5, embeddings[:vocab_size])
+        recorder(slots, slots, 5)
+        shown.append(recorder.read()[0].tokens)
     assert shown[0] == [50] * 5 and all(token < 50 for token in shown[1])
 
 
-def test_without_delta_the_slots_show_the_window(bases, tokenizer):
+def test_without_delta_the_slots_show_the_window(bases, tokenizer, lanes):
     model = Phase15ForCausalLM.from_base(bases["llama"], **SIZES)
-    *_, (text, steps) = app.reply(model, tokenizer, [{"role": "user", "content": "PHASEFIFTEEN"}], max_new_tokens=40)
+    chat = [{"role": "user", "content": "PHASEFIFTEEN"}]
+    *_, (text, steps) = app.reply(lanes(model), tokenizer, chat, max_new_tokens=40)
     query = tokenizer("PHASEFIFTEEN")["input_ids"]  # a tokenizer without a chat template: plain text
     stream = query + tokenizer(text)["input_ids"]
     assert len(text) == 40 and [step.name for step in steps][:3] == ["read 1", "sp_0", "sp_1"]
@@ -224,43 +221,62 @@ def test_the_table_holds_the_last_steps_and_the_picture_all():
     assert image[0].tolist() == pytest.approx([step.shares[0] for step in steps])
 
 
-def test_a_reply_streams_what_generate_gives(model, chat_tokenizer):
-    seen = list(app.reply(model, chat_tokenizer, CHAT, max_new_tokens=60))
+def test_a_reply_streams_what_generate_gives(model, chat_tokenizer, lanes):
+    seen = list(app.reply(lanes(model), chat_tokenizer, CHAT, max_new_tokens=60))
     answer, _, _ = expected_table(model, chat_tokenizer, CHAT, 60)
     assert seen[-1][0] == answer and len({len(text) for text, _ in seen}) > 3
 
 
-def test_temperature_zero_is_greedy_and_any_other_samples(tiny, tokenizer, monkeypatch):
-    calls = []
-    monkeypatch.setattr(tiny, "generate", lambda **kwargs: calls.append(kwargs) or kwargs["streamer"].end())
-    for temperature in (0, 0.5):
-        list(app.reply(tiny, tokenizer, CHAT, temperature, 7))
-    assert [(call["do_sample"], call.get("temperature"), call["max_new_tokens"]) for call in calls] == [
-        (False, None, 7),
-        (True, 0.5, 7),
-    ]
+def test_two_replies_grow_beside_each_other(model, chat_tokenizer, lanes):
+    thread, other = lanes(model), [{"role": "user", "content": "Hello"}]
+    first, second = (app.reply(thread, chat_tokenizer, chat, max_new_tokens=2000) for chat in (CHAT, other))
+    for _ in range(3):
+        assert next(first)[0] and next(second)[0]
+    first.close()
+    second.close()
 
 
-def test_an_error_in_the_thread_reaches_the_caller_and_the_user(tiny, tokenizer, monkeypatch):
-    def fail(**kwargs):
+def test_temperature_zero_is_greedy_and_any_other_samples(tiny, tokenizer, lanes, monkeypatch):
+    asked, thread = [], lanes(tiny)
+    request = thread.lanes.request
+    monkeypatch.setattr(
+        thread.lanes, "request", lambda *args, **kwargs: asked.append(request(*args, **kwargs)) or asked[-1]
+    )
+    for temperature in (0, 1):
+        list(app.reply(thread, tokenizer, CHAT, temperature, 7))
+    assert [(request.sampling.temperature, request.max_new_tokens) for request in asked] == [(0, 7), (1, 7)]
+
+
+def test_an_error_in_the_thread_reaches_the_caller_and_the_user(tiny, tokenizer, lanes, monkeypatch):
+    def fail(*args):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(tiny, "generate", fail)
+    thread = lanes(tiny)
+    monkeypatch.setattr(type(thread.lanes), "_speak", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        list(app.reply(tiny, tokenizer, CHAT))
+        list(app.reply(thread, tokenizer, CHAT))
     (respond,) = (block.fn for block in app.build_demo(tiny, tokenizer, "tiny").fns.values() if block.fn)
     with pytest.raises(gradio.Error, match="RuntimeError: out of memory"):
         list(respond("Why?", [], 0, 16))
 
 
-def test_closing_the_reply_ends_the_generation(model, chat_tokenizer):
-    before = set(threading.enumerate())
-    answer = app.reply(model, chat_tokenizer, CHAT, max_new_tokens=100_000)
+def test_closing_the_reply_frees_the_lane(model, chat_tokenizer, lanes):
+    thread = lanes(model)
+    answer = app.reply(thread, chat_tokenizer, CHAT, max_new_tokens=100_000)
     next(answer)
-    (thread,) = set(threading.enumerate()) - before
+    assert thread.lanes.lanes
     answer.close()
-    thread.join(timeout=10)
-    assert not thread.is_alive() and not model.hypernet._forward_hooks
+    deadline = time.monotonic() + 30
+    while thread.lanes.lanes:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_folder_with_earlier_code_is_named(model_dir, monkeypatch):
+    earlier = torch.nn.Linear(1, 1), {"missing_keys": []}
+    monkeypatch.setattr(app.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: earlier)
+    with pytest.raises(ValueError, match="holds code from before .* save it again with `save_pretrained`"):
+        app.load(model_dir)
 
 
 # the command
@@ -579,7 +595,7 @@ def hostile(tokenizer, tmp_path_factory):
             "launch",
             lambda demo, **settings: demos.append(demo) or launch(demo, **settings, prevent_thread_lock=True),
         )
-        app.main(["--model_dir", str(folder), "--max_characters", "1700", "--max_waiting", "1"])
+        app.main(["--model_dir", str(folder), "--max_characters", "1700", "--max_waiting", "1", "--num_lanes", "1"])
     yield model.eval(), tokenizer, folder, demos[0].local_url.rstrip("/")
     demos[0].close()
 
@@ -662,11 +678,11 @@ def test_the_card_of_the_space():
 # the chat that the page opens on
 
 
-def test_the_page_opens_on_a_chat_with_its_answer(model, chat_tokenizer):
+def test_the_page_opens_on_a_chat_with_its_answer(model, chat_tokenizer, lanes):
     chat = [*CHAT, {"role": "assistant", "content": "Air."}, {"role": "user", "content": "<b>Why?"}]
     demo = app.build_demo(model, chat_tokenizer, "tiny", opening=chat)
     props = {c["props"].get("elem_id"): c["props"].get("value") for c in demo.get_config_file()["components"]}
-    *_, (answer, steps) = app.reply(model, chat_tokenizer, chat)
+    *_, (answer, steps) = app.reply(lanes(model), chat_tokenizer, chat)
     shown = ["".join(html.unescape(part["text"]) for part in turn["content"]) for turn in props["chat"]]
     assert shown == [*(turn["content"] for turn in chat), answer]
     assert props["slots"] == app.table(steps, chat_tokenizer, SLOTS, SINKS) and steps[-1].name in props["facts"]

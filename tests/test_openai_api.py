@@ -27,7 +27,7 @@ LIMITS = {"num_lanes": 4, "max_tokens": 200, "default_tokens": 120, "max_prompt_
 
 @pytest.fixture(scope="module")
 def server(chatter, chat_tokenizer) -> Server:
-    return Server(chatter, chat_tokenizer, NAME, Phase15ServerArguments(**LIMITS))
+    return Server(chatter, chat_tokenizer, Phase15ServerArguments(model_dir=NAME, **LIMITS))
 
 
 @pytest.fixture(scope="module")
@@ -404,8 +404,8 @@ def metrics_of(client) -> dict[str, float]:
 
 
 def test_too_many_requests_get_429_and_when_to_try_again(chatter, chat_tokenizer):
-    limits = Phase15ServerArguments(num_lanes=1, max_waiting=0, retry_after=7, max_tokens=10**6)
-    server = Server(chatter, chat_tokenizer, NAME, limits)
+    limits = Phase15ServerArguments(model_dir=NAME, num_lanes=1, max_waiting=0, retry_after=7, max_tokens=10**6)
+    server = Server(chatter, chat_tokenizer, limits)
     with TestClient(build_app(server)) as client:
         endless = request_of(chatter, [3], max_new_tokens=10**6, eos_token_id=None)
         server.worker.submit([endless])
@@ -417,7 +417,8 @@ def test_too_many_requests_get_429_and_when_to_try_again(chatter, chat_tokenizer
 
 def test_a_key_is_asked_for_everywhere_but_health(chatter, chat_tokenizer, tmp_path):
     (tmp_path / "key").write_text("secret")
-    server = Server(chatter, chat_tokenizer, NAME, Phase15ServerArguments(api_key=str(tmp_path / "key"), num_lanes=1))
+    arguments = Phase15ServerArguments(model_dir=NAME, api_key=str(tmp_path / "key"), num_lanes=1)
+    server = Server(chatter, chat_tokenizer, arguments)
     with TestClient(build_app(server)) as client:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
             for path in ("/v1/models", "/metrics"):
@@ -431,7 +432,7 @@ def test_a_key_is_asked_for_everywhere_but_health(chatter, chat_tokenizer, tmp_p
 def test_a_template_that_drops_or_refuses_a_message_is_a_400(chatter, chat_tokenizer):
     tokenizer = copy.deepcopy(chat_tokenizer)
     users_alone = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
-    server = Server(chatter, tokenizer, NAME, Phase15ServerArguments(num_lanes=1))
+    server = Server(chatter, tokenizer, Phase15ServerArguments(model_dir=NAME, num_lanes=1))
     with TestClient(build_app(server)) as client:
         for template, message in (
             (users_alone, "does not render `messages[0]`"),

@@ -88,16 +88,16 @@ def test_limits_below_their_least_are_refused(name):
 
 def test_the_key_is_read_from_a_file_or_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("PHASE15_API_KEY", raising=False)
-    assert Phase15ServerArguments().key() is None
+    assert Phase15ServerArguments().read_key() is None
     monkeypatch.setenv("PHASE15_API_KEY", "one")
-    assert Phase15ServerArguments().key() == "one"
+    assert Phase15ServerArguments().read_key() == "one"
     (tmp_path / "key").write_text("two\n")
-    assert Phase15ServerArguments(api_key=str(tmp_path / "key")).key() == "two"
+    assert Phase15ServerArguments(api_key=str(tmp_path / "key")).read_key() == "two"
     (tmp_path / "key").write_text("\n")
     with pytest.raises(ValueError, match="holds no API key"):
-        Phase15ServerArguments(api_key=str(tmp_path / "key")).key()
+        Phase15ServerArguments(api_key=str(tmp_path / "key")).read_key()
     with pytest.raises(OSError):
-        Phase15ServerArguments(api_key=str(tmp_path / "none")).key()
+        Phase15ServerArguments(api_key=str(tmp_path / "none")).read_key()
 
 
 # the thread
