@@ -59,7 +59,6 @@ class Job:
     length: int
     sent: float = 0.0
     times: tuple[float, ...] = ()
-    num_tokens: int = 0
 
 
 class TokenTimes(BaseStreamer):
@@ -96,8 +95,11 @@ def save_tokenizer(folder: str, vocab_size: int):
     tokenizer.save_pretrained(folder)
 
 
-async def ask(port: int, name: str, messages: list[dict], job: Job):
-    """One streamed request. Reads the events itself, since a client's library takes longer than a tiny model."""
+async def ask(port: int, name: str, messages: list[dict], job: Job) -> str:
+    """
+    One streamed request; returns its text. Reads the events itself, since a client's library takes longer than a tiny
+    model.
+    """
     body = {"model": name, "messages": messages, "max_tokens": job.length, "temperature": 0, "stream": True}
     data = json.dumps(body).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
@@ -114,7 +116,8 @@ async def ask(port: int, name: str, messages: list[dict], job: Job):
                 text += piece
                 times.append(time.perf_counter())
     writer.close()
-    job.times, job.num_tokens = tuple(times), len(text.split())
+    job.times = tuple(times)
+    return text
 
 
 async def clients(port: int, name: str, jobs: list[Job], number: int) -> float:
@@ -136,9 +139,8 @@ async def conversation(port: int, name: str, turns: int, vocab_size: int, seed: 
     for _ in range(turns):
         job = Job([], REPLY)
         messages.append({"role": "user", "content": words([draw.randrange(3, vocab_size) for _ in range(MESSAGE)])})
-        await ask(port, name, messages, job)
+        messages.append({"role": "assistant", "content": await ask(port, name, messages, job)})
         seconds.append(job.times[0] - job.sent)
-        messages.append({"role": "assistant", "content": words([draw.randrange(3, vocab_size) for _ in range(REPLY)])})
     return seconds
 
 

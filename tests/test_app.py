@@ -527,6 +527,21 @@ def test_two_visitors_get_the_answers_that_each_gets_alone(chromium, server, mod
             wait_for_answer(page, 0, *expected_table(model, chat_tokenizer, chat, 256))
 
 
+def test_the_answers_to_two_visitors_grow_at_once(chromium, server):
+    with visit(chromium, server[1]) as (open_page, _):
+        first, second = open_page(), open_page()
+        ask_for_a_long_answer(first, "Why is the sky blue?")
+        ask_for_a_long_answer(second, "What is a soft prompt?")
+        for page in (first, second):
+            page.wait_for_function(
+                "length => document.querySelector('[data-testid=bot]').textContent.length > length",
+                arg=len(answers(page)[0]),
+            )
+        for page in (first, second):
+            page.get_by_role("button", name="Stop").click()
+    wait_until_idle(server[0])
+
+
 def request(address: str, data: bytes | None = None, **headers: str) -> int:
     try:
         with urllib.request.urlopen(urllib.request.Request(address, data, headers), timeout=60) as answer:
@@ -637,7 +652,7 @@ def test_a_conversation_above_the_limit_is_refused(hostile, chromium):
         wait_for_some_answer(page)
 
 
-def test_one_question_is_answered_and_one_waits(hostile, chromium):
+def test_no_more_questions_than_lanes_are_answered_at_once_and_only_so_many_wait(hostile, chromium):
     with visit(chromium, hostile[3]) as (open_page, problems):
         first, second, third = (open_page() for _ in range(3))
         ask_for_a_long_answer(first, "A")
