@@ -18,6 +18,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -58,7 +59,7 @@ class Lane:
         self.chunk: torch.LongTensor | None = None  # (1, K), said and not stepped over
         self.ids: torch.LongTensor | None = None  # (1, T), for the library's processors and criteria
         self.generator = torch.Generator().manual_seed(request.seed)
-        self.kept: tuple[list[int], tuple] | None = None  # what is kept after the answer
+        self.kept: tuple[int, tuple] | None = None  # what is kept after the answer, and how many tokens that has read
 
     @property
     def is_reading(self) -> bool:
@@ -69,27 +70,35 @@ class Lane:
         request = self.request
         if token == BROKEN:
             message = "the LLM's output is not finite. The weights are damaged, or too large for their dtype."
-            request.finish("error", FloatingPointError(message))
-        else:
-            request.generated_tokens.append(token)
-            if request.num_logprobs is not None:
-                likeliest = zip(map(int, numbers[1 + len(numbers) // 2 :]), numbers[1:], strict=False)
-                request.logprobs.append(numbers[0])
-                request.top_logprobs.append(list(likeliest)[: request.num_logprobs])
-            if self.ids is not None:
-                self.ids = torch.cat([self.ids, self.ids.new_tensor([[token]])], dim=1)
-            if request.on_token is not None:
-                request.on_token(request)
-            stops = (torch.as_tensor(stop(self.ids, None)).all() for stop in request.criteria)  # lm_eval's give a bool
-            if token in request.eos_token_ids or any(stops):
-                request.finish("stop")
-            elif len(request.generated_tokens) >= request.max_new_tokens:
-                request.finish("length")
+            raise FloatingPointError(message)
+        request.generated_tokens.append(token)
+        if request.num_logprobs is not None:
+            likeliest = zip(map(int, numbers[1 + len(numbers) // 2 :]), numbers[1:], strict=False)
+            request.logprobs.append(numbers[0])
+            request.top_logprobs.append(list(likeliest)[: request.num_logprobs])
+        if self.ids is not None:
+            self.ids = torch.cat([self.ids, self.ids.new_tensor([[token]])], dim=1)
+        if request.on_token is not None:
+            request.on_token(request)
+        stops = (torch.as_tensor(stop(self.ids, None)).all() for stop in request.criteria)  # lm_eval's give a bool
+        if token in request.eos_token_ids or any(stops):
+            request.finish("stop")
+        elif len(request.generated_tokens) >= request.max_new_tokens:
+            request.finish("length")
+
+    @contextmanager
+    def only_this(self) -> Iterator[None]:
+        """An error of the request's own functions ends the request, and no other."""
+        try:
+            yield
+        except Exception as error:  # any that others' code raises
+            self.request.finish("error", error)
 
 
 class Phase15Lanes:
     """
-    Answers requests in lanes. `submit` can be called from any thread, `advance` from one.
+    Answers requests in lanes. `submit` can be called from any thread, `advance` from one. On CUDA the lanes are valid
+    until the model's weights move.
 
     Args:
         model (`Phase15ForCausalLM`): in evaluation mode.
@@ -161,7 +170,8 @@ class Phase15Lanes:
     def _leave(self):
         for lane in self.lanes:
             if lane.request.finish_reason is not None and lane.kept is not None:
-                self.kept.put(*lane.kept, lane.begun_from)
+                num_read, soft_prompt = lane.kept
+                self.kept.put(lane.request.prompt_ids[:num_read], soft_prompt, lane.begun_from)
         self.lanes = [lane for lane in self.lanes if lane.request.finish_reason is None]
 
     def _admit(self):
@@ -192,7 +202,7 @@ class Phase15Lanes:
             self._show(lane, ids[index : index + 1, : len(segment)], row)
             lane.soft_prompt, lane.num_read = row, lane.num_read + len(segment)
             if self.kept.size and len(segment) == size:
-                lane.kept = lane.request.prompt_ids[: lane.num_read], row
+                lane.kept = lane.num_read, row
 
     def _step(self, lanes: list[Lane]):
         """The chunks that were said last."""
@@ -210,7 +220,8 @@ class Phase15Lanes:
         if lane.request.on_step is not None:
             tokens, length = self.model.get_input_embeddings()(ids), torch.full((1,), ids.shape[1], device=ids.device)
             carried = carry(lane.soft_prompt, tokens, length, self.model.config.num_sink_tokens)
-            lane.request.on_step(carried, stepped, ids.shape[1])
+            with lane.only_this():
+                lane.request.on_step(carried, stepped, ids.shape[1])
 
     def _speak(self, lanes: list[Lane]):
         """One chunk of each answer, or less where all end before."""
@@ -254,7 +265,8 @@ class Phase15Lanes:
             for token in row[:width]:
                 if lane.request.finish_reason is None:
                     self._count(generated_tokens=1)
-                    lane.take(int(token), row[width:])
+                    with lane.only_this():
+                        lane.take(int(token), row[width:])
 
     def _count(self, **new: int):
         self.counts = self.counts._replace(**{name: getattr(self.counts, name) + n for name, n in new.items()})
@@ -303,10 +315,8 @@ class Phase15Lanes:
         self._logits, scores = logits, logits.clone()
         for row, lane in enumerate(self._speaking):
             if lane.request.processors and lane.request.finish_reason is None:
-                try:
+                with lane.only_this():
                     scores[row] = lane.request.processors(lane.ids, logits[row : row + 1])[0]
-                except Exception as error:  # any that a processor raises; it is this request's alone
-                    lane.request.finish("error", error)
         return scores
 
     def _draw(self, lanes: list[Lane]):

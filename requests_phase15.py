@@ -126,7 +126,13 @@ def request_of(
             refuses or lanes cannot honour.
     """
     vocab_size = model.config.text_config.vocab_size
-    prompt_ids = list(map(int, prompt_ids))
+    try:
+        ids = None if isinstance(prompt_ids, str) else [int(token) for token in prompt_ids]
+    except (TypeError, ValueError):
+        ids = None
+    if ids is None:
+        raise ValueError(f"`{name}` must be a list of token ids, not {prompt_ids!r:.80}.")
+    prompt_ids = ids
     if not prompt_ids:
         raise ValueError(f"`{name}` holds no token.")
     if bad := [index for index, token in enumerate(prompt_ids) if not 0 <= token < vocab_size]:

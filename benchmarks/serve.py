@@ -25,14 +25,16 @@ from tempfile import TemporaryDirectory
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedTokenizerFast
+from transformers import DynamicCache, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
-from benchmarks.harness import SHAPES, ceilings, make_models
+from benchmarks.harness import SHAPES, ceilings, make_models, timed
+from compat_phase15 import CACHE_NAME
 
 
 ROOT = Path(__file__).parent.parent
 PROMPTS, ANSWERS = (64, 512), (16, 256)  # tokens
+LENGTHS = 512, 2048, 8192  # of the base's cache
 MESSAGE, REPLY = 128, 32  # tokens of a turn of the conversation
 TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
 # What makes a model of a shape and saves it: with the code of a checkout, whose folders later code may not read.
@@ -235,6 +237,35 @@ def flops_of(model, jobs: list[Job]) -> float:
     return total
 
 
+@torch.no_grad()
+def order(model, base, rows: int) -> dict:
+    """
+    Milliseconds in which `rows` answers each grow by a token: of the lanes, and of the base behind caches of several
+    lengths; and from which length on the lanes are faster, by a straight line through the base's times.
+    """
+    thread = model.open_lanes(rows)
+    for job in workload(rows, model.config.text_config.vocab_size):
+        thread.lanes.submit(
+            thread.lanes.request(job.prompt[:64], max_new_tokens=10**6, do_sample=False, pad_token_id=0)
+        )
+    for _ in range(3 + model.config.num_soft_tokens // model.config.chunk_length):  # until all slots are used
+        thread.lanes.advance()
+    ours = statistics.median(timed(thread.lanes.advance) for _ in range(3)) / model.config.chunk_length
+    text, times = model.config.text_config, {}
+    shape = (rows, text.num_key_value_heads, text.hidden_size // text.num_attention_heads)
+    for length in LENGTHS:
+        cache, ids = DynamicCache(config=text), torch.zeros(rows, 1, dtype=torch.long, device=base.device)
+        for layer in range(text.num_hidden_layers):
+            states = torch.randn(*shape[:2], length, shape[2], device=base.device, dtype=base.dtype)
+            cache.update(states, states.clone(), layer)
+        position = {"position_ids": ids + length, CACHE_NAME: cache}
+        times[length] = statistics.median(timed(lambda: base(ids, **position)) for _ in range(7))  # noqa: B023
+    slope, start = statistics.linear_regression(list(times), list(times.values()))
+    lengths = {f"base_ms_behind_{length}": 1e3 * seconds for length, seconds in times.items()}
+    turns = max((ours - start) / slope, 0) if slope > 0 else None
+    return {"lanes_ms": 1e3 * ours, **lengths, "lanes_are_faster_from_length": turns}
+
+
 def one_client(model, jobs: list[Job]) -> dict:
     """`generate` in this process, with a streamer."""
     model.generate(torch.tensor([jobs[0].prompt], device=model.device), max_new_tokens=20)  # not counted
@@ -332,4 +363,5 @@ def serve(args: argparse.Namespace) -> dict:
             for row in table.values():
                 rate, alone = row["tokens_per_second"], rows["server"][f"{min(args.clients)}_clients"]
                 row["ratio_to_one_client"] = rate / alone["tokens_per_second"]
+    results["order"] = {f"{rows}_rows": order(model, base, rows) for rows in args.clients}
     return {"ceilings": limits, "results": results, "not_measured": failures}

@@ -7,12 +7,14 @@ import re
 import pytest
 import torch
 from reference import CHUNK, QUERY, random_ids
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from benchmarks import __main__ as benchmark
 from benchmarks import decode as decode_benchmark
 from benchmarks import harness
 from benchmarks import train as train_benchmark
+from benchmarks.serve import Job, flops_of
 
 
 def report_of(*argv: str, capsys) -> tuple[dict, str]:
@@ -85,6 +87,40 @@ def test_train_a_frozen_llm(capsys):
 def test_load(capsys):
     report, text = report_of("load", "--rounds", "2", capsys=capsys)
     assert report["results"]["base"]["ratio_to_base"] == 1 and "| phase15 |" in text
+
+
+@pytest.mark.slow
+@pytest.mark.extra
+def test_serve(capsys):
+    for package in ("fastapi", "prometheus_client", "openai"):
+        pytest.importorskip(package, reason="requirements-extra.txt")
+    argv = ("serve", "--clients", "1", "3", "--requests", "2", "--turns", "3", "--soak", "12")
+    report, text = report_of(*argv, capsys=capsys)
+    assert report["not_measured"] == {}, report["not_measured"]
+    results = report["results"]
+    assert list(results) == ["1_clients", "3_clients", "conversation", "many_requests", "order"]
+    assert list(results["1_clients"]) == ["generate", "server", "base_server", "base_server_batching"]
+    for kind in ("1_clients", "3_clients"):
+        assert kind.replace("_", " ") in text
+        for name, row in results[kind].items():
+            assert row["tokens_per_second"] > 0 and row["first_token_ms"] <= row["first_token_ms_95"]
+            assert (row.get("share_of_compute_limit") is not None) == (name == "server")
+        assert 0 < results[kind]["server"]["share_of_compute_limit"] < 1
+    assert results["1_clients"]["server"]["ratio_to_one_client"] == 1
+    talk = results["conversation"]["server"]
+    assert talk["ratio"] == pytest.approx(talk["turn_3_ms"] / talk["first_turn_ms"])
+    assert results["many_requests"]["server"]["requests"] == 12
+
+
+def test_the_demand_of_a_workload_is_that_of_its_steps(tiny):
+    """Counted while `generate` answers, less the slots and the last chunks that a workload's formula leaves out."""
+    (job,) = [Job(random_ids(3 * QUERY).tolist(), 4 * CHUNK)]
+    model = tiny
+    ids = torch.tensor([job.prompt])
+    with FlopCounterMode(display=False) as counter:
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=job.length, pad_token_id=0)
+    assert flops_of(model, [job]) == pytest.approx(counter.get_total_flops(), rel=0.1)
+    assert flops_of(model, [job, job]) == 2 * flops_of(model, [job])
 
 
 def test_the_naive_loss_is_the_models_own(tiny):

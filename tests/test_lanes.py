@@ -371,14 +371,27 @@ def test_damaged_weights_are_an_error_of_the_answer(model, way):
         damaged.generate_batch([PROMPTS[0]])
 
 
+def fails(*args, **kwargs):
+    raise KeyError("the request's own")
+
+
 class Fails(LogitsProcessor):
-    def __call__(self, input_ids, scores):
-        raise KeyError("a processor's own")
+    __call__ = fails
 
 
-def test_a_processor_that_fails_ends_its_answer_alone(model, way):
-    bad = asked(model, PROMPTS[0], logits_processor=LogitsProcessorList([Fails()]))
-    good = asked(model, PROMPTS[1])
+class FailsToStop(StoppingCriteria):
+    __call__ = fails
+
+
+@pytest.mark.parametrize("part", ["processor", "criterion", "on_token", "on_step"])
+def test_what_fails_of_a_request_ends_its_answer_alone(model, way, part):
+    kwargs = {
+        "processor": {"logits_processor": LogitsProcessorList([Fails()])},
+        "criterion": {"stopping_criteria": [FailsToStop()]},
+        "on_token": {"on_token": fails},
+    }
+    bad, good = asked(model, PROMPTS[0], **kwargs.get(part, {})), asked(model, PROMPTS[1])
+    bad.on_step = fails if part == "on_step" else None
     answer(Phase15Lanes(model, 2), bad, good)
     assert (bad.finish_reason, type(bad.error)) == ("error", KeyError)
     assert good.generated_tokens == alone(model, PROMPTS[1])
@@ -473,6 +486,8 @@ def test_generate_batch_shows_its_progress(model, capsys):
 @pytest.mark.parametrize(
     "inputs, kwargs, message",
     [
+        ([3, 4], {}, r"`inputs\[0\]` must be a list of token ids, not 3"),
+        (["12"], {}, r"`inputs\[0\]` must be a list of token ids, not '12'"),
         ([[3], []], {}, r"`inputs\[1\]` holds no token"),
         ([[3], [4, VOCAB]], {}, rf"`inputs\[1\]` holds {VOCAB} at position 1, but ids must be from 0 to {VOCAB - 1}"),
         ([[3], [-1]], {}, r"`inputs\[1\]` holds -1 at position 0"),
