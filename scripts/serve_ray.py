@@ -174,7 +174,9 @@ def make_application(arguments: RayArguments) -> serve.Application:
         def __init__(self, replicas):
             pass
 
-    return serve.deployment(Front, name="Front", max_ongoing_requests=10_000).bind(replicas)
+    return serve.deployment(Front, name="Front", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=10_000).bind(
+        replicas
+    )
 
 
 def main(argv: list[str]):

@@ -49,7 +49,7 @@ def client(chatter, chat_tokenizer, tmp_path_factory):
         subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT) as process,
     ):
         try:
-            deadline = time.monotonic() + 300
+            deadline = time.monotonic() + 150
             while True:
                 assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-5000:]
                 with suppress(OSError):

@@ -58,8 +58,9 @@ def test_any_tokens_give_the_text_that_decode_gives(chat_tokenizer, ids):
 @settings(deadline=None)
 def test_a_stop_string_ends_the_text_before_it(chat_tokenizer, text, stops):
     pieces = stream(chat_tokenizer, chat_tokenizer(text)["input_ids"], stops)
-    ends = [text.find(stop) for stop in stops if stop in text]
-    assert "".join(pieces) == text[: min(ends, default=len(text))]
+    said = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    _, end = min(said, default=(0, len(text)))  # the first that is said whole; of those, the longest
+    assert "".join(pieces) == text[:end]
 
 
 def test_what_may_begin_a_stop_string_is_held_back_and_no_more(chat_tokenizer):
