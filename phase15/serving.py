@@ -138,6 +138,7 @@ class LaneWorker(Phase15LaneThread):
     def __init__(self, lanes: Phase15Lanes, max_waiting: int):
         super().__init__(lanes)
         self.max_waiting, self.metrics = max_waiting, Metrics(lanes)
+        self.going_on: list[Phase15Request] = []
 
     def submit(self, requests: list[Phase15Request]):
         """
@@ -147,9 +148,10 @@ class LaneWorker(Phase15LaneThread):
             LanesBusyError: if more would wait than may.
         """
         with self.news:
-            free = max(self.lanes.num_lanes - len(self.lanes.lanes), 0)
-            if num_waiting(self.lanes) + len(requests) > self.max_waiting + free:
+            self.going_on = [request for request in self.going_on if request.finish_reason is None]
+            if len(self.going_on) + len(requests) > self.max_waiting + self.lanes.num_lanes:
                 raise LanesBusyError
+            self.going_on += requests
             super().submit(requests)
 
     def advance(self):
