@@ -5,7 +5,7 @@ import asyncio
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,8 +95,12 @@ class Metrics:
         )
         for name, about, value in (
             ("phase15_lanes", "Lanes that there are.", lambda: lanes.num_lanes),
-            ("phase15_lanes_in_use", "Lanes with an answer under way.", lambda: len(lanes.lanes)),
-            ("phase15_requests_waiting", "Requests without a lane.", lambda: num_waiting(lanes)),
+            (
+                "phase15_lanes_in_use",
+                "Lanes with an answer under way.",
+                lambda: num_going_on(lane.request for lane in lanes.lanes),
+            ),
+            ("phase15_requests_waiting", "Requests without a lane.", lambda: num_going_on(lanes.waiting)),
             ("phase15_kept_conversations", "Soft prompts kept after their answers.", lambda: len(lanes.kept.states)),
             ("phase15_tokens_per_second", f"Over the last {RATE_SECONDS:.0f} seconds.", self.rate),
         ):
@@ -122,8 +126,8 @@ class Metrics:
             self.times.popleft()
 
 
-def num_waiting(lanes: Phase15Lanes) -> int:
-    return sum(request.finish_reason is None for request in list(lanes.waiting))
+def num_going_on(requests: Iterable[Phase15Request]) -> int:
+    return sum(request.finish_reason is None for request in list(requests))
 
 
 class LaneWorker(Phase15LaneThread):
