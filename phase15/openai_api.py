@@ -183,10 +183,11 @@ class Answer:
         if not self.is_streamed:
             yield (await self.whole()).model_dump_json(exclude_unset=True)
             return
-        made = ChatCompletionChunk if self.is_chat else Completion
-        no_usage = {"usage": None} if self.asked.includes_usage else {}
+        made, usage = ChatCompletionChunk if self.is_chat else Completion, {}
         async for choice in self.chunks():
-            yield made(choices=[choice], **self.head, **no_usage).model_dump_json(exclude_unset=True)
+            if self.asked.includes_usage:
+                usage = {"usage": self.usage() if self.asked.repeats_usage else None}
+            yield made(choices=[choice], **self.head, **usage).model_dump_json(exclude_unset=True)
         if self.asked.includes_usage:
             yield made(choices=[], **self.head, usage=self.usage()).model_dump_json(exclude_unset=True)
 

@@ -88,6 +88,7 @@ class Asked:
     penalties: tuple[float, float] = (0.0, 0.0)
     is_streamed: bool = False
     includes_usage: bool = False
+    repeats_usage: bool = False  # in every chunk, as other servers offer
     ignores_end: bool = False
 
 
@@ -127,15 +128,7 @@ def asked_of(
         raise ApiError(f"`{name}` is not supported by this server: leave it out.", name)
     fields, asked = Fields(body), Asked()
     asked.is_streamed = fields.flag("stream")
-    options = body.get("stream_options")
-    if options is not None:
-        if not isinstance(options, dict) or options.keys() - {"include_usage", "include_obfuscation"}:
-            raise ApiError(
-                f"`stream_options` is {options!r:.80}, but it can hold `include_usage` alone.", "stream_options"
-            )
-        if not asked.is_streamed:
-            raise ApiError("`stream_options` is for requests with `stream`.", "stream_options")
-        asked.includes_usage = Fields(options).flag("include_usage")
+    asked.includes_usage, asked.repeats_usage = usage_of(body.get("stream_options"), asked.is_streamed)
     asked.n = fields.number("n", 1, arguments.num_lanes, whole=True) or 1
     asked.seed = fields.number("seed", -(2**63), 2**63 - 1, whole=True)
     asked.stops = stops_of(body.get("stop"))
@@ -182,6 +175,21 @@ def settings_of(
     if bias is not None:
         settings["sequence_bias"] = bias_of(bias, vocab_size)
     return {name: value for name, value in settings.items() if value != {}}
+
+
+def usage_of(options, is_streamed: bool) -> tuple[bool, bool]:
+    """Whether the last chunk of a stream has the usage, and whether every chunk has."""
+    if options is None:
+        return False, False
+    where, known = "stream_options", {"include_usage", "continuous_usage_stats"}
+    unknown = set(options) - known if isinstance(options, dict) else {"it"}
+    if unknown and not (unknown == {"include_obfuscation"} and options["include_obfuscation"] in (None, False)):
+        message = f"`{where}` is {options!r:.80}, but it can hold {' and '.join(sorted(known))} alone."
+        raise ApiError(message, where)
+    if not is_streamed:
+        raise ApiError(f"`{where}` is for requests with `stream`.", where)
+    includes, repeats = (Fields(options).flag(name) for name in sorted(known, reverse=True))
+    return includes, includes and repeats
 
 
 def bias_of(bias, vocab_size: int) -> dict[tuple[int], float]:

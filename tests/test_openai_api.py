@@ -97,6 +97,9 @@ def test_usage_counts_prompt_and_answer(client, chat_tokenizer):
     chunks = ask(client, stream=True, stream_options={"include_usage": True})
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == LENGTH
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    options = {"include_usage": True, "continuous_usage_stats": True}  # of vLLM; guidellm sends it
+    counts = [chunk["usage"]["completion_tokens"] for chunk in ask(client, stream=True, stream_options=options)]
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == LENGTH and len(set(counts)) > 3
     three = ask(client, n=3)
     assert (three["usage"]["prompt_tokens"], three["usage"]["completion_tokens"]) == (len(prompt), 3 * LENGTH)
 
@@ -303,7 +306,9 @@ TOO_DEEP = "[" * 100_000
         ({"presence_penalty": 3}, "presence_penalty", "from -2 to 2"),
         ({"stream": "yes"}, "stream", "true or false"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "is for requests with `stream`"),
-        ({"stream": True, "stream_options": {"x": 1}}, "stream_options", "`include_usage` alone"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options", "include_usage alone"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options", "alone"),
+        ({"stream": True, "stream_options": 3}, "stream_options", "alone"),
         ({"messages": []}, "messages", "one message or more"),
         ({"messages": "a"}, "messages", "one message or more"),
         ({"messages": None}, "messages", "one message or more"),
