@@ -334,9 +334,10 @@ def serve(args: argparse.Namespace) -> dict:
     with TemporaryDirectory() as folder:
         model.save_pretrained(ours := f"{folder}/phase15")
         base.save_pretrained(theirs := f"{folder}/base")
+        lanes = ["--num_lanes", str(max(args.clients)), "--max_prompt_tokens", str(10**6)]
         of_base = ["-m", "transformers.cli.transformers", "serve", theirs, *flag]
         servers = {
-            "server": (ours, ["-m", "scripts.serve", "--model_dir", ours, "--max_prompt_tokens", "999999", *flag]),
+            "server": (ours, ["-m", "scripts.serve", "--model_dir", ours, *lanes, *flag]),
             "base_server": (theirs, of_base),
             "base_server_batching": (theirs, [*of_base, "--continuous-batching"]),
         }
