@@ -52,6 +52,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="serve: how many ask at a time")
     parser.add_argument("--requests", type=int, default=2, help="serve: of each client")
     parser.add_argument("--turns", type=int, default=20, help="serve: of a conversation")
+    rivals = ["base_server", "base_server_batching"]
+    parser.add_argument(
+        "--rivals", nargs="*", choices=rivals, default=rivals, help="serve: the base under transformers serve"
+    )
     parser.add_argument("--soak", type=int, default=0, help="serve: so many more requests, for the memory")
     parser.add_argument(
         "--before", nargs=2, metavar=("CHECKOUT", "SITE"), help="serve: an earlier checkout, and packages for it"

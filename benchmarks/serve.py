@@ -6,6 +6,7 @@ scripts/serve.py beside the base under `transformers serve`, an earlier checkout
 
 import argparse
 import asyncio
+import functools
 import json
 import os
 import random
@@ -14,11 +15,10 @@ import statistics
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -78,7 +78,7 @@ class TokenTimes(BaseStreamer):
 
 def workload(number: int, vocab_size: int, seed: int = 0) -> list[Job]:
     """Prompts and answers of many lengths, the same for every server."""
-    draw = random.Random(seed)  # noqa: S311  not for secrets
+    draw = random.Random(seed)
     lengths = [(draw.randint(*PROMPTS), draw.randint(*ANSWERS)) for _ in range(number)]
     return [Job([draw.randrange(3, vocab_size) for _ in range(prompt)], answer) for prompt, answer in lengths]
 
@@ -137,7 +137,7 @@ async def clients(port: int, name: str, jobs: list[Job], number: int) -> float:
 
 async def conversation(port: int, name: str, turns: int, vocab_size: int, seed: int) -> list[float]:
     """Seconds to the first token of each turn."""
-    draw, messages, seconds = random.Random(100 + seed), [], []  # noqa: S311
+    draw, messages, seconds = random.Random(100 + seed), [], []
     for _ in range(turns):
         job = Job([], REPLY)
         messages.append({"role": "user", "content": words([draw.randrange(3, vocab_size) for _ in range(MESSAGE)])})
@@ -162,8 +162,10 @@ def running(command: list[str], port: int, cwd: Path = ROOT, site: str | None = 
             for _ in range(1200):
                 if process.poll() is not None:
                     raise ValueError(f"{' '.join(command[:5])} ended with exit status {process.returncode}.")
-                with suppress(OSError, urllib.error.URLError):
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)  # noqa: S310
+                with suppress(OSError, HTTPException):
+                    connection = HTTPConnection("127.0.0.1", port, timeout=5)
+                    connection.request("GET", "/health")
+                    connection.getresponse()
                     break
                 time.sleep(0.1)
             yield process
@@ -258,8 +260,8 @@ def order(model, base, rows: int) -> dict:
         for layer in range(text.num_hidden_layers):
             states = torch.randn(*shape[:2], length, shape[2], device=base.device, dtype=base.dtype)
             cache.update(states, states.clone(), layer)
-        position = {"position_ids": ids + length, CACHE_NAME: cache}
-        times[length] = statistics.median(timed(lambda: base(ids, **position)) for _ in range(7))  # noqa: B023
+        step = functools.partial(base, ids, position_ids=ids + length, **{CACHE_NAME: cache})
+        times[length] = statistics.median(timed(step) for _ in range(7))
     slope, start = statistics.linear_regression(list(times), list(times.values()))
     lengths = {f"base_ms_behind_{length}": 1e3 * seconds for length, seconds in times.items()}
     turns = max((ours - start) / slope, 0) if slope > 0 else None
@@ -341,6 +343,7 @@ def serve(args: argparse.Namespace) -> dict:
             "base_server": (theirs, of_base),
             "base_server_batching": (theirs, [*of_base, "--continuous-batching"]),
         }
+        servers = {name: server for name, server in servers.items() if name in ("server", *args.rivals)}
         checkout, site = args.before or (None, None)
         if checkout:
             save_with(checkout, site, before := f"{folder}/before", args, dtype)
