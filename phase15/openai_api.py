@@ -59,6 +59,7 @@ class Server:
         self, model: Phase15ForCausalLM, tokenizer: PreTrainedTokenizerBase, arguments: Phase15ServerArguments
     ):
         self.model, self.tokenizer, self.arguments, self.key = model, tokenizer, arguments, arguments.read_key()
+        tokenizer("")  # may change the tokenizer's state, once; then threads can share it
         lanes = Phase15Lanes(model, arguments.num_lanes, arguments.compile, arguments.max_kept_conversations)
         self.worker = LaneWorker(lanes, arguments.max_waiting)
 
@@ -313,6 +314,7 @@ async def read_body(request: Request, most: int) -> dict:
             raise too_large
     try:
         found = json.loads(body)
+        json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise ApiError(f"the body is no JSON: {error}") from error
     if not isinstance(found, dict):

@@ -362,7 +362,9 @@ def test_ids_outside_the_vocabulary_are_named(client):
     assert response.status_code == 400 and "1000000 at position 1" in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"3", b"\xff", TOO_DEEP[:8000].encode()])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"3", b"\xff", b'{"\\ud800": "\\ud800"}', TOO_DEEP[:8000].encode()]
+)
 def test_a_body_that_is_no_object_is_a_400(client, body):
     response = client.post("/v1/chat/completions", content=body)
     assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error"
