@@ -158,6 +158,17 @@ def test_an_end_token_ends_its_answer_alone(model, way):
     assert {ask.finish_reason for ask in asks} == {"stop"}
 
 
+def test_nothing_is_said_when_all_answers_have_ended(model, monkeypatch):
+    names, run = [], Phase15Decoder.run
+    monkeypatch.setattr(Phase15Decoder, "run", lambda self, name, model: (names.append(name), run(self, name, model)))
+    ends = alone(model, PROMPTS[0], CHUNK)[:1]
+    answer(Phase15Lanes(model, 2), asked(model, PROMPTS[0], 50, eos_token_id=ends, on_token=lambda request: None))
+    assert names == ["prefill"]
+    names.clear()
+    answer(Phase15Lanes(model, 2), asked(model, PROMPTS[0], 50, eos_token_id=ends))  # the host asks once a chunk
+    assert names == ["prefill"] + ["decode"] * (CHUNK - 1)
+
+
 def test_buffers_serve_lanes_of_every_number(model, way):
     lanes, prompts = Phase15Lanes(model, 5), [random_ids(3, seed=seed).tolist() for seed in range(5)]
     for number in (1, 5, 2, 4, 3):
@@ -222,7 +233,7 @@ class Only(LogitsProcessor):
 def test_every_number_draws_the_token_of_the_librarys_distribution(given):
     """The share of evenly spaced numbers that draw a token is its probability behind the library's warpers."""
     torch.manual_seed(0)
-    logits = 3 * torch.randn(1, 50)
+    logits = torch.linspace(0, -6, 50)[torch.randperm(50)][None]  # tokens on both sides of every bound
     scores = TemperatureLogitsWarper(given.temperature)(None, logits)
     if given.top_k:
         scores = TopKLogitsWarper(given.top_k)(None, scores)
@@ -298,7 +309,7 @@ def reads(monkeypatch) -> list[int]:
 
 
 def test_a_next_turn_reads_what_is_new_and_says_the_same(model, way, reads):
-    lanes, ids = Phase15Lanes(model, 2, max_kept_conversations=1), random_ids(3 * QUERY + 2).tolist()
+    lanes, ids = Phase15Lanes(model, 2, max_kept_conversations=5), random_ids(3 * QUERY + 2).tolist()
     for turn in range(20):
         expected = alone(model, ids, 2 * CHUNK)
         reads.clear()
