@@ -230,8 +230,9 @@ def test_a_reply_streams_what_generate_gives(model, chat_tokenizer, lanes):
 def test_two_replies_grow_beside_each_other(model, chat_tokenizer, lanes):
     thread, other = lanes(model), [{"role": "user", "content": "Hello"}]
     first, second = (app.reply(thread, chat_tokenizer, chat, max_new_tokens=2000) for chat in (CHAT, other))
-    for _ in range(3):
-        assert next(first)[0] and next(second)[0]
+    for length in (0, 10, 20):
+        for reply in (first, second):
+            assert next(text for text, _ in reply if len(text) > length)
     first.close()
     second.close()
 
