@@ -4,6 +4,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -39,7 +40,9 @@ def client(chatter, chat_tokenizer, tmp_path_factory):
     chatter.save_pretrained(folder / NAME)
     chat_tokenizer.save_pretrained(folder / NAME)
     (folder / "key").write_text("secret")
-    port = "18765"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
     command = [sys.executable, "-m", "scripts.serve_ray", "--model_dir", f"{NAME}/", "--port", port]
     command += ["--min_replicas", "2", "--max_replicas", "2", "--num_lanes", "4", "--api_key", "key"]
