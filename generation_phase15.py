@@ -246,8 +246,11 @@ class Phase15GenerationMixin(GenerationMixin):
         self,
         inputs: list[list[int]],
         generation_config: GenerationConfig | None = None,
+        continuous_batching_config=None,
         record_timestamps: bool = False,
         progress_bar: bool = False,
+        persistent_manager: bool = False,
+        warmup: bool = True,
         num_lanes: int = NUM_LANES,
         compile: bool | None = None,
         return_logprobs: bool = False,
@@ -261,6 +264,9 @@ class Phase15GenerationMixin(GenerationMixin):
             inputs (`list[list[int]]`): token ids of the prompts.
             generation_config (`GenerationConfig`, *optional*): as for `generate`; `kwargs` (`max_new_tokens`,
                 `do_sample`, …) override it.
+            continuous_batching_config (`ContinuousBatchingConfig`, *optional*): of it `return_logprobs` counts; the
+                rest sizes pages, and lanes have none.
+            persistent_manager, warmup (`bool`): have no effect: nothing is kept, and lanes warm up themselves.
             record_timestamps (`bool`): record `time.perf_counter()` at each token.
             progress_bar (`bool`): show one.
             num_lanes (`int`, defaults to 16): the most answers under way at a time. Memory grows with it.
@@ -277,6 +283,7 @@ class Phase15GenerationMixin(GenerationMixin):
                 lanes cannot honour.
             FloatingPointError: for an LLM whose output is not finite.
         """
+        return_logprobs |= bool(getattr(continuous_batching_config, "return_logprobs", False))
         return generate_in_lanes(
             self,
             inputs,

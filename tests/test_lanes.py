@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from reference import CHUNK, LLM_SIZES, QUERY, SIZES, SLOTS, VOCAB, random_ids, randomise_alpha
 from test_decoding import Replayed
-from transformers import GenerationConfig, LlamaConfig, LogitsProcessor, LogitsProcessorList
+from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import (
     MinPLogitsWarper,
     StoppingCriteria,
@@ -463,15 +463,19 @@ def test_generate_batch_gives_the_librarys_result(model, way):
         start, end = output.lifespan
         assert len(output.timestamps) == 11 and sorted(output.timestamps) == output.timestamps
         assert start <= output.timestamps[0] and end <= output.timestamps[-1] + 1
-    assert model.generate_batch([]) == {}
+    assert model.generate_batch([]) == {} == model.generate_batch([], persistent_manager=True, warmup=False)
 
 
 def test_generate_batch_takes_settings_as_generate_does(model):
     free = alone(model, PROMPTS[4], 20)
     config = GenerationConfig(max_new_tokens=20, do_sample=False, eos_token_id=free[5], pad_token_id=0)
-    outputs = model.generate_batch([PROMPTS[4]], config, return_logprobs=True)
     expected = alone(model, PROMPTS[4], 20, eos_token_id=free[5])
-    assert outputs["req_0"].generated_tokens == expected and len(outputs["req_0"].logprobs) == len(expected)
+    for given in (
+        {"return_logprobs": True},
+        {"continuous_batching_config": ContinuousBatchingConfig(return_logprobs=True)},  # as TRL's GRPO gives one
+    ):
+        (output,) = model.generate_batch([PROMPTS[4]], config, **given).values()
+        assert output.generated_tokens == expected and len(output.logprobs) == len(expected)
     config = GenerationConfig(max_new_tokens=8, do_sample=True, num_return_sequences=3)
     torch.manual_seed(0)
     first = model.generate_batch(PROMPTS[:2], config, num_lanes=2)
