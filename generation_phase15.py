@@ -264,8 +264,8 @@ class Phase15GenerationMixin(GenerationMixin):
             inputs (`list[list[int]]`): token ids of the prompts.
             generation_config (`GenerationConfig`, *optional*): as for `generate`; `kwargs` (`max_new_tokens`,
                 `do_sample`, …) override it.
-            continuous_batching_config (`ContinuousBatchingConfig`, *optional*): of it `return_logprobs` counts; the
-                rest sizes pages, and lanes have none.
+            continuous_batching_config (`ContinuousBatchingConfig`, *optional*): of it `return_logprobs` and
+                `max_requests_per_batch` count; the rest sizes pages, and lanes have none.
             persistent_manager, warmup (`bool`): have no effect: nothing is kept, and lanes warm up themselves.
             record_timestamps (`bool`): record `time.perf_counter()` at each token.
             progress_bar (`bool`): show one.
@@ -284,6 +284,7 @@ class Phase15GenerationMixin(GenerationMixin):
             FloatingPointError: for an LLM whose output is not finite.
         """
         return_logprobs |= bool(getattr(continuous_batching_config, "return_logprobs", False))
+        num_lanes = getattr(continuous_batching_config, "max_requests_per_batch", None) or num_lanes
         return generate_in_lanes(
             self,
             inputs,

@@ -448,7 +448,6 @@ def generate_in_lanes(
     """See `Phase15GenerationMixin.generate_batch`."""
     given = {**vars(generation_config or model.generation_config), **settings}
     repeats, requests, outputs = given.get("num_return_sequences") or 1, {}, {}
-    settings = {**settings, "num_return_sequences": 1}
     num_logprobs = 0 if return_logprobs else None
     for index, prompt_ids in enumerate(inputs):
         for child in range(repeats):

@@ -4,6 +4,7 @@ A request to lanes_phase15.py: a query, how its tokens are picked, and the answe
 processors and criteria of a request, of the settings that `generate` takes.
 """
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -146,7 +147,10 @@ def request_of(
         return logits_processor, stopping_criteria, generation_config
 
     ids = torch.tensor([prompt_ids], device=model.device)
-    kwargs = {"attention_mask": torch.ones_like(ids), "num_return_sequences": 1} | kwargs
+    kwargs = {"attention_mask": torch.ones_like(ids)} | kwargs | {"num_return_sequences": 1}
+    if generation_config is not None:  # the library does not want both
+        generation_config = copy.copy(generation_config)
+        generation_config.num_return_sequences = kwargs.pop("num_return_sequences")
     parts = model.generate(ids, generation_config, custom_generate=prepared, compile=False, **kwargs)
     processors, criteria, settings = parts
     if (settings.num_beams or 1) > 1:

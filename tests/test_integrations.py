@@ -373,6 +373,31 @@ def test_sft_trainer_trains_an_adapter(sft, saved, model, tokenizer, ids, tmp_pa
     assert torch.equal(logits_of(loaded, ids), logits_of(trainer.model, ids))
 
 
+@pytest.mark.extra
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_grpo_generates_in_lanes(chatter, chat_tokenizer, tmp_path, monkeypatch):
+    """TRL's continuous batching is the library's `generate_batch`."""
+    trl = pytest.importorskip("trl", reason="requirements-extra.txt")
+    calls, generate_batch = [], Phase15ForCausalLM.generate_batch
+    monkeypatch.setattr(
+        Phase15ForCausalLM,
+        "generate_batch",
+        lambda *args, **kwargs: calls.append(kwargs) or generate_batch(*args, **kwargs),
+    )
+    settings = {"use_transformers_continuous_batching": True, "num_generations": 2, "per_device_train_batch_size": 2}
+    settings |= {"max_completion_length": 9, "max_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False}
+    model = copy.deepcopy(chatter)
+    trainer = trl.GRPOTrainer(
+        model,
+        reward_funcs=lambda completions, **kwargs: [float(len(text)) for text in completions],
+        args=trl.GRPOConfig(str(tmp_path), **settings),
+        train_dataset=Dataset.from_list([{"prompt": "Why?"}, {"prompt": "What is the sky?"}]),
+        processing_class=chat_tokenizer,
+    )
+    trainer.train()
+    assert len(calls) == 1 and not torch.equal(model.hypernet.alpha, chatter.hypernet.alpha)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_sft_trainer_trains_an_adapter_around_a_4_bit_llm(sft, saved):
     model = load(saved, quantization_config=QUANTISED["bitsandbytes-nf4"]())

@@ -470,11 +470,11 @@ def test_generate_batch_takes_settings_as_generate_does(model):
     free = alone(model, PROMPTS[4], 20)
     config = GenerationConfig(max_new_tokens=20, do_sample=False, eos_token_id=free[5], pad_token_id=0)
     expected = alone(model, PROMPTS[4], 20, eos_token_id=free[5])
-    for given in (
+    for kwargs in (
         {"return_logprobs": True},
         {"continuous_batching_config": ContinuousBatchingConfig(return_logprobs=True)},  # as TRL's GRPO gives one
     ):
-        (output,) = model.generate_batch([PROMPTS[4]], config, **given).values()
+        (output,) = model.generate_batch([PROMPTS[4]], config, **kwargs).values()
         assert output.generated_tokens == expected and len(output.logprobs) == len(expected)
     config = GenerationConfig(max_new_tokens=8, do_sample=True, num_return_sequences=3)
     torch.manual_seed(0)
