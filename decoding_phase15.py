@@ -271,17 +271,14 @@ class LibraryDecoder:
 
     def decode(self, model):
         newest = int(self.column)
+        self.column = self.column + 1
         self._write(model, self.chunk[:, newest : newest + 1], newest)
 
     def _write(self, model, tokens: torch.LongTensor, num_cached: int = 0):
-        is_first = not tokens.shape[1]
-        hidden_states, _ = model.predict(
-            self.soft_prompt, model.get_input_embeddings()(tokens), self.llm_cache, num_cached
-        )
-        if not is_first:
-            self.column = self.column + 1
-        tokens = self.pick(model.get_output_embeddings()(hidden_states[:, -1]).float())
-        self.chunk[:, int(self.column)] = tokens
+        tokens = model.get_input_embeddings()(tokens)
+        hidden_states, _ = model.predict(self.soft_prompt, tokens, self.llm_cache, num_cached)
+        logits = model.get_output_embeddings()(hidden_states[:, -1])
+        self.chunk[:, int(self.column)] = self.pick(logits.float())
 
 
 def compiled(function: Callable) -> Callable:

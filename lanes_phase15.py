@@ -71,11 +71,11 @@ class Lane:
         if token == BROKEN:
             message = "the LLM's output is not finite. The weights are damaged, or too large for their dtype."
             raise FloatingPointError(message)
-        request.generated_tokens.append(token)
         if request.num_logprobs is not None:
             likeliest = zip(map(int, numbers[1 + len(numbers) // 2 :]), numbers[1:], strict=False)
             request.logprobs.append(numbers[0])
             request.top_logprobs.append(list(likeliest)[: request.num_logprobs])
+        request.generated_tokens.append(token)  # last: another thread may read the request
         if self.ids is not None:
             self.ids = torch.cat([self.ids, self.ids.new_tensor([[token]])], dim=1)
         if request.on_token is not None:
@@ -260,13 +260,14 @@ class Phase15Lanes:
             best, order = scores.topk(min(TOP_LOGPROBS, scores.shape[-1]))
             chosen = scores.gather(1, decoder.chunk[: len(lanes), start:end])
             tokens = torch.cat([tokens.double(), chosen, best, order.double()], dim=1)
-        width = end - start
+        width, number = end - start, 0
         for lane, row in zip(lanes, tokens.tolist(), strict=True):
             for token in row[:width]:
                 if lane.request.finish_reason is None:
-                    self._count(generated_tokens=1)
+                    number += 1
                     with lane.only_this():
                         lane.take(int(token), row[width:])
+        self._count(generated_tokens=number)
 
     def _count(self, **new: int):
         self.counts = self.counts._replace(**{name: getattr(self.counts, name) + n for name, n in new.items()})
@@ -338,7 +339,7 @@ class Phase15LaneThread:
     A thread that advances lanes while there is something to do.
 
     Args:
-        lanes (`Phase15Lanes`): nobody else may call their `advance`.
+        lanes (`Phase15Lanes`): no other thread may call `advance` on them.
     """
 
     def __init__(self, lanes: Phase15Lanes):

@@ -12,14 +12,7 @@ from typing import NamedTuple
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
-from transformers.generation import (
-    EosTokenCriteria,
-    MaxLengthCriteria,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 
 try:  # inside a package: how transformers loads this file from a Hub repository or a saved folder
@@ -161,16 +154,9 @@ def request_of(
     warpers = {type(part): part for part in processors if type(part) in PROCESSORS}
     sampling = Sampling()
     if settings.do_sample:
+        parts = zip(PROCESSORS, Sampling._fields, Sampling(temperature=1.0), strict=True)  # in one order
         sampling = Sampling(
-            *(
-                getattr(warpers[kind], setting) if kind in warpers else neutral
-                for kind, setting, neutral in (
-                    (TemperatureLogitsWarper, "temperature", 1.0),
-                    (TopKLogitsWarper, "top_k", 0),
-                    (TopPLogitsWarper, "top_p", 1.0),
-                    (MinPLogitsWarper, "min_p", 0.0),
-                )
-            )
+            *(getattr(warpers[kind], name) if kind in warpers else neutral for kind, name, neutral in parts)
         )
         if seed is None:
             seed = int(torch.randint(2**63 - 1, ()))

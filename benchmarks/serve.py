@@ -218,13 +218,10 @@ def flops_of(model, jobs: list[Job]) -> float:
         tokens = embed(torch.zeros(1, length, dtype=torch.long, device=model.device))
         model.step(full, tokens, torch.full((1,), length, device=model.device))
 
-    def llm(length: int):
-        states = model.llm.base_model(inputs_embeds=full.embeds[:, :1].expand(1, length, -1)).last_hidden_state
-        return states
-
     full = model.empty_soft_prompt(1)
     full = full._replace(length=torch.full_like(full.length, config.num_soft_tokens))
-    body, segments = counted(llm, 1), {}
+    one_token = functools.partial(model.llm.base_model, inputs_embeds=full.embeds[:, :1])
+    body, segments = counted(one_token), {}
     head = counted(model.get_output_embeddings(), full.embeds[:, 0])
     chunk_step, total = counted(step, config.chunk_length), 0.0
     for job in jobs:
