@@ -199,6 +199,25 @@ class Phase15Config(PreTrainedConfig):
             )
 
 
+    @property
+    def num_positions(self) -> int:
+        """Positions of the HyperNetwork: the most tokens that a step can read."""
+        return max(self.num_soft_tokens, self.max_query_length, self.chunk_length)
+
+    def check_chunk_length(self, chunk_length: int | None):
+        """Raises a ValueError for chunks that the HyperNetwork has no positions for, or that the LLM cannot see."""
+        most, reason = self.num_positions, "the HyperNetwork has no more positions"
+        window = getattr(self.text_config, "sliding_window", None)
+        if window is not None and window - self.num_soft_tokens < most:
+            most = window - self.num_soft_tokens
+            reason = f"the LLM's sliding window of {window} has the {self.num_soft_tokens} slots in it, too"
+        is_integer = isinstance(chunk_length, int) and not isinstance(chunk_length, bool)
+        if chunk_length is not None and not (is_integer and 1 <= chunk_length <= most):
+            raise ValueError(
+                f"`chunk_length` is {chunk_length!r}, but it must be an integer from 1 to {most}: {reason}."
+            )
+
+
 def is_known(name: str) -> bool:
     return name in LIBRARY_KEYS or name in Phase15Config.__annotations__ or name.startswith("_")
 

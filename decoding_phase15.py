@@ -133,6 +133,7 @@ class Phase15Decoder:
         pick (`Callable`): float32 logits of shape `(batch_size, vocab_size)` to token ids `(batch_size,)`.
         eos_token_id (`torch.LongTensor` of shape `(num_tokens,)`, *optional*): the tokens that end a row.
         pad_token_id (`torch.LongTensor` of shape `()`, *optional*): the token that fills ended rows.
+        chunk_length (`int`, *optional*): tokens of a chunk; by default the config's, or that of `within`.
         within (`Phase15Decoder`, *optional*): a decoder of as many rows or more, whose buffers this one shares.
         is_compiled (`bool`): compile the steps, and record them on CUDA.
     """
@@ -144,6 +145,7 @@ class Phase15Decoder:
         pick: Callable,
         eos_token_id=None,
         pad_token_id=None,
+        chunk_length: int | None = None,
         within: "Phase15Decoder | None" = None,
         is_compiled: bool = True,
     ):
@@ -152,7 +154,8 @@ class Phase15Decoder:
         if within is None:
             self.soft_prompt = model.empty_soft_prompt(batch_size)
             embeds, config = self.soft_prompt.embeds, model.config.text_config
-            self.chunk = torch.zeros(batch_size, model.config.chunk_length, dtype=torch.long, device=embeds.device)
+            chunk_length = chunk_length or model.config.chunk_length
+            self.chunk = torch.zeros(batch_size, chunk_length, dtype=torch.long, device=embeds.device)
             head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
             num_columns = embeds.shape[1] + self.chunk.shape[1]
             shape = (batch_size, config.num_key_value_heads, num_columns, head_dim)
@@ -250,9 +253,9 @@ class LibraryDecoder:
 
     num_slots = 0
 
-    def __init__(self, model, batch_size: int, pick: Callable):
+    def __init__(self, model, batch_size: int, pick: Callable, chunk_length: int):
         self.pick = pick
-        self.chunk = torch.zeros(batch_size, model.config.chunk_length, dtype=torch.long, device=model.device)
+        self.chunk = torch.zeros(batch_size, chunk_length, dtype=torch.long, device=model.device)
         self.column = torch.zeros(1, dtype=torch.long, device=model.device)
 
     def start(self, soft_prompt):
@@ -343,7 +346,9 @@ def unsupported_model(model) -> str | None:
     return next((reason for reason, applies in reasons.items() if applies), None)
 
 
-def decoder_of(model, batch_size: int, processors: LogitsProcessorList, criteria: list, generation_config):
+def decoder_of(
+    model, batch_size: int, chunk_length: int, processors: LogitsProcessorList, criteria: list, generation_config
+):
     """The model's decoder for these settings; a new one if there is none, or if the weights have moved."""
     eos_token_id = next((c.eos_token_id for c in criteria if isinstance(c, EosTokenCriteria)), None)
     pad_token_id, do_sample = generation_config.pad_token_id, generation_config.do_sample
@@ -351,6 +356,7 @@ def decoder_of(model, batch_size: int, processors: LogitsProcessorList, criteria
         pad_token_id = int(eos_token_id[0])
     key = (
         batch_size,
+        chunk_length,
         do_sample,
         tuple((type(processor), *sorted(vars(processor).items())) for processor in processors),
         None if eos_token_id is None else (*eos_token_id.tolist(), pad_token_id),
@@ -373,7 +379,7 @@ def decoder_of(model, batch_size: int, processors: LogitsProcessorList, criteria
     if eos_token_id is not None:
         eos_token_id = eos_token_id.to(model.device)
         pad_token_id = torch.tensor(pad_token_id, device=model.device)
-    decoders[key] = Phase15Decoder(model, batch_size, pick, eos_token_id, pad_token_id)
+    decoders[key] = Phase15Decoder(model, batch_size, pick, eos_token_id, pad_token_id, chunk_length)
     return decoders[key]
 
 
@@ -399,7 +405,7 @@ def sample_compiled(
     """
     limit = next((c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)), sys.maxsize)
     remaining = max(limit - input_ids.shape[1], 1)
-    decoder = decoder_of(model, len(input_ids), processors, criteria, generation_config)
+    decoder = decoder_of(model, len(input_ids), cache.chunk_length, processors, criteria, generation_config)
     answer = []
     with decoder.lock:
         decoder.start(soft_prompt)

@@ -37,8 +37,10 @@ class Phase15Cache(Cache):
 
     Attributes:
         soft_prompt (`SoftPrompt`, *optional*): None before the first token.
-        chunk (`torch.Tensor` of shape `(batch_size, open, hidden_size)`): embeddings of the open chunk, with
-            `0 <= open < chunk_length`. The chunks of all rows begin and end together.
+        chunk (`torch.Tensor` of shape `(batch_size, open, hidden_size)`): embeddings of the open chunk. The chunks of
+            all rows begin and end together.
+        chunk_length (`int`): tokens of a chunk, the config's by default. An open chunk that has as many already ends
+            with the next token.
         llm_cache (`DynamicCache`): of the `soft_prompt` and `chunk` above.
         seen_tokens (`int`): columns of `input_ids` consumed, padding included.
 
@@ -46,9 +48,9 @@ class Phase15Cache(Cache):
     conversation as `input_ids`: the tokens that the cache has not seen are read as the next message.
     """
 
-    def __init__(self, config: Phase15Config):
+    def __init__(self, config: Phase15Config, chunk_length: int | None = None):
         super().__init__(layers=[])
-        self.config = config
+        self.config, self.chunk_length = config, chunk_length or config.chunk_length
         self.reset()
 
     def reset(self):
@@ -134,6 +136,7 @@ class Phase15GenerationMixin(GenerationMixin):
         generation_config: GenerationConfig | None = None,
         *args,
         compile: bool | None = None,
+        chunk_length: int | None = None,
         **kwargs,
     ):
         r"""
@@ -151,12 +154,18 @@ class Phase15GenerationMixin(GenerationMixin):
                 Greedy search and sampling on static buffers with compiled steps, on CUDA as CUDA graphs. The default
                 is to do so on CUDA unless something forbids it. The first call compiles, which takes about a minute.
                 True insists, also on a CPU (`torch.compile` needs a C++ compiler there). False refuses.
+            chunk_length (`int`, *optional*):
+                Tokens of a chunk of this answer. By default `generation_config.chunk_length`, if that is set, then the
+                cache's, then the config's, which is the one of training. A longer chunk costs less: the LLM reads the
+                N slots once a chunk, so it forwards (N + K) / K tokens for each one that it says.
 
         Raises:
             ValueError: for assisted decoding, contrastive search, paged or other caches, and chunked prefill; for rows
-                that end in padding; for `compile=True` with something that forbids it. The message names it.
+                that end in padding; for `compile=True` with something that forbids it; for a `chunk_length` that the
+                model has no positions for. The message names it.
         """
-        sources = [kwargs, *(vars(config) for config in (generation_config, self.generation_config) if config)]
+        sources = [{**kwargs, "chunk_length": chunk_length}]
+        sources += [vars(config) for config in (generation_config, self.generation_config) if config]
 
         def setting(name):
             return next((source[name] for source in sources if source.get(name) is not None), None)
@@ -171,13 +180,16 @@ class Phase15GenerationMixin(GenerationMixin):
         num_columns = 1 if input_ids is None else input_ids.shape[-1]  # without a prompt the library starts from BOS
         cache = pop_cache(kwargs)
         check_prompt(num_columns, kwargs.get("attention_mask"), cache)
+        chunk_length = setting("chunk_length")
+        self.config.check_chunk_length(chunk_length)
         if cache is None and setting("use_cache") is not False:
             cache = Phase15Cache(self.config)
         if cache is not None and input_ids is not None:
             widen(cache, len(input_ids), max(setting("num_beams") or 1, setting("num_return_sequences") or 1))
         if cache is None:
-            kwargs["prompt_length"] = num_columns
+            kwargs |= {"prompt_length": num_columns, "chunk_length": chunk_length}
         else:
+            cache.chunk_length = chunk_length or cache.chunk_length
             kwargs[CACHE_NAME] = cache
         return give_both_cache_names(super().generate(inputs, generation_config, *args, **kwargs))
 
@@ -254,6 +266,7 @@ class Phase15GenerationMixin(GenerationMixin):
         num_lanes: int = NUM_LANES,
         compile: bool | None = None,
         return_logprobs: bool = False,
+        chunk_length: int | None = None,
         **kwargs,
     ) -> dict[str, GenerationOutput]:
         r"""
@@ -270,7 +283,7 @@ class Phase15GenerationMixin(GenerationMixin):
             record_timestamps (`bool`): record `time.perf_counter()` at each token.
             progress_bar (`bool`): show one.
             num_lanes (`int`, defaults to 16): the most answers under way at a time. Memory grows with it.
-            compile (`bool`, *optional*): as for `generate`.
+            compile (`bool`, *optional*), chunk_length (`int`, *optional*): as for `generate`.
             return_logprobs (`bool`): give each token's log-probability, in nats.
 
         Returns:
@@ -292,13 +305,18 @@ class Phase15GenerationMixin(GenerationMixin):
             kwargs,
             num_lanes=num_lanes,
             compile=compile,
+            chunk_length=chunk_length,
             record_timestamps=record_timestamps,
             progress_bar=progress_bar,
             return_logprobs=return_logprobs,
         )
 
     def open_lanes(
-        self, num_lanes: int = NUM_LANES, compile: bool | None = None, max_kept_conversations: int = 0
+        self,
+        num_lanes: int = NUM_LANES,
+        compile: bool | None = None,
+        max_kept_conversations: int = 0,
+        chunk_length: int | None = None,
     ) -> Phase15LaneThread:
         """
         Lanes for requests that come and go, advanced by a thread: see [`Phase15LaneThread`] and [`Phase15Lanes`].
@@ -309,7 +327,7 @@ class Phase15GenerationMixin(GenerationMixin):
         >>> request = thread.lanes.request(prompt_ids, max_new_tokens=64, on_token=lambda request: ...)
         >>> thread.submit([request])
         ```"""
-        return Phase15LaneThread(Phase15Lanes(self, num_lanes, compile, max_kept_conversations))
+        return Phase15LaneThread(Phase15Lanes(self, num_lanes, compile, max_kept_conversations, chunk_length))
 
     def init_continuous_batching(self, *args, **kwargs):
         raise ValueError(f"Phase15 does not support paged continuous batching: {_ONE_CACHE}. Call `generate_batch`.")

@@ -106,13 +106,20 @@ class Phase15Lanes:
         compile (`bool`, *optional*): as in `generate`: compiled steps, on CUDA as CUDA graphs.
         max_kept_conversations (`int`): how many soft prompts are kept after their answers. A query that begins with
             the tokens that one has read goes on from there. The least recently used go first.
+        chunk_length (`int`, *optional*): tokens of a chunk of every answer; by default as in `generate`.
 
     Raises:
-        ValueError: for `compile=True` with a model that forbids it, for less than one lane.
+        ValueError: for `compile=True` with a model that forbids it, for less than one lane, for a `chunk_length` that
+            the model has no positions for.
     """
 
     def __init__(
-        self, model, num_lanes: int = NUM_LANES, compile: bool | None = None, max_kept_conversations: int = 0
+        self,
+        model,
+        num_lanes: int = NUM_LANES,
+        compile: bool | None = None,
+        max_kept_conversations: int = 0,
+        chunk_length: int | None = None,
     ):
         if num_lanes < 1:
             raise ValueError(f"`num_lanes` is {num_lanes}, but there must be one at least.")
@@ -126,9 +133,12 @@ class Phase15Lanes:
         self.waiting: deque[Phase15Request] = deque()
         self.lanes: list[Lane] = []
         self.counts = LaneCounts()
-        device, chunk_length = model.device, model.config.chunk_length
+        if chunk_length is None:
+            chunk_length = getattr(model.generation_config, "chunk_length", None)
+        model.config.check_chunk_length(chunk_length)
+        device, self.chunk_length = model.device, chunk_length or model.config.chunk_length
         self._settings = torch.zeros(num_lanes, len(Sampling._fields), device=device)
-        self._uniform = torch.zeros(num_lanes, chunk_length, device=device)
+        self._uniform = torch.zeros(num_lanes, self.chunk_length, device=device)
         self._broken = torch.zeros(num_lanes, dtype=torch.bool, device=device)
         self._logits: torch.Tensor | None = None  # of the newest tokens, if a lane asks for log-probabilities
         self._buffers: Phase15Decoder | None = None
@@ -139,9 +149,14 @@ class Phase15Lanes:
         """Puts a request into the queue. It gets a lane at a boundary, in the order of calls."""
         self.waiting.append(request)
 
-    def request(self, prompt_ids: list[int], *args, **kwargs) -> Phase15Request:
+    def request(
+        self, prompt_ids: list[int], generation_config: GenerationConfig | None = None, *args, **kwargs
+    ) -> Phase15Request:
         """A request with the settings of a call of `generate`: see [`request_of`]. It still has to be submitted."""
-        return request_of(self.model, prompt_ids, *args, **kwargs)
+        asked = kwargs.pop("chunk_length", None) or getattr(generation_config, "chunk_length", None)
+        if asked not in (None, self.chunk_length):
+            raise ValueError(f"`chunk_length` is {asked}, but these lanes say chunks of {self.chunk_length} tokens.")
+        return request_of(self.model, prompt_ids, generation_config, *args, **kwargs)
 
     def abort(self, error: Exception):
         """Ends every request that waits or is under way, with an error."""
@@ -227,7 +242,7 @@ class Phase15Lanes:
         """One chunk of each answer, or less where all end before."""
         if not lanes:
             return
-        requests, chunk_length = [lane.request for lane in lanes], self.model.config.chunk_length
+        requests = [lane.request for lane in lanes]
         is_custom = any(request.processors or request.num_logprobs is not None for request in requests)
         self._speaking, width = lanes, width_of(requests, self.model.config.text_config.vocab_size)
         decoder = self._start(lanes, width, is_custom)
@@ -239,7 +254,7 @@ class Phase15Lanes:
                 lane.ids = torch.tensor([lane.request.prompt_ids], device=self.model.device)
         at_once = not any(request.asks_every_token for request in requests)
         num_tokens = min(
-            chunk_length, max(request.max_new_tokens - len(request.generated_tokens) for request in requests)
+            self.chunk_length, max(request.max_new_tokens - len(request.generated_tokens) for request in requests)
         )
         for column in range(num_tokens):
             decoder.run("decode" if column else "prefill", self.model)
@@ -304,10 +319,10 @@ class Phase15Lanes:
             return sample_tokens(scores, self._settings[:size], uniform, width)
 
         if not self.is_static:
-            decoder = LibraryDecoder(self.model, size, pick)
+            decoder = LibraryDecoder(self.model, size, pick, self.chunk_length)
         else:
             if self._buffers is None:
-                self._buffers = Phase15Decoder(self.model, self.num_lanes, pick)
+                self._buffers = Phase15Decoder(self.model, self.num_lanes, pick, chunk_length=self.chunk_length)
             decoder = Phase15Decoder(self.model, size, pick, within=self._buffers, is_compiled=self.is_compiled)
         return decoder
 
@@ -322,9 +337,9 @@ class Phase15Lanes:
 
     def _draw(self, lanes: list[Lane]):
         """The lanes' settings and the next numbers of their seeds, for one chunk."""
-        size, (_, chunk_length) = len(lanes), self._uniform.shape
+        size = len(lanes)
         settings = torch.tensor([lane.request.sampling for lane in lanes], dtype=torch.float32)
-        uniform = torch.stack([torch.rand(chunk_length, generator=lane.generator) for lane in lanes])
+        uniform = torch.stack([torch.rand(self.chunk_length, generator=lane.generator) for lane in lanes])
         self._settings[:size].copy_(settings)
         self._uniform[:size].copy_(uniform)
 
@@ -442,6 +457,7 @@ def generate_in_lanes(
     settings: dict,
     num_lanes: int,
     compile: bool | None,
+    chunk_length: int | None,
     record_timestamps: bool,
     progress_bar: bool,
     return_logprobs: bool,
@@ -460,7 +476,9 @@ def generate_in_lanes(
             )
             requests[name] = request
             outputs[name] = GenerationOutput(name, request.prompt_ids, timestamps=timestamps)
-    lanes = Phase15Lanes(model, max(min(num_lanes, len(requests)), 1), compile)
+    if chunk_length is None:
+        chunk_length = getattr(generation_config, "chunk_length", None)
+    lanes = Phase15Lanes(model, max(min(num_lanes, len(requests)), 1), compile, chunk_length=chunk_length)
     for request in requests.values():
         lanes.submit(request)
     with logging.tqdm(total=len(requests), desc="Answering", unit="request", disable=not progress_bar) as bar:

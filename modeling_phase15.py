@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, GgufConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, GgufConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -131,6 +131,18 @@ class Phase15PreTrainedModel(PreTrainedModel):
     def get_init_context(cls, *args, **kwargs) -> list:
         """Overrides the library to initialise only what `from_pretrained` has not filled."""
         return [*super().get_init_context(*args, **kwargs), init.no_init_weights()]
+
+    def save_pretrained(self, *args, **kwargs):
+        """
+        Overrides the library, which at loading drops settings that are not its own (`chunk_length`) from a generation
+        config that is marked as made of a model's config.
+        """
+        if self.can_generate():
+            settings = self.generation_config.to_dict()
+            own = {name: value for name, value in settings.items() if not name.startswith("_")}
+            own.pop("transformers_version", None)
+            self.generation_config = GenerationConfig(**own)
+        return super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -281,13 +293,14 @@ class Phase15Model(Phase15PreTrainedModel):
         predict_mask: torch.BoolTensor | None = None,
         bptt_chunks: int | None = None,
         past_key_values: Phase15Cache | None = None,
+        chunk_length: int | None = None,
         **kwargs,
     ) -> Phase15ModelOutputWithPast:
         r"""
         Reads each row's query into the soft prompt, and gives the hidden states that predict the tokens after it.
 
         Args:
-            input_ids, attention_mask, cache, use_cache, bptt_chunks, past_key_values, kwargs:
+            input_ids, attention_mask, cache, use_cache, bptt_chunks, past_key_values, chunk_length, kwargs:
                 See [`Phase15ForCausalLM.forward`].
             query_lengths (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
                 How many tokens of each row are its query, padding not counted. The default is the first token, or none
@@ -296,10 +309,10 @@ class Phase15Model(Phase15PreTrainedModel):
                 Columns whose predictions are asked for; all by default. Without a cache, chunks with none are skipped.
         """
         check_arguments(kwargs)
-        cache = self.cache_of(one_cache(cache, past_key_values), use_cache)
+        cache, chunk_length = self.cache_of(one_cache(cache, past_key_values), use_cache, chunk_length)
         rows = self.left_align(input_ids, attention_mask, query_lengths, cache)
         if cache is None:
-            hidden_states, soft_prompt, outputs = self.unroll(rows, predict_mask, bptt_chunks, **kwargs)
+            hidden_states, soft_prompt, outputs = self.unroll(rows, chunk_length, predict_mask, bptt_chunks, **kwargs)
         else:
             hidden_states, soft_prompt, outputs = self.resume(rows, cache, **kwargs)
         return Phase15ModelOutputWithPast(
@@ -311,8 +324,17 @@ class Phase15Model(Phase15PreTrainedModel):
             prediction=rows.prediction,
         )
 
-    def cache_of(self, cache: Phase15Cache | None, use_cache: bool | None) -> Phase15Cache | None:
-        return Phase15Cache(self.config) if cache is None and use_cache else cache
+    def cache_of(
+        self, cache: Phase15Cache | None, use_cache: bool | None, chunk_length: int | None
+    ) -> tuple[Phase15Cache | None, int]:
+        """The cache of a call, and the tokens of its chunks: as asked for, or the cache's, or the config's."""
+        self.config.check_chunk_length(chunk_length)
+        if cache is None and use_cache:
+            cache = Phase15Cache(self.config, chunk_length)
+        own = self.config.chunk_length if cache is None else getattr(cache, "chunk_length", None)
+        if cache is not None and chunk_length not in (None, own):
+            raise ValueError(f"`chunk_length` is {chunk_length}, but the cache's is {own}.")
+        return cache, chunk_length or own
 
     def left_align(
         self,
@@ -341,7 +363,14 @@ class Phase15Model(Phase15PreTrainedModel):
         position = (mask.cumsum(dim=1) - 1).masked_fill(~mask, -1)
         return Rows(input_ids.gather(1, order), length, query_length, position)
 
-    def unroll(self, rows: Rows, predict_mask: torch.BoolTensor | None, bptt_chunks: int | None, **kwargs):
+    def unroll(
+        self,
+        rows: Rows,
+        chunk_length: int,
+        predict_mask: torch.BoolTensor | None = None,
+        bptt_chunks: int | None = None,
+        **kwargs,
+    ):
         """
         The training form: all steps of the recursion, then one call of the LLM over the chunks that are asked for.
 
@@ -349,8 +378,8 @@ class Phase15Model(Phase15PreTrainedModel):
             the hidden states of the predictions `(batch_size, num_chunks * chunk_length, hidden_size)`, the last soft
             prompt of each row `(batch_size, num_soft_tokens, hidden_size)`, and the LLM's output.
         """
-        needed = self.needed_chunks(rows, predict_mask)  # (B, C)
-        (num_rows, num_chunks), chunk_length = needed.shape, self.config.chunk_length
+        needed = self.needed_chunks(rows, chunk_length, predict_mask)  # (B, C)
+        num_rows, num_chunks = needed.shape
         answer = rows.query_length[:, None] + torch.arange(num_chunks * chunk_length, device=needed.device)
         answer = rows.input_ids.gather(1, answer.clamp(max=rows.input_ids.shape[1] - 1))
         chunks = self.get_input_embeddings()(answer).unflatten(1, (num_chunks, chunk_length))  # (B, C, K, d)
@@ -379,10 +408,12 @@ class Phase15Model(Phase15PreTrainedModel):
         last = (needed * torch.arange(num_chunks, device=needed.device)).amax(dim=1)
         return hidden_states.flatten(1, 2), embeds[torch.arange(num_rows), last], outputs
 
-    def needed_chunks(self, rows: Rows, predict_mask: torch.BoolTensor | None) -> torch.BoolTensor:
+    def needed_chunks(
+        self, rows: Rows, chunk_length: int, predict_mask: torch.BoolTensor | None
+    ) -> torch.BoolTensor:
         """Which chunks hold a prediction that is asked for, `(batch_size, num_chunks)`."""
         asked = rows.prediction >= 0 if predict_mask is None else (rows.prediction >= 0) & predict_mask
-        chunk = (rows.prediction // self.config.chunk_length).masked_fill(~asked, -1)  # (B, T)
+        chunk = (rows.prediction // chunk_length).masked_fill(~asked, -1)  # (B, T)
         num_chunks = int(chunk.max().clamp(min=0)) + 1
         needed = torch.zeros(len(chunk), num_chunks + 1, dtype=torch.bool, device=chunk.device)
         needed = needed.scatter(1, chunk + 1, True)[:, 1:]
@@ -396,7 +427,6 @@ class Phase15Model(Phase15PreTrainedModel):
         Returns:
             as [`Phase15Model.unroll`], with the LLM's last output.
         """
-        chunk_length = self.config.chunk_length
         answer_length, has_query = rows.length - rows.query_length, rows.query_length > 0
         if (answer_length != answer_length[0]).any() or (has_query != has_query[0]).any():
             raise ValueError(
@@ -415,14 +445,15 @@ class Phase15Model(Phase15PreTrainedModel):
         answer = rows.query_length[:, None] + torch.arange(int(answer_length[0]), device=answer_length.device)
         answer = self.get_input_embeddings()(rows.input_ids.gather(1, answer))  # (B, A, d)
         while answer.shape[1]:
-            room = chunk_length - cache.chunk.shape[1]
+            room = max(cache.chunk_length - cache.chunk.shape[1], 1)  # it may have become shorter than the open chunk
             tokens, answer = answer[:, :room], answer[:, room:]
             is_full = tokens.shape[1] == room
             if num_fed := tokens.shape[1] - is_full:  # the last token of a chunk predicts nothing inside it
                 calls.append(self.decode(cache, tokens[:, :num_fed], **kwargs))
             cache.chunk = torch.cat([cache.chunk, tokens], dim=1)
             if is_full:
-                soft_prompt = self.step(cache.soft_prompt, cache.chunk, torch.full_like(rows.length, chunk_length))
+                length = torch.full_like(rows.length, cache.chunk.shape[1])
+                soft_prompt = self.step(cache.soft_prompt, cache.chunk, length)
                 calls.append(self.prefill(cache, soft_prompt, **kwargs))
         cache.seen_tokens += rows.input_ids.shape[1]
         hidden_states = torch.cat([hidden_states for hidden_states, _ in calls], dim=1)
@@ -528,6 +559,7 @@ class Phase15ForCausalLM(Phase15Model, Phase15GenerationMixin):
         bptt_chunks: int | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         past_key_values: Phase15Cache | None = None,
+        chunk_length: int | None = None,
         **kwargs,
     ) -> Phase15CausalLMOutputWithPast:
         r"""
@@ -558,14 +590,16 @@ class Phase15ForCausalLM(Phase15Model, Phase15GenerationMixin):
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
                 Divisor of the loss: the target tokens of the accumulated batch. Defaults to this batch's.
             past_key_values (`Phase15Cache`, *optional*): the same as `cache`; its name before transformers 5.24.
+            chunk_length (`int`, *optional*): tokens of a chunk; by default the cache's, or the config's.
             kwargs: go to the LLM (`output_hidden_states`, `output_attentions`).
 
         Raises:
             ValueError: for shapes that do not match, ids outside the vocabulary, rows without a token, a query longer
-                than its row, rows that a cache cannot hold side by side, or a cache of another class.
+                than its row, rows that a cache cannot hold side by side, a cache of another class, or a `chunk_length`
+                that is not the cache's or that the model has no positions for.
             FloatingPointError: for a query, read into a cache, behind which the LLM's output is not finite.
         """
-        cache = self.cache_of(one_cache(cache, past_key_values), use_cache)
+        cache, chunk_length = self.cache_of(one_cache(cache, past_key_values), use_cache, chunk_length)
         check_batch(input_ids, attention_mask, cache, labels)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         keeps_states, losses = labels is None or not skip_logits, {}
@@ -575,11 +609,13 @@ class Phase15ForCausalLM(Phase15Model, Phase15GenerationMixin):
             targets = self.shift_labels(labels, attention_mask)
             predict_mask |= targets != -100
             query_lengths = query_lengths_of(labels, attention_mask) if query_lengths is None else query_lengths
-        kwargs |= {"predict_mask": predict_mask, "bptt_chunks": bptt_chunks, "return_dict": True}
+        kwargs |= {"predict_mask": predict_mask, "bptt_chunks": bptt_chunks, "chunk_length": chunk_length}
+        kwargs["return_dict"] = True
         outputs = super().forward(input_ids, attention_mask, query_lengths, cache, **kwargs)
         hidden_states = outputs.last_hidden_state
         if labels is not None:
-            losses = self.loss(hidden_states, targets, outputs.prediction, num_items_in_batch)
+            chunk = outputs.prediction // chunk_length
+            losses = self.loss(hidden_states, targets, chunk, num_items_in_batch)
         hidden_states = hidden_states[:, kept] if keeps_states else None
         return Phase15CausalLMOutputWithPast(
             logits=None if skip_logits else self.get_output_embeddings()(hidden_states),
@@ -605,17 +641,20 @@ class Phase15ForCausalLM(Phase15Model, Phase15GenerationMixin):
         self,
         hidden_states: torch.Tensor,
         targets: torch.LongTensor,
-        prediction: torch.LongTensor,
+        chunk: torch.LongTensor,
         num_items_in_batch: torch.Tensor | int | None,
     ) -> dict[str, torch.Tensor]:
-        """`loss`, `chunk_losses` and `chunk_tokens` of the output: cross-entropy of the targets that are predicted."""
-        is_target = (targets != -100) & (prediction >= 0)  # (B, T)
+        """
+        `loss`, `chunk_losses` and `chunk_tokens` of the output: cross-entropy of the targets that are predicted, given
+        the index of each column's chunk `(batch_size, sequence_length)`, negative inside the query.
+        """
+        is_target = (targets != -100) & (chunk >= 0)  # (B, T)
         if not is_target.any():
             raise ValueError("`labels` hold no target after any row's query, so there is nothing to predict.")
         logits = self.get_output_embeddings()(hidden_states[is_target])  # (P, V): no logits where there is no target
         losses = F.cross_entropy(logits.float(), targets[is_target], reduction="none")
         loss = losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
-        chunk = prediction[is_target] // self.config.chunk_length
+        chunk = chunk[is_target]
         chunk_tokens = torch.bincount(chunk)
         chunk_losses = losses.new_zeros(len(chunk_tokens)).index_add_(0, chunk, losses.detach())
         return {"loss": loss, "chunk_losses": chunk_losses, "chunk_tokens": chunk_tokens}

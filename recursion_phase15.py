@@ -139,13 +139,12 @@ class HyperNetwork(nn.Module):
     def __init__(self, config: Phase15Config):
         super().__init__()
         width, hidden_size = config.hypernet_hidden_size, config.text_config.hidden_size
-        num_positions = max(config.num_soft_tokens, config.max_query_length, config.chunk_length)
         self.slot_proj = nn.Linear(hidden_size, width, bias=False)
         self.token_proj = nn.Linear(hidden_size, width, bias=False)
         if config.hypernet_reads_layers:
             self.hidden_norm = nn.RMSNorm(hidden_size, eps=1e-5)
             self.hidden_proj = nn.Linear(hidden_size, width, bias=False)
-        self.position_embeddings = nn.Embedding(num_positions, width)
+        self.position_embeddings = nn.Embedding(config.num_positions, width)
         self.memory_norm = nn.RMSNorm(width, eps=1e-5)
         self.layers = nn.ModuleList(HyperNetworkLayer(config) for _ in range(config.hypernet_num_hidden_layers))
         self.norm = nn.RMSNorm(width, eps=1e-5)
@@ -225,7 +224,7 @@ class FirstLayers:
             raise ValueError(
                 f"`hypernet_reads_layers` is {number}, but {kind} has no `layers` with a `norm` behind them: give 0."
             )
-        self.body, self.chunk_length = copy.copy(body), config.chunk_length
+        self.body, self.window = copy.copy(body), getattr(config.text_config, "sliding_window", None)
         layers = body.layers[: config.hypernet_reads_layers]
         self.body.__dict__["_modules"] = body._modules | {"layers": layers, "norm": nn.Identity()}
 
@@ -243,8 +242,9 @@ class FirstLayers:
         size = min(segment_length, num_tokens)
         segments = F.pad(tokens, (0, 0, 0, -num_tokens % size)).reshape(-1, size, hidden_size)
         mask, position = None, torch.arange(size, device=tokens.device).expand(len(segments), -1)
-        if size <= self.chunk_length and self.body.config._attn_implementation in ("sdpa", "eager"):
-            # while the library makes a mask the host waits for the device; a chunk fits into any sliding window
+        fits = self.window is None or size <= self.window
+        if fits and self.body.config._attn_implementation in ("sdpa", "eager"):
+            # while the library makes a mask the host waits for the device
             mask = tokens.new_full((1, 1, size, size), torch.finfo(tokens.dtype).min).triu(1)
         hidden_states = self.body.forward(  # hooks on the whole body are for its own calls
             inputs_embeds=segments, position_ids=position, attention_mask=mask, use_cache=False

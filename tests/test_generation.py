@@ -44,14 +44,15 @@ def generate(model, prompts, *, seed=0, **kwargs):
     return output if kwargs.get("return_dict_in_generate") else output[:, input_ids.shape[1] :]
 
 
-def reference_greedy(model, slots, num_tokens, chunk=None):
+def reference_greedy(model, slots, num_tokens, chunk=None, chunk_length=None):
     """
     Greedy answer from a soft prompt and an open chunk on, whole chunks being read; returns the tokens and the state
     after them.
     """
+    chunk_length = chunk_length or model.config.chunk_length
     answer, chunk = [], torch.tensor([], dtype=torch.long) if chunk is None else chunk
     for _ in range(num_tokens):
-        if len(chunk) == model.config.chunk_length:
+        if len(chunk) >= chunk_length:
             slots, chunk = reference_step(model, slots, chunk), chunk[:0]
         chunk = torch.cat([chunk, reference_predict(model, slots, chunk)[-1:].argmax(dim=-1)])
         answer.append(int(chunk[-1]))
