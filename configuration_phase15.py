@@ -198,7 +198,6 @@ class Phase15Config(PreTrainedConfig):
                 f"`chunk_length` ({self.num_soft_tokens} + {self.chunk_length}), so that the LLM sees all slots."
             )
 
-
     @property
     def num_positions(self) -> int:
         """Positions of the HyperNetwork: the most tokens that a step can read."""

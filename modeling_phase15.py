@@ -408,9 +408,7 @@ class Phase15Model(Phase15PreTrainedModel):
         last = (needed * torch.arange(num_chunks, device=needed.device)).amax(dim=1)
         return hidden_states.flatten(1, 2), embeds[torch.arange(num_rows), last], outputs
 
-    def needed_chunks(
-        self, rows: Rows, chunk_length: int, predict_mask: torch.BoolTensor | None
-    ) -> torch.BoolTensor:
+    def needed_chunks(self, rows: Rows, chunk_length: int, predict_mask: torch.BoolTensor | None) -> torch.BoolTensor:
         """Which chunks hold a prediction that is asked for, `(batch_size, num_chunks)`."""
         asked = rows.prediction >= 0 if predict_mask is None else (rows.prediction >= 0) & predict_mask
         chunk = (rows.prediction // chunk_length).masked_fill(~asked, -1)  # (B, T)

@@ -12,6 +12,14 @@ The dry run writes the whole repository into a folder and touches no network. A 
 commit.
 """
 
+import sys
+
+from phase15.flags import answer_at_once
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    answer_at_once("push_to_hub.py", __doc__, {"flags": ["push_to_hub.py:PushArguments"]}, sys.argv[1:])
+
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -14,9 +14,22 @@ The same command resumes a run that was killed, from its last complete checkpoin
 the current step, with a checkpoint.
 """
 
+import sys
+
+from phase15.flags import answer_at_once
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    groups = {
+        "the model": ["phase15/arguments.py:Phase15ModelArguments"],
+        "the data": ["phase15/facts.py:FactsArguments", "phase15/arguments.py:Phase15DataArguments"],
+        "training": ["phase15/arguments.py:Phase15TrainingArguments"],
+        "training, as transformers says it": ["transformers.training_args:TrainingArguments"],
+    }
+    answer_at_once("train_sft.py", __doc__, groups, sys.argv[1:], "recipe")
+
 import json
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version

@@ -44,6 +44,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_sizes", type=int, nargs="+", help="rows (default: decode 1, on CUDA 1 64; train 8)")
     parser.add_argument("--prompt_length", type=int, default=256, help="tokens of the prompt or query")
     parser.add_argument("--new_tokens", type=int, help="tokens of the answer (default 256; long 8192)")
+    parser.add_argument(
+        "--chunk_lengths", type=int, nargs="+", default=[], help="decode: other lengths of a chunk beside the card's"
+    )
+    parser.add_argument("--int8", action="store_true", help="decode: both models with torchao's int8 weights, too")
     parser.add_argument("--sample", action="store_true", help="decode: sampling instead of greedy search")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="the compiled variants")
     parser.add_argument("--stage", choices=["hypernet", "full"], default="full", help="train: what is trained")
@@ -64,9 +68,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16" if cuda else "float32")
     parser.add_argument("--device", type=device, default=torch.device("cuda" if cuda else "cpu"))
     args = parser.parse_args(argv)
-    for name in ("rounds", "batch_sizes", "prompt_length", "new_tokens", "clients", "requests"):
+    for name in ("rounds", "batch_sizes", "prompt_length", "new_tokens", "clients", "requests", "chunk_lengths"):
         value = getattr(args, name)
-        if value is not None and min(value if isinstance(value, list) else [value]) < 1:
+        if value is not None and min(value if isinstance(value, list) else [value], default=1) < 1:
             parser.error(f"argument --{name}: must be 1 or more, not {value}")
     for folder in args.folders or ():
         if not Path(folder, "config.json").is_file():

@@ -4,6 +4,7 @@
 import argparse
 import gc
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -49,12 +50,14 @@ LABELS = {
     "base": "base",
     "base_compiled": "base, static cache, compiled",
     "base_full_context": "base, full context",
+    "base_int8": "base, int8 weights",
     "base_server": "transformers serve, the base",
     "base_server_batching": "the same, continuous batching",
     "generate": "generate, with a streamer",
     "phase15": "phase15",
     "phase15_chunk_by_chunk": "phase15, chunk by chunk",
     "phase15_compiled": "phase15, compiled",
+    "phase15_int8": "phase15, int8 weights",
     "server": "scripts.serve",
     "server_before": "serve.py of the earlier checkout",
 }
@@ -179,9 +182,16 @@ def table(rows: dict[str, dict]) -> str:
     lines.append("|---|" + "---|" * len(columns))
     for name, row in rows.items():
         lines.append(
-            f"| {LABELS.get(name, name)} |" + "|".join(f" {shown(row.get(column))} " for column in columns) + "|"
+            f"| {label(name)} |" + "|".join(f" {shown(row.get(column))} " for column in columns) + "|"
         )
     return "\n".join(lines)
+
+
+def label(name: str) -> str:
+    """How tables name a variant."""
+    if found := re.fullmatch(r"phase15_k(\d+)(_compiled)?", name):
+        return f"phase15, K = {found[1]}" + (", compiled" if found[2] else "")
+    return LABELS.get(name, name)
 
 
 def shown(value) -> str:

@@ -1,7 +1,6 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """The arguments of a run: dataclasses with their checks, recipes, and the parser of both."""
 
-import difflib
 import os
 import re
 from argparse import Namespace
@@ -19,6 +18,7 @@ from transformers import (
 from configuration_phase15 import Phase15Config
 from phase15.facts import FactsArguments
 from phase15.files import check_output_dir, read_yaml
+from phase15.flags import did_you_mean
 
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
@@ -316,11 +316,6 @@ class Phase15Parser(HfArgumentParser):
 
 def argument_names(parser: HfArgumentParser) -> list[str]:
     return [f.name for cls in parser.dataclass_types for f in fields(cls) if f.init]
-
-
-def did_you_mean(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(str(name), names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else "."
 
 
 def read_recipe(path: str | Path, parser: HfArgumentParser) -> dict:

@@ -29,13 +29,20 @@ scored behind the query and the first c chunks of that answer. The targets and t
 model, for Δ = 0 and for full context.
 """
 
+import sys
+
+from phase15.flags import answer_at_once
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    answer_at_once("eval_sft.py", __doc__, {"flags": ["scripts/eval_sft.py:EvaluationArguments"]}, sys.argv[1:])
+
 import itertools
 import json
 import math
 import os
 import re
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation

@@ -12,8 +12,19 @@ The model's name in requests is `--model_dir`, as /v1/models shows. No code of t
 machine can reach the server unless `--host` allows others; then set an API key. docs/serving.md has the rest.
 """
 
-import signal
 import sys
+
+from phase15.flags import answer_at_once
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    groups = {
+        "where": ["scripts/serve.py:ServeArguments"],
+        "model, lanes and limits": ["phase15/serving.py:Phase15ServerArguments"],
+    }
+    answer_at_once("serve.py", __doc__, groups, sys.argv[1:])
+
+import signal
 from dataclasses import dataclass, field
 
 import uvicorn

@@ -11,9 +11,20 @@ conversation goes back to the replica that keeps it. If a replica dies, requests
 another. docs/serving.md has the rest.
 """
 
+import sys
+
+from phase15.flags import answer_at_once
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    groups = {
+        "replicas": ["scripts/serve_ray.py:RayArguments"],
+        "model, lanes and limits of each": ["phase15/serving.py:Phase15ServerArguments"],
+    }
+    answer_at_once("serve_ray.py", __doc__, groups, sys.argv[1:])
+
 import hashlib
 import json
-import sys
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 

@@ -1,0 +1,174 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""
+`--help` and errors about flags, at once. Importing torch and transformers takes seconds, so the flags are read from
+the source of the dataclasses that declare them. What is right here, the command itself then reads again.
+"""
+
+import argparse
+import ast
+import difflib
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+
+ROOT = Path(__file__).parent.parent
+KINDS = {"int": int, "float": float, "str": str}
+
+
+class Flag(NamedTuple):
+    """A field of a dataclass. `kind` is its annotation without `None`; None for a default that is no constant."""
+
+    name: str
+    kind: str
+    is_optional: bool
+    is_required: bool
+    default: Any
+    metadata: dict
+
+    @property
+    def options(self) -> list[str]:
+        """As [`~transformers.HfArgumentParser`] makes them."""
+        dashed = [f"--{self.name.replace('_', '-')}"] if "_" in self.name else []
+        return [f"--{self.name}", *dashed, *self.metadata.get("aliases", [])]
+
+    @property
+    def nargs(self) -> str | None:
+        if self.kind == "bool" and not (self.is_optional and self.default is None):
+            return "?"
+        return "+" if self.kind.startswith("list") else None
+
+
+def flags_of(source: str) -> list[Flag]:
+    """
+    The fields of a dataclass, given as `path/of/file.py:Class` from the project's root, or as `module:Class` of an
+    installed package, which is not imported.
+    """
+    where, _, name = source.partition(":")
+    path = ROOT / where
+    if not where.endswith(".py"):
+        package, _, rest = where.partition(".")
+        (folder,) = importlib.util.find_spec(package).submodule_search_locations
+        path = Path(folder, *rest.split(".")).with_suffix(".py")
+    tree = ast.parse(path.read_text("utf-8"))
+    constants = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            constants[node.targets[0].id] = value_of(node.value, constants)
+    (declared,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    fields = [node for node in declared.body if isinstance(node, ast.AnnAssign)]
+    return [flag_of(node, constants) for node in fields if not node.target.id.startswith("_")]
+
+
+def flag_of(node: ast.AnnAssign, constants: dict[str, Any]) -> Flag:
+    kinds = [part.strip() for part in ast.unparse(node.annotation).split("|")]
+    given, default = {}, node.value
+    if isinstance(default, ast.Call):
+        given = {keyword.arg: keyword.value for keyword in default.keywords}
+        default = given.get("default") or given.get("default_factory")
+    metadata = given.get("metadata")
+    pairs = zip(metadata.keys, metadata.values, strict=True) if metadata else ()
+    known = {key.value: value_of(value, constants) for key, value in pairs}
+    known = {key: value for key, value in known.items() if value is not None}
+    value = None if default is None else value_of(default, constants)
+    return Flag(node.target.id, chosen(kinds), "None" in kinds, default is None, value, known)
+
+
+def chosen(kinds: list[str]) -> str:
+    """The one of several types that [`~transformers.HfArgumentParser`] takes."""
+    first, second = [*kinds, "None"][:2]
+    if "bool" in kinds:
+        return "bool" if set(kinds) <= {"bool", "None"} else "str"
+    return first if second == "None" or (second == "str" and "None" not in kinds) else second
+
+
+def value_of(node: ast.expr, constants: dict[str, Any]) -> Any:
+    """A constant, a named one, or a mapping's keys; a lambda's or a formatted string's value; None for all else."""
+    if isinstance(node, ast.Lambda):
+        return value_of(node.body, constants)
+    if isinstance(node, ast.Name):
+        return [] if node.id == "list" else constants.get(node.id)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "list":
+        keys = value_of(node.args[0], constants)
+        return None if keys is None else list(keys)
+    if isinstance(node, ast.JoinedStr):
+        parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+        return "".join(parts)
+    try:
+        return ast.literal_eval(node)
+    except ValueError:  # worked out when the module is imported
+        return None
+
+
+class QuickParser(argparse.ArgumentParser):
+    """Gives an error in one line that names the program, and the flag that was likely meant."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.match(r"unrecognized arguments: --(\w+)", message)
+        names = [action.dest for action in self._actions]
+        raise SystemExit(f"{self.prog}: {message}{did_you_mean(found[1], names) if found else ''}")
+
+
+def did_you_mean(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(str(name), names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
+def quick_parser(program: str, doc: str, groups: dict[str, list[str]], positional: str | None = None) -> QuickParser:
+    """A parser of the flags of some dataclasses, which a group's title names. A later declaration counts."""
+    usage = f"{program} [{positional}] [--flag value …]" if positional else f"{program} --flag value …"
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = QuickParser(program, usage, doc.strip(), formatter_class=formatter)
+    if positional:
+        parser.add_argument(positional, nargs="?", help="a YAML file with values for the flags below")
+        parser.add_argument("--config", help=f"the same as {positional}")
+    flags = {title: [flag for source in sources for flag in flags_of(source)] for title, sources in groups.items()}
+    seen = set()
+    for title, declared in flags.items():
+        group = parser.add_argument_group(title)
+        for flag in declared:
+            if flag.name not in seen:
+                seen.add(flag.name)
+                add_flag(group, flag)
+    return parser
+
+
+def add_flag(group: argparse._ArgumentGroup, flag: Flag):
+    settings = {"dest": flag.name, "nargs": flag.nargs, "type": KINDS.get(flag.kind), "default": flag.default}
+    settings |= {"choices": flag.metadata.get("choices")}
+    if flag.is_required:
+        settings["required"] = True
+    text = flag.metadata.get("help", "")
+    if flag.default not in (None, [], ""):
+        shown = " ".join(map(str, flag.default)) if isinstance(flag.default, list) else flag.default
+        text += f" (default: {shown})".replace("%", "%%")
+    metavar = "true|false" if flag.kind == "bool" else flag.kind.removeprefix("list[").rstrip("]").upper()
+    if settings["choices"]:
+        metavar = None
+    const = {"const": True} if flag.nargs == "?" else {}
+    group.add_argument(*flag.options, help=text, metavar=metavar, **settings, **const)
+    if flag.default is True and flag.kind == "bool":
+        options = f"--no_{flag.name}", f"--no-{flag.name.replace('_', '-')}"
+        group.add_argument(*options, dest=flag.name, action="store_false", default=False, help=argparse.SUPPRESS)
+
+
+def answer_at_once(
+    program: str, doc: str, groups: dict[str, list[str]], argv: list[str], positional: str | None = None
+):
+    """
+    Ends the command on `--help` and on errors about flags. Returns where there are none, and where the flags cannot be
+    read, for the command's own parser, which is slower.
+
+    Args:
+        program (`str`): what errors begin with.
+        doc (`str`): what `--help` begins with.
+        groups (`dict[str, list[str]]`): by title the dataclasses, as for [`flags_of`].
+        argv (`list[str]`): the words behind the command.
+        positional (`str`, *optional*): the name of the one word that is no flag.
+    """
+    try:
+        parser = quick_parser(program, doc, groups, positional)
+    except Exception:  # another release of transformers may declare its flags in any way
+        return
+    parser.parse_args(argv)
