@@ -51,13 +51,14 @@ from phase15.arguments import (
     parse_args,
 )
 from phase15.checkpoints import Phase15CheckpointError, checkpoints_in, find_checkpoint, writing
+from phase15.compilation import compile_layers
 from phase15.distillation import DistillationTrainer, load_teacher
 from phase15.errors import one_line_errors
 from phase15.evaluation import compare, compare_baseline
 from phase15.examples import Phase15Stream, prepare_data
 from phase15.facts import Chat, fresh_chats
 from phase15.files import write_text
-from phase15.models import compile_layers, make_baseline, make_model
+from phase15.models import make_baseline, make_model
 from phase15.recall import encoded, recall, show
 from phase15.records import Phase15RecordError, open_records, texts_of
 from phase15.reports import plot, plot_recall, plot_training, recall_table, table

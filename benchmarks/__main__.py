@@ -26,6 +26,7 @@ from benchmarks.load import load
 from benchmarks.long import long
 from benchmarks.serve import serve
 from benchmarks.train import train
+from decoding_phase15 import MAX_DECODERS
 from phase15.errors import one_line_errors
 
 
@@ -75,6 +76,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for folder in args.folders or ():
         if not Path(folder, "config.json").is_file():
             parser.error(f"argument --folders: {folder} is no folder of a model, it has no config.json")
+    if args.compile and len(args.chunk_lengths) >= MAX_DECODERS:
+        parser.error(f"argument --chunk_lengths: {MAX_DECODERS - 1} at most, or the model drops a compiled decoder")
     args.dtype = getattr(torch, args.dtype)
     args.rounds = args.rounds or {"load": 30, "long": 1}.get(args.kind, 5)
     args.new_tokens = args.new_tokens or (8192 if args.kind == "long" else 256)

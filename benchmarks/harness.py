@@ -181,9 +181,7 @@ def table(rows: dict[str, dict]) -> str:
     lines = ["| |" + "|".join(f" {column.replace('_', ' ')} " for column in columns) + "|"]
     lines.append("|---|" + "---|" * len(columns))
     for name, row in rows.items():
-        lines.append(
-            f"| {label(name)} |" + "|".join(f" {shown(row.get(column))} " for column in columns) + "|"
-        )
+        lines.append(f"| {label(name)} |" + "|".join(f" {shown(row.get(column))} " for column in columns) + "|")
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 """Long answers: time per token and size of the state as an answer grows, as a table and a curve."""
 
 import argparse
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -56,6 +57,7 @@ class Clock(BaseStreamer):
 
 def long(args: argparse.Namespace) -> dict:
     """Times one long answer of each variant. It waits for every token, so a token costs more than in `decode`."""
+    can_draw = importlib.util.find_spec("matplotlib") is not None
     model, base = make_models(args)
     lengths = [256 * 2**power for power in range(32) if 256 * 2**power <= args.new_tokens]
     if not lengths:
@@ -109,8 +111,8 @@ def long(args: argparse.Namespace) -> dict:
         behind = [length for length, (ours, bases) in pairs if ours > bases]
         ahead = max(behind, default=0) + 1  # from here on the whole answer took less time than the base's
         rows[name]["faster_than_base_from_token"] = ahead if ahead <= len(ends[name]) else None
-    picture = draw(curves, window, args)
-    return {"lengths": lengths, "window": window, "results": rows, "picture": str(picture)}
+    picture = str(draw(curves, window, args)) if can_draw else "none, without matplotlib"
+    return {"lengths": lengths, "window": window, "results": rows, "picture": picture}
 
 
 def draw(curves: dict[str, list[float]], window: int, args: argparse.Namespace) -> Path:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from benchmarks.harness import ceilings, hypernet_parameters, make_models, peak_memory, rounds
 from modeling_phase15 import Phase15ForCausalLM
-from phase15.models import compile_layers
+from phase15.compilation import compile_layers
 
 
 def chunk_by_chunk(model: Phase15ForCausalLM, ids: torch.LongTensor, query_length: int) -> torch.Tensor:

@@ -18,13 +18,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from configuration_phase15 import Phase15Config
 from modeling_phase15 import Phase15ForCausalLM, split_gguf
-from phase15.arguments import Phase15ModelArguments, did_you_mean
+from phase15.arguments import Phase15ModelArguments
+from phase15.flags import did_you_mean
 from phase15.quickstart import train_tokenizer
-from recursion_phase15 import HyperNetworkLayer
 
 
 QUICKSTART = "outputs/quickstart"  # what python train_sft.py leaves
@@ -252,13 +251,3 @@ def make_baseline(model: Phase15ForCausalLM, args: Phase15ModelArguments) -> Pre
         prompt_tuning_init="SAMPLE_VOCAB",  # the default starts far larger than embeddings are
     )
     return get_peft_model(model.llm, prompt)
-
-
-def compile_layers(model: torch.nn.Module):
-    """
-    Compiles the layers of LLM and HyperNetwork in place. All layers of a kind share one compilation. The code between
-    them is not compiled, since its shapes change with the batch.
-    """
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer | HyperNetworkLayer):
-            module.compile()

@@ -60,7 +60,8 @@ class Server:
     ):
         self.model, self.tokenizer, self.arguments, self.key = model, tokenizer, arguments, arguments.read_key()
         tokenizer("")  # may change the tokenizer's state, once; then threads can share it
-        lanes = Phase15Lanes(model, arguments.num_lanes, arguments.compile, arguments.max_kept_conversations)
+        settings = arguments.num_lanes, arguments.compile, arguments.max_kept_conversations, arguments.chunk_length
+        lanes = Phase15Lanes(model, *settings)
         self.worker = LaneWorker(lanes, arguments.max_waiting)
 
     @classmethod
@@ -73,16 +74,17 @@ class Server:
             raise ValueError(f"`device` is {device!r}: {str(error).splitlines()[0]}") from error
         arguments.read_key()  # refuse a missing one before the weights are read
         model, tokenizer = load_served(arguments.name, arguments.dtype, arguments.revision)
-        config, text = model.config, model.config.text_config
+        server = cls(model.to(device).eval(), tokenizer, arguments)
+        num_slots, text = model.config.num_soft_tokens, model.config.text_config
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         column = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim
-        kept = config.num_soft_tokens * text.hidden_size * model.dtype.itemsize
-        lane = kept + (config.num_soft_tokens + config.chunk_length) * column * model.dtype.itemsize
+        kept = num_slots * text.hidden_size * model.dtype.itemsize
+        lane = kept + (num_slots + server.worker.lanes.chunk_length) * column * model.dtype.itemsize
         logger.warning(
             f"{arguments.name} on {device}: {arguments.num_lanes} lanes of {lane / 2**20:,.1f} MB, and up to "
             f"{arguments.max_kept_conversations} kept conversations of {kept / 2**20:,.2f} MB, at any length."
         )
-        return cls(model.to(device).eval(), tokenizer, arguments)
+        return server
 
     async def start(self):
         self.worker.start()

@@ -41,6 +41,9 @@ class Phase15ServerArguments:
     dtype: str = field(default="auto", metadata={"help": "Of the weights: auto, float32, bfloat16."})
     device: str | None = field(default=None, metadata={"help": "Default: cuda if there is one, else cpu."})
     num_lanes: int = field(default=16, metadata={"help": "Answers at once. Memory grows with it, and nothing else."})
+    chunk_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a chunk, as in `generate`; a longer chunk costs less a token."}
+    )
     compile: bool | None = field(
         default=None, metadata={"help": "Compiled steps, as in `generate`: by default on CUDA, where possible."}
     )

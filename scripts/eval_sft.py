@@ -54,6 +54,7 @@ from peft import PeftModel
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
 from configuration_phase15 import Phase15Config
+from modeling_phase15 import Phase15ForCausalLM
 from phase15.arguments import check_dtype
 from phase15.errors import one_line_errors
 from phase15.evaluation import (
@@ -110,6 +111,9 @@ class EvaluationArguments:
     seed: int | None = field(
         default=None, metadata={"help": "Of the shuffling and the bootstrap; the run's own by default, else 42."}
     )
+    chunk_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a chunk, in every row; the trained length by default."}
+    )
     batch_size: int = field(default=8, metadata={"help": "Records at a time."})
     generated_records: int = field(default=32, metadata={"help": "Generate answers to the first so many records."})
     facts_distances: list[int] = field(
@@ -149,6 +153,7 @@ def main(args: EvaluationArguments):
     """Measures everything, and then writes."""
     others = check_models(args)
     config = Phase15Config.from_pretrained(args.model_dir)
+    config.check_chunk_length(args.chunk_length)
     tokenizer = load_tokenizer(args.model_dir, config=config)
     if args.dataset == FACTS:
         return measure_facts(args, tokenizer)
@@ -164,7 +169,8 @@ def main(args: EvaluationArguments):
     losses, free_losses, answers = measure_model(args, examples, asked, tokenizer, answer)
     for name, folder in others.items():
         other = load_any(folder, args.dtype, args.base, args.device)
-        losses[name] = baseline_losses(name, other, examples, args.batch_size, config.chunk_length)
+        length = args.chunk_length or config.chunk_length
+        losses[name] = baseline_losses(name, other, examples, args.batch_size, length)
         answers[name] = answer(name, other)
         del other  # before the next is loaded
     results = {
@@ -172,6 +178,7 @@ def main(args: EvaluationArguments):
         "dataset": Path(args.dataset).name if os.path.isabs(args.dataset) else args.dataset,
         "evaluated": description,
         "records": {"validation": len(examples), "generated": len(asked)},
+        "chunk_length": args.chunk_length or config.chunk_length,
         **report(losses, free_losses, args.bootstrap_samples, seed),
     }
     if numbered:
@@ -193,7 +200,7 @@ def measure_facts(args: EvaluationArguments, tokenizer: PreTrainedTokenizerBase)
     run, recipes, defaults = held_out(args.model_dir) or {}, read_run(args.model_dir).recipes, FactsArguments()
     texts = texts_of(args.facts_text or (recipes[0].get("facts_text") if recipes else None))
     distances = args.facts_distances or run.get("facts_distances", defaults.facts_distances)
-    model = load_any(args.model_dir, args.dtype, device=args.device)
+    model = load_model(args)
     number, seed = run.get("facts_per_chat", defaults.facts_per_chat), 0 if args.seed is None else args.seed
     settings = {"num_chats": args.generated_records, "seed": seed, "batch_size": args.batch_size, "texts": texts}
     measured = recall(model, tokenizer, sorted(set(distances)), number, **settings)
@@ -202,6 +209,14 @@ def measure_facts(args: EvaluationArguments, tokenizer: PreTrainedTokenizerBase)
     write_text(output_dir / "recall.json", json.dumps(measured, indent=2) + "\n")
     plot_recall(measured, output_dir / "recall.png")
     print(f"\n{recall_table(measured)}\n")
+
+
+def load_model(args: EvaluationArguments) -> Phase15ForCausalLM:
+    """The model, with chunks of the length that is asked for."""
+    model = load_any(args.model_dir, args.dtype, device=args.device)
+    if args.chunk_length is not None:
+        model.config.chunk_length = model.generation_config.chunk_length = args.chunk_length
+    return model
 
 
 def check_models(args: EvaluationArguments) -> dict[str, str]:
@@ -294,7 +309,7 @@ def measure_model(
     answer: Callable[[str, PreTrainedModel], list[list[int]]],
 ) -> tuple[dict[str, Losses], dict[str, Losses], dict[str, list[list[int]]]]:
     """The rows of the model's own LLM: losses, free-running losses, and answers."""
-    model = load_any(args.model_dir, args.dtype, device=args.device)
+    model = load_model(args)
     losses, free_losses = variants(model, examples, args.batch_size), {}
     if asked:
         length = model.config.chunk_length

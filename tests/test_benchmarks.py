@@ -3,6 +3,9 @@
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +13,15 @@ from reference import CHUNK, QUERY, random_ids
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+import decoding_phase15
 from benchmarks import __main__ as benchmark
 from benchmarks import decode as decode_benchmark
 from benchmarks import harness
 from benchmarks import train as train_benchmark
 from benchmarks.serve import Job, flops_of
+
+
+ROOT = Path(__file__).parent.parent
 
 
 def report_of(*argv: str, capsys) -> tuple[dict, str]:
@@ -87,6 +94,78 @@ def test_train_a_frozen_llm(capsys):
 def test_load(capsys):
     report, text = report_of("load", "--rounds", "2", capsys=capsys)
     assert report["results"]["base"]["ratio_to_base"] == 1 and "| phase15 |" in text
+
+
+def test_lengths_of_a_chunk_beside_the_cards(capsys):
+    argv = ("decode", "--rounds", "1", "--new_tokens", "20", "--prompt_length", "40", "--chunk_lengths", "32", "16")
+    report, text = report_of(*argv, capsys=capsys)
+    rows = report["results"]["batch_1"]
+    assert list(rows) == ["base", "phase15", "phase15_k32"] and "| phase15, K = 32 |" in text
+    position, hidden_size = 2 * 2 * 2 * 16, 64  # keys and values, layers, heads of keys, their width
+    for name, length in (("phase15", 16), ("phase15_k32", 32)):
+        assert rows[name]["state_mb"] == 4 * ((128 + length) * position + 128 * hidden_size) / 2**20
+    assert rows["base"]["state_mb"] == 4 * (40 + 20 - 1) * position / 2**20
+    with pytest.raises(SystemExit):
+        benchmark.parse_args(["decode", "--chunk_lengths", "0"])
+    with pytest.raises(SystemExit):
+        benchmark.parse_args(["decode", "--compile", "--chunk_lengths", "1", "2", "3", "4"])
+
+
+def test_the_steps_of_a_chunk_add_up(monkeypatch):
+    """Without a compiler, so that it takes no minute; each step's share is its time over the chunk's tokens."""
+    monkeypatch.setattr(decoding_phase15, "compiled", lambda function: function)
+    args = benchmark.parse_args(["decode", "--shape", "tiny", "--no-compile", "--rounds", "3", "--chunk_lengths", "8"])
+    model, _ = harness.make_models(args)
+    prompt = random_ids(1, 300)
+    for length in (8, 16):
+        options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 2 * length, "pad_token_id": 0}
+        model.generate(prompt, compile=True, chunk_length=length, **options)
+    ran, run = [], decoding_phase15.Phase15Decoder.run
+    monkeypatch.setattr(
+        decoding_phase15.Phase15Decoder,
+        "run",
+        lambda self, name, model: ran.append((self.chunk.shape[1], name)) or run(self, name, model),
+    )
+    rows = {"phase15_compiled": {"ms_per_token": 1.0}, "phase15_k8_compiled": {"ms_per_token": 2.0}}
+    table = decode_benchmark.steps_of(args, model, rows, 1)
+    assert list(table) == ["K = 8, ms per token", "K = 16, ms per token"]
+    assert set(ran) == {(length, name) for length in (8, 16) for name in ("prefill", "step", "decode")}
+    for row in table.values():
+        assert row["sum"] == pytest.approx(row["slots_prefill"] + row["hypernetwork"] + row["token_steps"])
+        assert min(row.values()) > 0
+    assert table["K = 8, ms per token"]["measured"] == 2.0
+
+
+@pytest.mark.extra
+def test_int8_beside_float32(capsys):
+    pytest.importorskip("torchao", reason="requirements-extra.txt")
+    argv = ("decode", "--rounds", "1", "--new_tokens", "4", "--prompt_length", "8", "--int8")
+    report, text = report_of(*argv, capsys=capsys)
+    assert list(report["results"]["batch_1"]) == ["base", "phase15", "base_int8", "phase15_int8"]
+    assert "| phase15, int8 weights |" in text
+
+
+@pytest.mark.extra
+def test_int8_weights_are_int8():
+    torchao = pytest.importorskip("torchao", reason="requirements-extra.txt")
+    model, base = harness.make_models(benchmark.parse_args(["decode", "--shape", "tiny", "--no-compile"]))
+    for name, candidate in decode_benchmark.quantise(model, base).items():
+        layer = (candidate if name == "base_int8" else candidate.llm).model.layers[0]
+        assert isinstance(layer.mlp.up_proj.weight, torchao.utils.TorchAOBaseTensor), name
+
+
+def test_nothing_is_needed_but_torch_and_transformers():
+    """As on a machine with a GPU that has little else."""
+    code = f"""
+import sys
+for name in {["peft", "datasets", "matplotlib", "fastapi", "torchao", "gguf"]}:
+    sys.modules[name] = None
+from benchmarks.__main__ import main, parse_args
+main(parse_args(["train", "--shape", "tiny", "--no-compile", "--rounds", "1", "--new_tokens", "20"]))
+main(parse_args(["long", "--shape", "tiny", "--no-compile", "--new_tokens", "256"]))
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0 and "none, without matplotlib" in run.stdout, run.stderr
 
 
 @pytest.mark.slow

@@ -216,9 +216,7 @@ def test_an_open_chunk_that_is_too_long_ends_with_its_next_token(tiny):
 
 @pytest.mark.parametrize("length", [0, -1, SLOTS + 1, 2.0, "4", True], ids=repr)
 def test_lengths_that_cannot_work_are_refused(tiny, length, monkeypatch):
-    message = (
-        f"`chunk_length` is {length!r}, but it must be an integer from 1 to {SLOTS}: the HyperNetwork"
-    )
+    message = f"`chunk_length` is {length!r}, but it must be an integer from 1 to {SLOTS}: the HyperNetwork"
     prompt = PROMPTS[0].tolist()
     with pytest.raises(ValueError, match=message):
         generate(tiny, PROMPTS, max_new_tokens=3, chunk_length=length)

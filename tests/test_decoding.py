@@ -10,7 +10,6 @@ import weakref
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from peft import LoraConfig, get_peft_model
 from reference import BASES, CHUNK, SIZES, SLOTS, randomise_alpha
 from test_generation import LONG_PROMPTS, PROMPTS, generate
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
@@ -333,6 +332,8 @@ def test_arguments_that_forbid_it_are_named(tiny, kwargs, reason):
 
 
 def test_models_that_forbid_it_are_named(tiny):
+    from peft import LoraConfig, get_peft_model  # not there where benchmarks/gpu.sh runs the cases for CUDA
+
     def refused(reason):
         with pytest.raises(ValueError, match=f"`compile=True` cannot be honoured with {re.escape(reason)}"):
             generate(tiny, [PROMPTS[0]], max_new_tokens=4, compile=True)

@@ -69,7 +69,9 @@ def test_the_flags_are_those_of_the_commands_own_parser(command, monkeypatch, ca
     for option, expected in own.items():
         action, default = mine[option], expected.default
         default = default.value if isinstance(default, Enum) else default
-        assert (action.dest, action.nargs, action.required) == (expected.dest, expected.nargs, expected.required), option
+        assert (action.dest, action.nargs, action.required) == (expected.dest, expected.nargs, expected.required), (
+            option
+        )
         assert action.const == expected.const, option
         if action.default is not None or default is None:
             assert action.default == default, option
