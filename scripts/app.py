@@ -23,6 +23,34 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
+
+MAX_CHARACTERS = 100_000  # of a conversation: 40 pages, some 100 steps of reading; the model itself has no limit
+MAX_WAITING = 16  # questions, beside those that are being answered
+NUM_LANES = 8  # questions that are answered at once
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_dir", default=os.environ.get("PHASE15_MODEL"), help="folder or Hub id")
+    parser.add_argument("--port", type=int, help="default: GRADIO_SERVER_PORT, or the first that is free from 7860")
+    parser.add_argument(
+        "--max_characters", type=int, default=MAX_CHARACTERS, help="of a conversation; default: %(default)s"
+    )
+    parser.add_argument(
+        "--max_waiting",
+        type=int,
+        default=MAX_WAITING,
+        help="questions, beside those being answered; default: %(default)s",
+    )
+    parser.add_argument(
+        "--num_lanes", type=int, default=NUM_LANES, help="questions that are answered at once; default: %(default)s"
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    parse_args(sys.argv[1:])
+
 import gradio as gr
 import torch
 from matplotlib.figure import Figure
@@ -40,9 +68,6 @@ from transformers.utils import cached_file
 
 HERE = Path(__file__).parent.parent
 QUICKSTART = HERE / "outputs" / "quickstart"
-MAX_CHARACTERS = 100_000  # of a conversation: 40 pages, some 100 steps of reading; the model itself has no limit
-MAX_WAITING = 16  # questions, beside those that are being answered
-NUM_LANES = 8  # questions that are answered at once
 COLUMNS = 32  # steps in the table; the picture has them all
 INVISIBLE = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"})
 FONTS = ["system-ui", "sans-serif"]  # no font is fetched from anywhere
@@ -337,22 +362,7 @@ def train_quickstart():
 
 
 def main(argv: list[str]):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_dir", default=os.environ.get("PHASE15_MODEL"), help="folder or Hub id")
-    parser.add_argument("--port", type=int, help="default: GRADIO_SERVER_PORT, or the first that is free from 7860")
-    parser.add_argument(
-        "--max_characters", type=int, default=MAX_CHARACTERS, help="of a conversation; default: %(default)s"
-    )
-    parser.add_argument(
-        "--max_waiting",
-        type=int,
-        default=MAX_WAITING,
-        help="questions, beside those being answered; default: %(default)s",
-    )
-    parser.add_argument(
-        "--num_lanes", type=int, default=NUM_LANES, help="questions that are answered at once; default: %(default)s"
-    )
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     if not args.model_dir:
         train_quickstart()
     name = args.model_dir or os.path.relpath(QUICKSTART)
