@@ -61,9 +61,8 @@ OPERATORS = [
     *("ReplaceBreakWithContinue", "ReplaceContinueWithBreak"),
     *(f"Replace{kind}_{change}" for kind, changes in REPLACED.items() for change in changes.split()),
 ]
-TESTS = [
-    f"tests/test_{name}.py" for name in ("modeling", "recursion", "generation", "configuration", "decoding", "models")
-]
+TESTS = ("modeling", "recursion", "generation", "chunk_length", "configuration", "decoding", "models")
+TESTS = [f"tests/test_{name}.py" for name in TESTS]
 # Left out: tests that take long, and other kinds of bases.
 SLOW = re.compile(
     "replayed|compile|one_graph|decoders_are_few|on_a_cpu|on_cuda_graphs|models_that|moved|buffers|streamer|rows_that_end|"
