@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import runpy
+import shutil
 import sys
 from decimal import Decimal
 from pathlib import Path
@@ -174,6 +175,24 @@ def test_nothing_is_generated_where_nothing_is_asked_for(home, tmp_path, capsys)
     assert "exact match" not in capsys.readouterr().out
 
 
+def test_another_length_of_a_chunk_is_that_of_a_model_with_it(home, tmp_path):
+    """Scored and generated: the same as of a folder whose config has the length."""
+    other, settings = tmp_path / "other", {"generated_records": 2, "max_new_tokens": 12, "max_records": 4}
+    shutil.copytree(home / "model", other)
+    config = json.loads((other / "config.json").read_text())
+    length = config["chunk_length"] + 3
+    (other / "config.json").write_text(json.dumps(config | {"chunk_length": length}))
+    results = []
+    for name, given in (("a", {"chunk_length": length}), ("b", {"model_dir": str(other)}), ("c", {})):
+        eval_sft.main(arguments(home, tmp_path / name, **settings | given))
+        results.append(json.loads((tmp_path / name / "evaluation.json").read_text()))
+    assert results[0]["chunk_length"] == results[1]["chunk_length"] == length
+    assert results[2]["chunk_length"] == config["chunk_length"]
+    for part in ("validation", "free_running", "exact_match"):
+        assert results[0][part] == results[1][part]
+    assert results[0]["validation"] != results[2]["validation"]
+
+
 def test_answers_without_numbers_have_no_exact_match(home, tmp_path):
     (tmp_path / "words.jsonl").write_text('{"prompt": "Why", "completion": " it is 4"}\n' * 3)
     eval_sft.main(arguments(home, tmp_path, dataset=str(tmp_path / "words.jsonl"), validation_split=1.0))
@@ -225,6 +244,7 @@ BAD = {
     "a split above 1": ({"validation_split": 1.5}, r"validation_split.* 1\.5"),
     "no records": ({"max_records": 0}, r"no record to evaluate"),
     "no batch": ({"batch_size": 0}, r"batch_size.* 0"),
+    "too long a chunk": ({"chunk_length": 9999}, r"`chunk_length` is 9999, but it must be an integer from 1 to"),
     "a file": ({"output_dir": "{home}/data.jsonl"}, r"output_dir.*file"),
 }
 

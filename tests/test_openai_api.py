@@ -124,6 +124,19 @@ def test_limits_of_the_answer_have_two_names_and_a_default(client):
         assert ask(client, **body)["usage"]["completion_tokens"] == length
 
 
+def test_a_longer_chunk_is_that_of_generate(chatter, chat_tokenizer):
+    length = chatter.config.chunk_length + 3
+    settings = Phase15ServerArguments(model_dir=NAME, chunk_length=length, **LIMITS)
+    server = Server(chatter, chat_tokenizer, settings)
+    assert server.worker.lanes.chunk_length == length
+    with TestClient(build_app(server)) as client:
+        expected = answer_ids(chatter, chat_tokenizer, PROMPTS[1], LENGTH, chunk_length=length)
+        assert text_of(ask(client)) == decoded(chat_tokenizer, expected)
+    assert expected != answer_ids(chatter, chat_tokenizer, PROMPTS[1], LENGTH)
+    with pytest.raises(ValueError, match="`chunk_length` is 9999"):
+        Server(chatter, chat_tokenizer, Phase15ServerArguments(model_dir=NAME, chunk_length=9999))
+
+
 @pytest.mark.parametrize("is_streamed", [False, True])
 def test_n_gives_so_many_choices(client, is_streamed):
     answer = ask(client, n=3, temperature=1, seed=5, stream=is_streamed)
