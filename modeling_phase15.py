@@ -271,8 +271,6 @@ class Phase15Model(Phase15PreTrainedModel):
         visible = None  # a mask is needed where shorter rows have unused slots
         if shortest < used:
             visible = F.pad(soft_prompt.mask[:, :used], (0, num_cached + num_tokens), value=True)
-        if self.training:
-            Phase15Model.LLM_POSITIONS = getattr(Phase15Model, "LLM_POSITIONS", 0) + inputs_embeds.shape[0] * inputs_embeds.shape[1]
         outputs = self.llm.base_model(
             inputs_embeds=inputs_embeds,
             position_ids=position,
@@ -560,7 +558,6 @@ class Phase15ForCausalLM(Phase15Model, Phase15GenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         past_key_values: Phase15Cache | None = None,
         chunk_length: int | None = None,
-        loss_weights=None,
         **kwargs,
     ) -> Phase15CausalLMOutputWithPast:
         r"""
@@ -616,7 +613,7 @@ class Phase15ForCausalLM(Phase15Model, Phase15GenerationMixin):
         hidden_states = outputs.last_hidden_state
         if labels is not None:
             chunk = outputs.prediction // chunk_length
-            losses = self.loss(hidden_states, targets, chunk, num_items_in_batch, loss_weights)
+            losses = self.loss(hidden_states, targets, chunk, num_items_in_batch)
         hidden_states = hidden_states[:, kept] if keeps_states else None
         return Phase15CausalLMOutputWithPast(
             logits=None if skip_logits else self.get_output_embeddings()(hidden_states),
@@ -644,7 +641,6 @@ class Phase15ForCausalLM(Phase15Model, Phase15GenerationMixin):
         targets: torch.LongTensor,
         chunk: torch.LongTensor,
         num_items_in_batch: torch.Tensor | int | None,
-        loss_weights=None,
     ) -> dict[str, torch.Tensor]:
         """
         `loss`, `chunk_losses` and `chunk_tokens` of the output: cross-entropy of the targets that are predicted, given
@@ -655,8 +651,7 @@ class Phase15ForCausalLM(Phase15Model, Phase15GenerationMixin):
             raise ValueError("`labels` hold no target after any row's query, so there is nothing to predict.")
         logits = self.get_output_embeddings()(hidden_states[is_target])  # (P, V): no logits where there is no target
         losses = F.cross_entropy(logits.float(), targets[is_target], reduction="none")
-        weighted = losses if loss_weights is None else losses * loss_weights[is_target]
-        loss = weighted.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
+        loss = losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
         chunk = chunk[is_target]
         chunk_tokens = torch.bincount(chunk)
         chunk_losses = losses.new_zeros(len(chunk_tokens)).index_add_(0, chunk, losses.detach())

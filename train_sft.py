@@ -151,8 +151,6 @@ def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments, recipe: dic
     with StopOnSignal(trainer) as stop:
         checkpoint = prepare_output(trainer, recipe)
         result = trainer.train(resume_from_checkpoint=checkpoint)
-        from modeling_phase15 import Phase15Model
-        print("LLM POSITIONS", getattr(Phase15Model, "LLM_POSITIONS", 0), flush=True)
         if stop.has_stopped:
             if trainer.is_world_process_zero():
                 print(stop.report(), flush=True)

@@ -178,7 +178,6 @@ class Phase15TrainingArguments(TrainingArguments):
     bptt_chunks: int | None = field(
         default=None, metadata={"help": "Stop the gradient through the recursion after every so many chunks."}
     )
-    chunks_per_record: int | None = field(default=None, metadata={"help": "proto"})
     compile_layers: bool = field(
         default=False,
         metadata={"help": "torch.compile the layers of LLM and HyperNetwork (torch_compile: all)."},

@@ -25,7 +25,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_
 
 from checks_phase15 import SIZES
 from configuration_phase15 import Phase15Config
-from modeling_phase15 import HyperNetwork, Phase15ForCausalLM, SoftPrompt, query_lengths_of
+from modeling_phase15 import HyperNetwork, Phase15ForCausalLM, SoftPrompt
 from phase15.checkpoints import Phase15CheckpointError, loading, write_manifest, writing
 from phase15.evaluation import sums_by_chunk
 from phase15.files import sync
@@ -160,8 +160,6 @@ class Phase15Trainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {**inputs, **self.model_kwargs(model)}
         records, labels = inputs.pop("records", None), inputs["labels"]
-        if model.training and self.args.chunks_per_record:
-            inputs = self.some_chunks(inputs, self.args.chunks_per_record)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if not torch.isfinite(loss):
             numbers = "unknown" if records is None else ", ".join(map(str, records.tolist()))
@@ -170,21 +168,6 @@ class Phase15Trainer(Trainer):
             )
         self.meters.add_loss(*self.chunk_sums(labels, outputs))
         return (loss, outputs) if return_outputs else loss
-
-    def some_chunks(self, inputs, m):
-        labels, mask = inputs["labels"], inputs["attention_mask"]
-        q = query_lengths_of(labels, mask)
-        position = mask.cumsum(dim=1) - 1
-        is_target = labels != -100
-        chunk = ((position - q[:, None]) // self.config.chunk_length).masked_fill(~is_target, -1)
-        num = chunk.amax(dim=1) + 1  # (B,)
-        C = int(num.max())
-        score = torch.rand(len(labels), C).masked_fill(torch.arange(C) >= num[:, None], -1)
-        rank = score.argsort(dim=1, descending=True).argsort(dim=1)
-        chosen = (rank < m) & (score >= 0)
-        keep = chosen.gather(1, chunk.clamp(min=0)) & is_target
-        weight = (num / num.clamp(max=m))[:, None].expand_as(labels)
-        return {**inputs, "labels": labels.masked_fill(~keep, -100), "query_lengths": q, "loss_weights": weight}
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
         if "loss" in logs:
