@@ -153,7 +153,7 @@ class Phase15Lanes:
         self, prompt_ids: list[int], generation_config: GenerationConfig | None = None, *args, **kwargs
     ) -> Phase15Request:
         """A request with the settings of a call of `generate`: see [`request_of`]. It still has to be submitted."""
-        asked = kwargs.pop("chunk_length", None) or getattr(generation_config, "chunk_length", None)
+        asked = kwargs.pop("chunk_length", getattr(generation_config, "chunk_length", None))
         if asked not in (None, self.chunk_length):
             raise ValueError(f"`chunk_length` is {asked}, but these lanes say chunks of {self.chunk_length} tokens.")
         return request_of(self.model, prompt_ids, generation_config, *args, **kwargs)

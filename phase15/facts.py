@@ -88,7 +88,7 @@ class FactsArguments:
         },
     )
     facts_records: int = field(default=2000, metadata={"help": "How many records the data set facts has."})
-    facts_per_chat: int = field(default=4, metadata={"help": f"Facts of each of them, at most {len(KINDS)}."})
+    facts_per_chat: int = field(default=4, metadata={"help": "Facts of each of them, at most one of each kind."})
     facts_text: str | None = field(
         default=None,
         metadata={

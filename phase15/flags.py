@@ -18,7 +18,7 @@ KINDS = {"int": int, "float": float, "str": str}
 
 
 class Flag(NamedTuple):
-    """A field of a dataclass. `kind` is its annotation without `None`; None for a default that is no constant."""
+    """A field of a dataclass. A default or a part of the metadata that is worked out at import is left out."""
 
     name: str
     kind: str
@@ -84,7 +84,7 @@ def chosen(kinds: list[str]) -> str:
 
 
 def value_of(node: ast.expr, constants: dict[str, Any]) -> Any:
-    """A constant, a named one, or a mapping's keys; a lambda's or a formatted string's value; None for all else."""
+    """The value of a constant or of the name of one; of a lambda its body's; None for what is worked out at import."""
     if isinstance(node, ast.Lambda):
         return value_of(node.body, constants)
     if isinstance(node, ast.Name):
@@ -92,12 +92,9 @@ def value_of(node: ast.expr, constants: dict[str, Any]) -> Any:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "list":
         keys = value_of(node.args[0], constants)
         return None if keys is None else list(keys)
-    if isinstance(node, ast.JoinedStr):
-        parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
-        return "".join(parts)
     try:
         return ast.literal_eval(node)
-    except ValueError:  # worked out when the module is imported
+    except ValueError:
         return None
 
 
@@ -116,7 +113,7 @@ def did_you_mean(name: str, names: list[str]) -> str:
 
 
 def quick_parser(program: str, doc: str, groups: dict[str, list[str]], positional: str | None = None) -> QuickParser:
-    """A parser of the flags of some dataclasses, which a group's title names. A later declaration counts."""
+    """A parser of the flags of some dataclasses, by the titles of their groups. A flag's first declaration counts."""
     usage = f"{program} [{positional}] [--flag value …]" if positional else f"{program} --flag value …"
     formatter = argparse.RawDescriptionHelpFormatter
     parser = QuickParser(program, usage, doc.strip(), formatter_class=formatter)
