@@ -9,6 +9,7 @@ import ast
 import difflib
 import importlib.util
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -78,8 +79,8 @@ def flag_of(node: ast.AnnAssign, constants: dict[str, Any]) -> Flag:
 def chosen(kinds: list[str]) -> str:
     """The one of several types that [`~transformers.HfArgumentParser`] takes."""
     first, second = [*kinds, "None"][:2]
-    if "bool" in kinds:
-        return "bool" if set(kinds) <= {"bool", "None"} else "str"
+    if "bool" in kinds and "None" in kinds:
+        return "bool" if len(kinds) == 2 else "str"
     return first if second == "None" or (second == "str" and "None" not in kinds) else second
 
 
@@ -99,15 +100,16 @@ def value_of(node: ast.expr, constants: dict[str, Any]) -> Any:
 
 
 class QuickParser(argparse.ArgumentParser):
-    """Gives an error in one line that names the program, and the flag that was likely meant."""
+    """Gives an error in one line that names the program, and the one of `names` that was likely meant."""
+
+    names: tuple[str, ...] = ()
 
     def error(self, message: str) -> NoReturn:
         found = re.match(r"unrecognized arguments: --(\w+)", message)
-        names = [action.dest for action in self._actions]
-        raise SystemExit(f"{self.prog}: {message}{did_you_mean(found[1], names) if found else ''}")
+        raise SystemExit(f"{self.prog}: {message}{did_you_mean(found[1], self.names) if found else ''}")
 
 
-def did_you_mean(name: str, names: list[str]) -> str:
+def did_you_mean(name: str, names: Sequence[str]) -> str:
     close = difflib.get_close_matches(str(name), names, n=1)
     return f"; did you mean {close[0]!r}?" if close else "."
 
@@ -121,33 +123,33 @@ def quick_parser(program: str, doc: str, groups: dict[str, list[str]], positiona
         parser.add_argument(positional, nargs="?", help="a YAML file with values for the flags below")
         parser.add_argument("--config", help=f"the same as {positional}")
     flags = {title: [flag for source in sources for flag in flags_of(source)] for title, sources in groups.items()}
-    seen = set()
     for title, declared in flags.items():
         group = parser.add_argument_group(title)
         for flag in declared:
-            if flag.name not in seen:
-                seen.add(flag.name)
-                add_flag(group, flag)
+            if flag.name not in parser.names:
+                parser.names += (flag.name,)
+                add_flag(group.add_argument, flag)
     return parser
 
 
-def add_flag(group: argparse._ArgumentGroup, flag: Flag):
+def add_flag(add_argument: Callable, flag: Flag):
     settings = {"dest": flag.name, "nargs": flag.nargs, "type": KINDS.get(flag.kind), "default": flag.default}
-    settings |= {"choices": flag.metadata.get("choices")}
+    if flag.nargs == "?":
+        settings["const"] = True
     if flag.is_required:
         settings["required"] = True
+    settings |= {key: value for key, value in flag.metadata.items() if key not in ("help", "aliases")}
     text = flag.metadata.get("help", "")
     if flag.default not in (None, [], ""):
         shown = " ".join(map(str, flag.default)) if isinstance(flag.default, list) else flag.default
         text += f" (default: {shown})".replace("%", "%%")
     metavar = "true|false" if flag.kind == "bool" else flag.kind.removeprefix("list[").rstrip("]").upper()
-    if settings["choices"]:
+    if settings.get("choices"):
         metavar = None
-    const = {"const": True} if flag.nargs == "?" else {}
-    group.add_argument(*flag.options, help=text, metavar=metavar, **settings, **const)
+    add_argument(*flag.options, help=text, metavar=metavar, **settings)
     if flag.default is True and flag.kind == "bool":
         options = f"--no_{flag.name}", f"--no-{flag.name.replace('_', '-')}"
-        group.add_argument(*options, dest=flag.name, action="store_false", default=False, help=argparse.SUPPRESS)
+        add_argument(*options, dest=flag.name, action="store_false", default=False, help=argparse.SUPPRESS)
 
 
 def answer_at_once(

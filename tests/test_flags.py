@@ -73,7 +73,9 @@ def test_the_flags_are_those_of_the_commands_own_parser(command, monkeypatch, ca
             option
         )
         assert action.const == expected.const, option
-        if action.default is not None or default is None:
+        if action.nargs == "+":  # an empty default of a list is none
+            assert (action.default or None) == (default or None), option
+        elif action.default is not None or default is None:
             assert action.default == default, option
         if action.type is not None:
             assert action.type == expected.type, option
