@@ -2,7 +2,7 @@
 # All that one GPU is to measure at TinyLlama's shape, random weights: decoding, training, loading, the CUDA graphs
 # against the library's loop, the server, and one long answer. What tells most comes first. 25 minutes at most.
 #
-#     bash benchmarks/gpu.sh                       one card of 80 GB, or 40 without the largest batch
+#     bash benchmarks/gpu.sh                       one card of 80 GB
 #     OUT=outputs/gpu LIMIT=1500 bash benchmarks/gpu.sh
 #     TINY=1 bash benchmarks/gpu.sh                a random tiny model, minutes on a CPU: does it run?
 #
@@ -14,13 +14,16 @@ cd "$(dirname "$0")/.."
 OUT=${OUT:-outputs/gpu}
 LIMIT=${LIMIT:-1500}  # seconds for all parts together
 FLAGS=(--shape tinyllama --compile)
-DECODE=(--batch_sizes 1 64 --chunk_lengths 32 64 128) TRAIN=(--batch_sizes 1 8 32 --rounds 3 --gradient_checkpointing)
+DECODE=(--batch_sizes 1 64 --chunk_lengths 64 --rounds 3) TRAIN=(--batch_sizes 1 8 32 --rounds 2 --gradient_checkpointing)
 LOAD=(--rounds 10) SERVE=(--clients 1 16 64) LONG=(--new_tokens 8192)
 if [ -n "${TINY:-}" ]; then
     OUT=${OUT}_tiny FLAGS=(--shape tiny --compile)
     DECODE=(--batch_sizes 1 2 --chunk_lengths 32 --rounds 1 --new_tokens 48)
     TRAIN=(--batch_sizes 1 2 --rounds 1 --prompt_length 40 --new_tokens 40 --gradient_checkpointing)
     LOAD=(--rounds 3) SERVE=(--clients 1 2 --requests 1 --turns 2 --rivals) LONG=(--new_tokens 256)
+elif ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "gpu.sh: torch finds no GPU; TINY=1 runs on a CPU"
+    exit 1
 fi
 mkdir -p "$OUT"
 failed=()

@@ -158,6 +158,8 @@ def main(args: EvaluationArguments):
     if args.dataset == FACTS:
         return measure_facts(args, tokenizer)
     examples, description, seed = validation_examples(args, tokenizer, config)
+    if args.chunk_length not in (None, config.chunk_length):
+        description += f"; with chunks of {args.chunk_length} tokens, not the {config.chunk_length} of training"
     print(f"Evaluating {description}.")
     asked = examples[: args.generated_records]
     numbered = [example for example in asked if final_number(tokenizer.decode(example.answer)) is not None]

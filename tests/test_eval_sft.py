@@ -188,6 +188,7 @@ def test_another_length_of_a_chunk_is_that_of_a_model_with_it(home, tmp_path):
         results.append(json.loads((tmp_path / name / "evaluation.json").read_text()))
     assert results[0]["chunk_length"] == results[1]["chunk_length"] == length
     assert results[2]["chunk_length"] == config["chunk_length"]
+    assert [f"with chunks of {length} tokens" in result["evaluated"] for result in results] == [True, False, False]
     for part in ("validation", "free_running", "exact_match"):
         assert results[0][part] == results[1][part]
     assert results[0]["validation"] != results[2]["validation"]
