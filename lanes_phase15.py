@@ -146,17 +146,19 @@ class Phase15Lanes:
         self._speaking: list[Lane] = []
 
     def submit(self, request: Phase15Request):
-        """Puts a request into the queue. It gets a lane at a boundary, in the order of calls."""
+        """
+        Puts a request into the queue. It gets a lane at a boundary, in the order of calls. Raises a ValueError for a
+        request with another `chunk_length` than the lanes have.
+        """
+        if request.chunk_length not in (None, self.chunk_length):
+            raise ValueError(
+                f"`chunk_length` is {request.chunk_length}, but these lanes say chunks of {self.chunk_length} tokens."
+            )
         self.waiting.append(request)
 
-    def request(
-        self, prompt_ids: list[int], generation_config: GenerationConfig | None = None, *args, **kwargs
-    ) -> Phase15Request:
+    def request(self, prompt_ids: list[int], *args, **kwargs) -> Phase15Request:
         """A request with the settings of a call of `generate`: see [`request_of`]. It still has to be submitted."""
-        asked = kwargs.pop("chunk_length", getattr(generation_config, "chunk_length", None))
-        if asked not in (None, self.chunk_length):
-            raise ValueError(f"`chunk_length` is {asked}, but these lanes say chunks of {self.chunk_length} tokens.")
-        return request_of(self.model, prompt_ids, generation_config, *args, **kwargs)
+        return request_of(self.model, prompt_ids, *args, **kwargs)
 
     def abort(self, error: Exception):
         """Ends every request that waits or is under way, with an error."""
@@ -463,6 +465,9 @@ def generate_in_lanes(
     return_logprobs: bool,
 ) -> dict[str, GenerationOutput]:
     """See `Phase15GenerationMixin.generate_batch`."""
+    if chunk_length is None:
+        chunk_length = getattr(generation_config, "chunk_length", None)
+    settings["chunk_length"] = chunk_length
     given = {**vars(generation_config or model.generation_config), **settings}
     repeats, requests, outputs = given.get("num_return_sequences") or 1, {}, {}
     num_logprobs = 0 if return_logprobs else None
@@ -476,8 +481,6 @@ def generate_in_lanes(
             )
             requests[name] = request
             outputs[name] = GenerationOutput(name, request.prompt_ids, timestamps=timestamps)
-    if chunk_length is None:
-        chunk_length = getattr(generation_config, "chunk_length", None)
     lanes = Phase15Lanes(model, max(min(num_lanes, len(requests)), 1), compile, chunk_length=chunk_length)
     for request in requests.values():
         lanes.submit(request)

@@ -48,6 +48,7 @@ class Phase15Request:
         criteria (`list`): the library's, other than length and end tokens.
         num_logprobs (`int`, *optional*): give each token's log-probability and so many of the likeliest tokens'.
         on_token (`Callable`, *optional*): called with the request after every token, in the thread of `advance`.
+        chunk_length (`int`, *optional*): tokens of a chunk, if the settings name them: lanes with others refuse it.
         on_step (`Callable`, *optional*): called after every step of the recursion with the carried soft prompt, the
             stepped one, each of one row, and how many tokens entered.
         on_finish (`Callable`, *optional*): called with the request at its end, in the thread that ends it.
@@ -71,6 +72,7 @@ class Phase15Request:
     criteria: list = field(default_factory=list)
     num_logprobs: int | None = None
     on_token: Callable | None = None
+    chunk_length: int | None = None
     on_step: Callable | None = None
     on_finish: Callable | None = None
     generated_tokens: list[int] = field(default_factory=list)
@@ -160,6 +162,9 @@ def request_of(
         )
         if seed is None:
             seed = int(torch.randint(2**63 - 1, ()))
+    chunk_length = kwargs.get("chunk_length")
+    if chunk_length is None:
+        chunk_length = getattr(generation_config, "chunk_length", None)
     ends = [part.eos_token_id for part in criteria if isinstance(part, EosTokenCriteria)]
     limits = [part.max_length for part in criteria if isinstance(part, MaxLengthCriteria)]
     return Phase15Request(
@@ -172,6 +177,7 @@ def request_of(
         [part for part in criteria if not isinstance(part, (EosTokenCriteria, MaxLengthCriteria))],
         num_logprobs,
         on_token,
+        chunk_length,
     )
 
 

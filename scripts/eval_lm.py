@@ -117,7 +117,9 @@ class Phase15LM(HFLM):
         kwargs |= {"max_new_tokens": max_length - context.shape[1], "pad_token_id": self.tokenizer.pad_token_id}
         dtype, asked = self.mixed_precision_dtype, []
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            lanes = Phase15Lanes(self.model, min(self.num_lanes, len(context)))
+            lanes = Phase15Lanes(
+                self.model, min(self.num_lanes, len(context)), chunk_length=kwargs.get("chunk_length")
+            )
             for ids, mask in zip(context, attention_mask, strict=True):
                 prompt = ids[mask.bool()].tolist()
                 ends = stop_sequences_criteria(self.tokenizer, stop, len(prompt), 1)

@@ -247,7 +247,16 @@ def test_a_length_that_is_not_the_caches_is_refused(tiny):
 
 def test_a_request_with_another_length_than_its_lanes_is_refused(tiny):
     lanes, prompt = Phase15Lanes(tiny, num_lanes=1, chunk_length=3), PROMPTS[0].tolist()
-    assert lanes.request(prompt, max_new_tokens=5, chunk_length=3).max_new_tokens == 5
+    lanes.submit(lanes.request(prompt, max_new_tokens=5, chunk_length=3))
     for settings in ({"chunk_length": 4}, {"generation_config": GenerationConfig(chunk_length=4)}):
         with pytest.raises(ValueError, match="`chunk_length` is 4, but these lanes say chunks of 3 tokens"):
-            lanes.request(prompt, **settings)
+            lanes.submit(lanes.request(prompt, **settings))
+    assert len(lanes.waiting) == 1
+
+
+def test_the_argument_of_generate_batch_comes_before_its_config(tiny):
+    prompts = [prompt.tolist() for prompt in LONG_PROMPTS]
+    given = GenerationConfig(chunk_length=3, max_new_tokens=45)
+    outputs = tiny.generate_batch(prompts, given, chunk_length=SLOTS)
+    answers = torch.tensor([output.generated_tokens for output in outputs.values()])
+    assert torch.equal(answers, answers_of_the_reference(tiny, SLOTS))

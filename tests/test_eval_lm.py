@@ -249,12 +249,14 @@ def test_an_automatic_batch_size_changes_no_answer(trained, folders, pairs, answ
     sizes.clear()
     requests = [(document["context"], {"max_gen_toks": NEW_TOKENS, "do_sample": False}) for document in DOCUMENTS]
     lanes, numbers = eval_lm.Phase15Lanes, []
-    monkeypatch.setattr(eval_lm, "Phase15Lanes", lambda model, number: numbers.append(number) or lanes(model, number))
+    monkeypatch.setattr(
+        eval_lm, "Phase15Lanes", lambda model, n, **kwargs: numbers.append(n) or lanes(model, n, **kwargs)
+    )
     assert model.generate_until(requests_of("generate_until", *requests)) == answers
     assert (sizes, numbers, model.batch_size) == ([3], [3], "auto")
 
 
-@pytest.mark.parametrize("kwargs", [{"num_beams": 2}, {"repetition_penalty": 1.8}])
+@pytest.mark.parametrize("kwargs", [{"num_beams": 2}, {"repetition_penalty": 1.8}, {"chunk_length": 7}])
 def test_settings_of_a_task_are_those_of_generate(trained, folders, tokenizer, kwargs):
     contexts = [document["context"] for document in DOCUMENTS]
     requests = [(text, {"max_gen_toks": NEW_TOKENS, "do_sample": False, **kwargs}) for text in contexts]
