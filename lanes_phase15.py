@@ -109,8 +109,7 @@ class Phase15Lanes:
         chunk_length (`int`, *optional*): tokens of a chunk of every answer; by default as in `generate`.
 
     Raises:
-        ValueError: for `compile=True` with a model that forbids it, for less than one lane, for a `chunk_length` that
-            the model has no positions for.
+        ValueError: for `compile=True` with a model that forbids it, less than one lane, or too long a chunk.
     """
 
     def __init__(
@@ -146,14 +145,9 @@ class Phase15Lanes:
         self._speaking: list[Lane] = []
 
     def submit(self, request: Phase15Request):
-        """
-        Puts a request into the queue. It gets a lane at a boundary, in the order of calls. Raises a ValueError for a
-        request with another `chunk_length` than the lanes have.
-        """
-        if request.chunk_length not in (None, self.chunk_length):
-            raise ValueError(
-                f"`chunk_length` is {request.chunk_length}, but these lanes say chunks of {self.chunk_length} tokens."
-            )
+        """Puts a request into the queue: in the order of calls, each gets a lane at a boundary."""
+        if (asked := request.chunk_length) not in (None, self.chunk_length):
+            raise ValueError(f"`chunk_length` is {asked}, but these lanes say chunks of {self.chunk_length} tokens.")
         self.waiting.append(request)
 
     def request(self, prompt_ids: list[int], *args, **kwargs) -> Phase15Request:
