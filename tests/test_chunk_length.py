@@ -94,6 +94,12 @@ def test_the_fast_path_gives_the_same_tokens(tiny, fast, chunk_length):  # noqa:
     assert torch.equal(generate(tiny, LONG_PROMPTS, compile=False, **settings), expected)
 
 
+def test_each_length_has_buffers_of_its_own(tiny, fast):  # noqa: F811
+    for chunk_length in (3, SLOTS, 3):
+        got = generate(tiny, LONG_PROMPTS, max_new_tokens=45, chunk_length=chunk_length, compile=True)
+        assert torch.equal(got, answers_of_the_reference(tiny, chunk_length))
+
+
 @pytest.mark.parametrize("is_static", [True, False])
 @pytest.mark.parametrize("chunk_length", LENGTHS)
 def test_lanes_say_the_same_tokens(tiny, chunk_length, is_static, monkeypatch):
