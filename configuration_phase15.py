@@ -203,12 +203,17 @@ class Phase15Config(PreTrainedConfig):
         """Positions of the HyperNetwork: the most tokens that a step can read."""
         return max(self.num_soft_tokens, self.max_query_length, self.chunk_length)
 
-    def check_chunk_length(self, chunk_length: int | None):
-        """Raises a ValueError for chunks that the HyperNetwork has no positions for, or that the LLM cannot see."""
-        most, reason = self.num_positions, "the HyperNetwork has no more positions"
+    @property
+    def max_chunk_length(self) -> int:
+        """The most tokens of a chunk: the HyperNetwork has positions for them, and the LLM sees them and all slots."""
         window = getattr(self.text_config, "sliding_window", None)
-        if window is not None and window - self.num_soft_tokens < most:
-            most = window - self.num_soft_tokens
+        return self.num_positions if window is None else min(self.num_positions, window - self.num_soft_tokens)
+
+    def check_chunk_length(self, chunk_length: int | None):
+        """Raises a ValueError for a chunk of no token, or of more than `max_chunk_length`."""
+        most, reason = self.max_chunk_length, "the HyperNetwork has no more positions"
+        if most < self.num_positions:
+            window = self.text_config.sliding_window
             reason = f"the LLM's sliding window of {window} has the {self.num_soft_tokens} slots in it, too"
         is_integer = isinstance(chunk_length, int) and not isinstance(chunk_length, bool)
         if chunk_length is not None and not (is_integer and 1 <= chunk_length <= most):

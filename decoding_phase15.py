@@ -7,7 +7,8 @@ recorded on CUDA as a CUDA graph.
     prefill   the LLM on the N slots; picks the chunk's first token
     decode    the LLM on the newest token; picks the next   K - 1 times per chunk
 
-Tokens are picked on the device. The host asks once per chunk whether all rows have ended. Under greedy search the
+Tokens are picked on the device. The host asks at the end of a chunk whether all rows have ended, in a long one every
+16 tokens. Under greedy search the
 tokens are those of the library's own loop, which is the tests' reference. The rest of the model can be understood
 without this file.
 """
@@ -45,6 +46,7 @@ PROCESSORS = (
     MinPLogitsWarper,
 )  # each looks at the scores alone
 CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
+ASKED_EVERY = 16  # tokens after which the host asks whether all rows have ended, and at the end of a chunk
 AUTOMATIC_ON = ("cuda",)  # devices where compilation is the default
 INDUCTOR = {"coordinate_descent_tuning": True}  # makes matrix-vector products memory-bound
 MAX_DECODERS = 4  # per model: one for each batch size and way of sampling in use
@@ -424,9 +426,10 @@ def sample_compiled(
                 decoder.run("decode" if offset else "prefill", model)
                 if streamer is not None:
                     streamer.put(decoder.chunk[:, offset].cpu())
-                    if decoder.finished.all():
-                        num_tokens = offset + 1
-                        break
+                asks = streamer is not None or (offset + 1) % ASKED_EVERY == 0 and decoder.eos_token_id is not None
+                if asks and offset + 1 < num_tokens and decoder.finished.all():
+                    num_tokens = offset + 1
+                    break
             answer.append(decoder.chunk[:, :num_tokens].clone())
             remaining -= num_tokens
             if remaining == 0 or (decoder.eos_token_id is not None and decoder.finished.all()):

@@ -50,6 +50,7 @@ class Phase15Cache(Cache):
 
     def __init__(self, config: Phase15Config, chunk_length: int | None = None):
         super().__init__(layers=[])
+        config.check_chunk_length(chunk_length)
         self.config, self.chunk_length = config, chunk_length or config.chunk_length
         self.reset()
 
@@ -187,7 +188,8 @@ class Phase15GenerationMixin(GenerationMixin):
         if cache is not None and input_ids is not None:
             widen(cache, len(input_ids), max(setting("num_beams") or 1, setting("num_return_sequences") or 1))
         if cache is None:
-            kwargs |= {"prompt_length": num_columns, "chunk_length": chunk_length}
+            # under another name: the library would take `chunk_length` for a setting of its own
+            kwargs |= {"prompt_length": num_columns, "uncached_chunk_length": chunk_length}
         else:
             cache.chunk_length = chunk_length or cache.chunk_length
             kwargs[CACHE_NAME] = cache
@@ -229,6 +231,7 @@ class Phase15GenerationMixin(GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         query_lengths: torch.LongTensor | None = None,
         prompt_length: int | None = None,
+        uncached_chunk_length: int | None = None,
         is_first_iteration: bool = False,
         compile: bool | None = None,
         **kwargs,
@@ -245,6 +248,7 @@ class Phase15GenerationMixin(GenerationMixin):
         input_ids = model_inputs["input_ids"]
         if cache is None:
             query_columns = slice(prompt_length)
+            model_inputs["chunk_length"] = uncached_chunk_length
         elif not is_first_iteration or (cache.seen_tokens and input_ids.shape[1] == 1):
             return model_inputs  # one more token of the answer
         else:

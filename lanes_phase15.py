@@ -28,11 +28,11 @@ from transformers.utils import logging
 
 
 try:  # inside a package: how transformers loads this file from a Hub repository or a saved folder
-    from .decoding_phase15 import AUTOMATIC_ON, LibraryDecoder, Phase15Decoder, unsupported_model
+    from .decoding_phase15 import ASKED_EVERY, AUTOMATIC_ON, LibraryDecoder, Phase15Decoder, unsupported_model
     from .recursion_phase15 import carry
     from .requests_phase15 import TOP_LOGPROBS, Phase15Request, Sampling, request_of, sample_tokens, width_of
 except ImportError:  # at the root of this repository
-    from decoding_phase15 import AUTOMATIC_ON, LibraryDecoder, Phase15Decoder, unsupported_model
+    from decoding_phase15 import ASKED_EVERY, AUTOMATIC_ON, LibraryDecoder, Phase15Decoder, unsupported_model
     from recursion_phase15 import carry
     from requests_phase15 import TOP_LOGPROBS, Phase15Request, Sampling, request_of, sample_tokens, width_of
 
@@ -146,9 +146,12 @@ class Phase15Lanes:
 
     def submit(self, request: Phase15Request):
         """Puts a request into the queue: in the order of calls, each gets a lane at a boundary."""
+        self.check(request)
+        self.waiting.append(request)
+
+    def check(self, request: Phase15Request):
         if (asked := request.chunk_length) not in (None, self.chunk_length):
             raise ValueError(f"`chunk_length` is {asked}, but these lanes say chunks of {self.chunk_length} tokens.")
-        self.waiting.append(request)
 
     def request(self, prompt_ids: list[int], *args, **kwargs) -> Phase15Request:
         """A request with the settings of a call of `generate`: see [`request_of`]. It still has to be submitted."""
@@ -249,17 +252,15 @@ class Phase15Lanes:
             if lane.ids is None and (lane.request.processors or lane.request.criteria):
                 lane.ids = torch.tensor([lane.request.prompt_ids], device=self.model.device)
         at_once = not any(request.asks_every_token for request in requests)
-        num_tokens = min(
-            self.chunk_length, max(request.max_new_tokens - len(request.generated_tokens) for request in requests)
-        )
+        longest = max(request.max_new_tokens - len(request.generated_tokens) for request in requests)
+        num_tokens, num_heard = min(self.chunk_length, longest), 0
         for column in range(num_tokens):
             decoder.run("decode" if column else "prefill", self.model)
-            if not at_once:
-                self._hear(lanes, decoder, column, column + 1)
+            if not at_once or (column + 1) % ASKED_EVERY == 0 or column + 1 == num_tokens:
+                self._hear(lanes, decoder, num_heard, column + 1)
+                num_heard = column + 1
                 if all(request.finish_reason is not None for request in requests):
                     break
-        if at_once:
-            self._hear(lanes, decoder, 0, num_tokens)
         for lane, chunk in zip(lanes, decoder.chunk.clone().split(1), strict=False):
             lane.chunk = chunk
 
@@ -370,7 +371,9 @@ class Phase15LaneThread:
         self.thread.join()
 
     def submit(self, requests: list[Phase15Request]):
-        """Puts requests into the queue, from any thread."""
+        """Puts all of the requests into the queue, or none, from any thread."""
+        for request in requests:
+            self.lanes.check(request)
         with self.news:
             for request in requests:
                 self.lanes.submit(request)

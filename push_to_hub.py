@@ -255,4 +255,4 @@ def describe(error: Exception) -> str:
 
 if __name__ == "__main__":
     with one_line_errors("push_to_hub.py", explain=explain):
-        main(*HfArgumentParser(PushArguments).parse_args_into_dataclasses())
+        main(*HfArgumentParser(PushArguments).parse_args_into_dataclasses(look_for_args_file=False))

@@ -76,6 +76,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for folder in args.folders or ():
         if not Path(folder, "config.json").is_file():
             parser.error(f"argument --folders: {folder} is no folder of a model, it has no config.json")
+    if args.compile and 1 in args.chunk_lengths:
+        parser.error("argument --chunk_lengths: a chunk of 1 has no token step to be timed")
     if args.compile and len(args.chunk_lengths) >= MAX_DECODERS:
         parser.error(f"argument --chunk_lengths: {MAX_DECODERS - 1} at most, or the model drops a compiled decoder")
     args.dtype = getattr(torch, args.dtype)

@@ -42,7 +42,7 @@ ROWS = 64  # of a step in the table
 GPUS = (1, 8, 64)
 MEMORY = 80.0  # GB of a GPU
 BANDWIDTH = 3.35e12  # bytes/s of an H100
-OTHER_ACTIVATIONS = 0.70e9  # bytes a row, measured: HyperNetwork, not checkpointed, and logits
+OTHER_ACTIVATIONS = 0.70e9  # bytes a row, measured: HyperNetwork, not checkpointed, and, less, logits
 
 
 class Parameters(NamedTuple):
@@ -138,6 +138,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1.743, help="of the measured step, stage 2, chunks of 16")
     parser.add_argument("--rows", type=int, default=32, help="of the measured step")
     args = parser.parse_args(argv)
+    if not args.seconds > 0:
+        parser.error(f"argument --seconds: {args.seconds} is not possible")
     for name in ("chunk_length", "chunks_per_record", "rows"):
         value = getattr(args, name)
         if value is not None and not 1 <= value <= (TOKENS if name == "chunk_length" else value):

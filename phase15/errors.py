@@ -1,13 +1,13 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """How a command ends on an error: in one line that names the command, with exit status 1."""
 
-import io
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from huggingface_hub.errors import HTTPError, StrictDataclassError
 from safetensors import SafetensorError
+
+from phase15.flags import print_any_text
 
 
 # Errors about the input, the machine or the network. Any other error is a bug, and shows its traceback.
@@ -26,13 +26,6 @@ def line_of(error: Exception) -> str:
     """The message of an error in one line. torch wraps a worker's error in a traceback: only its message is kept."""
     message = str(error).rpartition("Phase15RecordError: ")[2]
     return " ".join(message.split())
-
-
-def print_any_text():
-    """Prints what the output's encoding does not have as an escape: a pipe on Windows has no Δ."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

@@ -8,7 +8,9 @@ import argparse
 import ast
 import difflib
 import importlib.util
+import io
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 
 ROOT = Path(__file__).parent.parent
 KINDS = {"int": int, "float": float, "str": str}
+TYPES = {"list", "dict", "Literal"}  # that may have brackets
 
 
 class Flag(NamedTuple):
@@ -59,11 +62,18 @@ def flags_of(source: str) -> list[Flag]:
             constants[node.targets[0].id] = value_of(node.value, constants)
     (declared,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
     fields = [node for node in declared.body if isinstance(node, ast.AnnAssign)]
+    bracketed = {part.partition("[")[0] for field in fields for part in kinds_of(field) if "[" in part}
+    if bracketed - TYPES or (declared.bases and not where.endswith(".py")):
+        raise ValueError(f"{source} declares its fields in a way that is not known here")
     return [flag_of(node, constants) for node in fields if not node.target.id.startswith("_")]
 
 
+def kinds_of(node: ast.AnnAssign) -> list[str]:
+    return [part.strip() for part in ast.unparse(node.annotation).split("|")]
+
+
 def flag_of(node: ast.AnnAssign, constants: dict[str, Any]) -> Flag:
-    kinds = [part.strip() for part in ast.unparse(node.annotation).split("|")]
+    kinds = kinds_of(node)
     given, default = {}, node.value
     if isinstance(default, ast.Call):
         given = {keyword.arg: keyword.value for keyword in default.keywords}
@@ -107,6 +117,13 @@ class QuickParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         found = re.match(r"unrecognized arguments: --(\w+)", message)
         raise SystemExit(f"{self.prog}: {message}{did_you_mean(found[1], self.names) if found else ''}")
+
+
+def print_any_text():
+    """Prints what the output's encoding does not have as an escape: a pipe on Windows has no Δ."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def did_you_mean(name: str, names: Sequence[str]) -> str:
@@ -166,6 +183,7 @@ def answer_at_once(
         argv (`list[str]`): the words behind the command.
         positional (`str`, *optional*): the name of the one word that is no flag.
     """
+    print_any_text()
     try:
         parser = quick_parser(program, doc, groups, positional)
     except Exception:  # another release of transformers may declare its flags in any way

@@ -52,10 +52,11 @@ def recall(
         texts (`list[str]`, *optional*): what stands between facts and questions; only the last tenth is used.
 
     Returns:
-        `list[dict]`: for each distance `distance`; `tokens`, the mean number of tokens between facts and questions;
-        `facts`, how many were asked for; and `rows`, by the keys of evaluation.py, with `right`, the share of them in
-        the greedy answer; `completed`, the share of their values that are the most likely behind the reference answer
-        up to them, as an LLM may know a fact and say it in words of its own; and `nats` per token of the reference.
+        `list[dict]`: for each distance `distance`; `chunk_length`, of a Phase15 model; `tokens`, the mean number of
+        tokens between facts and questions; `facts`, how many were asked for; and `rows`, by the keys of evaluation.py,
+        with `right`, the share of them in the greedy answer; `completed`, the share of their values that are the most
+        likely behind the reference answer up to them, as an LLM may know a fact and say it in words of its own; and
+        `nats` per token of the reference.
     """
     model.eval()
     batch_size = next(size for size in itertools.count(max(batch_size, 2)) if num_chats % size != 1)
@@ -86,7 +87,10 @@ def at_distance(
         result[name] = {"right": right / number, "completed": completed / number, "nats": nats / tokens}
     num_tokens = [len(tokenizer(chat.text, add_special_tokens=False)["input_ids"]) for chat in chats]
     tokens = sum(num_tokens) / len(chats)
-    return {"distance": distance, "tokens": tokens, "facts": number, "rows": result}
+    measured = {"distance": distance, "tokens": tokens, "facts": number, "rows": result}
+    if isinstance(model, Phase15ForCausalLM):
+        measured["chunk_length"] = model.config.chunk_length
+    return measured
 
 
 def variants_of(model: PreTrainedModel) -> dict[str, tuple]:

@@ -63,8 +63,10 @@ class Phase15ServerArguments:
 
     def __post_init__(self):
         at_least = {"max_kept_conversations": 0, "max_waiting": 0, "retry_after": 0}
-        for name in ("num_lanes", "max_body_bytes", "max_prompt_tokens", "max_tokens", "default_tokens", *at_least):
-            if getattr(self, name) < at_least.get(name, 1):
+        least_1 = ("num_lanes", "max_body_bytes", "max_prompt_tokens", "max_tokens", "default_tokens", "chunk_length")
+        for name in (*least_1, *at_least):
+            value = getattr(self, name)
+            if value is not None and value < at_least.get(name, 1):
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but it must be {at_least.get(name, 1)} or more.")
 
     @property
@@ -154,6 +156,8 @@ class LaneWorker(Phase15LaneThread):
         Raises:
             LanesBusyError: if more would wait than may.
         """
+        for request in requests:
+            self.lanes.check(request)
         with self.news:
             self.going_on = [request for request in self.going_on if request.finish_reason is None]
             if len(self.going_on) + len(requests) > self.max_waiting + self.lanes.num_lanes:

@@ -170,8 +170,7 @@ def main(args: EvaluationArguments):
 
     losses, free_losses, answers = measure_model(args, examples, asked, tokenizer, answer)
     for name, folder in others.items():
-        other = load_any(folder, args.dtype, args.base, args.device)
-        length = args.chunk_length or config.chunk_length
+        other, length = load(args, folder), args.chunk_length or config.chunk_length
         losses[name] = baseline_losses(name, other, examples, args.batch_size, length)
         answers[name] = answer(name, other)
         del other  # before the next is loaded
@@ -202,7 +201,7 @@ def measure_facts(args: EvaluationArguments, tokenizer: PreTrainedTokenizerBase)
     run, recipes, defaults = held_out(args.model_dir) or {}, read_run(args.model_dir).recipes, FactsArguments()
     texts = texts_of(args.facts_text or (recipes[0].get("facts_text") if recipes else None))
     distances = args.facts_distances or run.get("facts_distances", defaults.facts_distances)
-    model = load_model(args)
+    model = load(args, args.model_dir)
     number, seed = run.get("facts_per_chat", defaults.facts_per_chat), 0 if args.seed is None else args.seed
     settings = {"num_chats": args.generated_records, "seed": seed, "batch_size": args.batch_size, "texts": texts}
     measured = recall(model, tokenizer, sorted(set(distances)), number, **settings)
@@ -213,11 +212,12 @@ def measure_facts(args: EvaluationArguments, tokenizer: PreTrainedTokenizerBase)
     print(f"\n{recall_table(measured)}\n")
 
 
-def load_model(args: EvaluationArguments) -> Phase15ForCausalLM:
-    """The model, with chunks of the length that is asked for."""
-    model = load_any(args.model_dir, args.dtype, device=args.device)
-    if args.chunk_length is not None:
-        model.config.chunk_length = model.generation_config.chunk_length = args.chunk_length
+def load(args: EvaluationArguments, name: str) -> PreTrainedModel | PeftModel:
+    """A model; if it is a Phase15 model, with chunks of the length that is asked for."""
+    model = load_any(name, args.dtype, args.base, args.device)
+    if args.chunk_length is not None and isinstance(model, Phase15ForCausalLM):
+        model.config.check_chunk_length(args.chunk_length)
+        model.config.chunk_length = args.chunk_length
     return model
 
 
@@ -311,7 +311,7 @@ def measure_model(
     answer: Callable[[str, PreTrainedModel], list[list[int]]],
 ) -> tuple[dict[str, Losses], dict[str, Losses], dict[str, list[list[int]]]]:
     """The rows of the model's own LLM: losses, free-running losses, and answers."""
-    model = load_model(args)
+    model = load(args, args.model_dir)
     losses, free_losses = variants(model, examples, args.batch_size), {}
     if asked:
         length = model.config.chunk_length
@@ -349,4 +349,4 @@ def exact_match(
 
 if __name__ == "__main__":
     with one_line_errors("eval_sft.py"):
-        main(*HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses())
+        main(*HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses(look_for_args_file=False))

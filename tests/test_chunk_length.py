@@ -10,7 +10,10 @@ from test_decoding import fast  # noqa: F401
 from test_generation import LONG_PROMPTS, PROMPTS, generate, reference_greedy
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from lanes_phase15 import Phase15Lanes
+import decoding_phase15
+import lanes_phase15
+from decoding_phase15 import Phase15Decoder
+from lanes_phase15 import Phase15Lanes, Phase15LaneThread
 from modeling_phase15 import Phase15Cache, Phase15ForCausalLM
 
 
@@ -79,6 +82,18 @@ def test_the_length_makes_a_difference(tiny):
     assert all(one != other for number, one in enumerate(answers) for other in answers[:number])
 
 
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}], ids=str)
+def test_without_a_cache_a_config_names_the_length_too(tiny, mode, monkeypatch):
+    """The library takes an argument that its own config has, and gives it to nobody."""
+    settings = {"max_new_tokens": 22, **mode}
+    expected = generate(tiny, LONG_PROMPTS, chunk_length=QUERY, **settings)
+    given = GenerationConfig(chunk_length=QUERY, use_cache=False, pad_token_id=0, **settings)
+    assert torch.equal(generate(tiny, LONG_PROMPTS, generation_config=given), expected)
+    for saved, argument in ((QUERY, {}), (3, {"chunk_length": QUERY})):
+        monkeypatch.setattr(tiny.generation_config, "chunk_length", saved, raising=False)
+        assert torch.equal(generate(tiny, LONG_PROMPTS, use_cache=False, **argument, **settings), expected)
+
+
 @pytest.mark.parametrize("mode", [{"do_sample": True, "top_k": 20}, {"num_beams": 3}], ids=str)
 def test_sampling_and_beams_with_and_without_a_cache(tiny, mode):
     settings = {"max_new_tokens": 22, "chunk_length": QUERY, **mode}
@@ -128,6 +143,37 @@ def test_forward_is_that_of_a_model_with_this_length(tiny, tmp_path, chunk_lengt
     logits = tiny(ids, attention_mask=mask, query_lengths=query_lengths, cache=cache).logits
     torch.testing.assert_close(logits[:, -20:], expected.logits[:, -20:], atol=1e-4, rtol=1e-4)
     assert tiny(ids, use_cache=True, chunk_length=chunk_length).cache.chunk_length == chunk_length
+
+
+@pytest.fixture
+def ending(tiny, monkeypatch) -> tuple[torch.LongTensor, dict, list[int], list[str]]:
+    """A prompt, settings with which its answer ends inside a long chunk, the answer, and the steps that run for it."""
+    for module in (decoding_phase15, lanes_phase15):
+        monkeypatch.setattr(module, "ASKED_EVERY", 4)
+    for seed in range(99):
+        prompt = random_ids(9, seed=seed)
+        free = generate(tiny, [prompt], max_new_tokens=SLOTS, chunk_length=SLOTS)[0].tolist()
+        ends = [number for number, token in enumerate(free) if 4 < number < SLOTS - 8 and token not in free[:number]]
+        if ends:
+            break
+    ran, run = [], Phase15Decoder.run
+    monkeypatch.setattr(Phase15Decoder, "run", lambda self, *args: ran.append(args[0]) or run(self, *args))
+    settings = {"max_new_tokens": SLOTS, "chunk_length": SLOTS, "eos_token_id": free[ends[0]], "do_sample": False}
+    return prompt, settings, free[: ends[0] + 1], ran
+
+
+def test_a_short_answer_does_not_cost_a_long_chunk(tiny, fast, ending):  # noqa: F811
+    """The host asks every so many tokens whether all have ended."""
+    prompt, settings, expected, ran = ending
+    assert generate(tiny, [prompt], compile=True, **settings)[0].tolist() == expected
+    assert len(expected) <= len(ran) < len(expected) + 4
+
+
+def test_nor_does_it_in_lanes(tiny, ending):
+    prompt, settings, expected, ran = ending
+    outputs = tiny.generate_batch([prompt.tolist()], num_lanes=1, **settings)
+    assert outputs["req_0"].generated_tokens == expected
+    assert len(expected) <= len(ran) < len(expected) + 4
 
 
 # where the length comes from
@@ -249,6 +295,8 @@ def test_a_length_that_is_not_the_caches_is_refused(tiny):
     with pytest.raises(ValueError, match=f"`chunk_length` is 3, but the cache's is {CHUNK}"):
         tiny(PROMPTS[0][None], cache=cache, chunk_length=3)
     assert cache.seen_tokens == 0
+    with pytest.raises(ValueError, match="`chunk_length` is 1000"):
+        Phase15Cache(tiny.config, 1000)
 
 
 def test_a_request_with_another_length_than_its_lanes_is_refused(tiny):
@@ -257,6 +305,10 @@ def test_a_request_with_another_length_than_its_lanes_is_refused(tiny):
     for settings in ({"chunk_length": 4}, {"generation_config": GenerationConfig(chunk_length=4)}):
         with pytest.raises(ValueError, match="`chunk_length` is 4, but these lanes say chunks of 3 tokens"):
             lanes.submit(lanes.request(prompt, **settings))
+    assert len(lanes.waiting) == 1
+    thread = Phase15LaneThread(lanes)
+    with pytest.raises(ValueError, match="`chunk_length` is 4"):
+        thread.submit([lanes.request(prompt), lanes.request(prompt, chunk_length=4)])  # all or none
     assert len(lanes.waiting) == 1
 
 

@@ -177,13 +177,15 @@ def test_nothing_is_generated_where_nothing_is_asked_for(home, tmp_path, capsys)
 
 def test_another_length_of_a_chunk_is_that_of_a_model_with_it(home, tmp_path):
     """Scored and generated: the same as of a folder whose config has the length."""
-    other, settings = tmp_path / "other", {"generated_records": 2, "max_new_tokens": 12, "max_records": 4}
-    shutil.copytree(home / "model", other)
-    config = json.loads((other / "config.json").read_text())
-    length = config["chunk_length"] + 3
-    (other / "config.json").write_text(json.dumps(config | {"chunk_length": length}))
-    results = []
-    for name, given in (("a", {"chunk_length": length}), ("b", {"model_dir": str(other)}), ("c", {})):
+    settings = {"generated_records": 2, "max_new_tokens": 12, "max_records": 4}
+    config = json.loads((home / "model" / "config.json").read_text())
+    length, results = config["chunk_length"] + 3, []
+    for name in ("model", "window"):
+        shutil.copytree(home / name, tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"chunk_length": length}))
+    with_it = {"model_dir": str(tmp_path / "model"), "baselines": [str(tmp_path / "window")]}
+    without = {"baselines": [str(home / "window")]}
+    for name, given in (("a", {"chunk_length": length} | without), ("b", with_it), ("c", without)):
         eval_sft.main(arguments(home, tmp_path / name, **settings | given))
         results.append(json.loads((tmp_path / name / "evaluation.json").read_text()))
     assert results[0]["chunk_length"] == results[1]["chunk_length"] == length
@@ -191,7 +193,21 @@ def test_another_length_of_a_chunk_is_that_of_a_model_with_it(home, tmp_path):
     assert [f"with chunks of {length} tokens" in result["evaluated"] for result in results] == [True, False, False]
     for part in ("validation", "free_running", "exact_match"):
         assert results[0][part] == results[1][part]
-    assert results[0]["validation"] != results[2]["validation"]
+    for name in ("model", "baseline_window"):
+        assert results[0]["validation"][name] != results[2]["validation"][name]
+
+
+def test_what_a_model_is_to_speak_with_changes_no_score(home, tmp_path):
+    shutil.copytree(home / "model", tmp_path / "model")
+    saved = json.loads((home / "model" / "generation_config.json").read_text())
+    saved |= {"chunk_length": 1, "_from_model_config": False}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(saved))
+    results = []
+    for name, folder in (("a", home / "model"), ("b", tmp_path / "model")):
+        eval_sft.main(arguments(home, tmp_path / name, model_dir=str(folder), generated_records=2, max_records=4))
+        results.append(json.loads((tmp_path / name / "evaluation.json").read_text()))
+    for part in ("validation", "free_running", "exact_match"):
+        assert results[0][part] == results[1][part]
 
 
 def test_answers_without_numbers_have_no_exact_match(home, tmp_path):

@@ -2,6 +2,7 @@
 """`--help` and errors about flags: at once, and as the commands' own parsers say them."""
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -154,6 +155,29 @@ def test_nothing_that_takes_seconds_is_imported(command):
             assert re.search(r"^\w+\.py: .*(nonsense|required)", run.stderr, re.MULTILINE)
         else:
             assert "--model" in run.stdout and "default" in run.stdout
+
+
+@pytest.mark.parametrize("command", ["train_sft.py", "scripts/eval_sft.py"])
+def test_help_on_a_pipe_without_greek_letters(command):
+    words = ["-m", "scripts.eval_sft"] if "/" in command else [command]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    run = subprocess.run(
+        [sys.executable, *words, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0 and "--batch_size" in run.stdout or "--max_steps" in run.stdout, run.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["class A(B):\n    a: int = 1", "class A:\n    a: Optional[int] = 1", "class A:\n    a: int | List[int] = 1"],
+)
+def test_other_ways_to_declare_fields_are_not_guessed(text, tmp_path, monkeypatch):
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "__init__.py").write_text("")
+    (tmp_path / "others" / "arguments.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="others.arguments:A declares its fields in a way that is not known here"):
+        flags.flags_of("others.arguments:A")
 
 
 def test_flags_that_cannot_be_read_are_left_to_the_commands_parser():
