@@ -210,13 +210,15 @@ class Phase15Config(PreTrainedConfig):
         return self.num_positions if window is None else min(self.num_positions, window - self.num_soft_tokens)
 
     def check_chunk_length(self, chunk_length: int | None):
-        """Raises a ValueError for a chunk of no token, or of more than `max_chunk_length`."""
+        """Raises a ValueError for a chunk of no token, or of more than `max_chunk_length`. None is no choice."""
+        if chunk_length is None:
+            return
         most, reason = self.max_chunk_length, "the HyperNetwork has no more positions"
         if most < self.num_positions:
             window = self.text_config.sliding_window
             reason = f"the LLM's sliding window of {window} has the {self.num_soft_tokens} slots in it, too"
         is_integer = isinstance(chunk_length, int) and not isinstance(chunk_length, bool)
-        if chunk_length is not None and not (is_integer and 1 <= chunk_length <= most):
+        if not (is_integer and 1 <= chunk_length <= most):
             raise ValueError(
                 f"`chunk_length` is {chunk_length!r}, but it must be an integer from 1 to {most}: {reason}."
             )

@@ -8,9 +8,8 @@ recorded on CUDA as a CUDA graph.
     decode    the LLM on the newest token; picks the next   K - 1 times per chunk
 
 Tokens are picked on the device. The host asks at the end of a chunk whether all rows have ended, in a long one every
-16 tokens. Under greedy search the
-tokens are those of the library's own loop, which is the tests' reference. The rest of the model can be understood
-without this file.
+16 tokens. Under greedy search the tokens are those of the library's own loop, which is the tests' reference. The rest
+of the model can be understood without this file.
 """
 
 import sys

@@ -35,13 +35,13 @@ try:  # inside a package: how transformers loads this file from a Hub repository
     from .checks_phase15 import check_arguments, check_base, check_batch, check_ids, check_sizes
     from .compat_phase15 import CACHE_NAME, both_cache_names, one_cache
     from .configuration_phase15 import Phase15Config
-    from .generation_phase15 import Phase15Cache, Phase15GenerationMixin, supported_settings
+    from .generation_phase15 import Phase15Cache, Phase15GenerationMixin, check_cache, supported_settings
     from .recursion_phase15 import FirstLayers, HyperNetwork, SoftPrompt, carry
 except ImportError:  # at the root of this repository
     from checks_phase15 import check_arguments, check_base, check_batch, check_ids, check_sizes
     from compat_phase15 import CACHE_NAME, both_cache_names, one_cache
     from configuration_phase15 import Phase15Config
-    from generation_phase15 import Phase15Cache, Phase15GenerationMixin, supported_settings
+    from generation_phase15 import Phase15Cache, Phase15GenerationMixin, check_cache, supported_settings
     from recursion_phase15 import FirstLayers, HyperNetwork, SoftPrompt, carry
 
 
@@ -328,10 +328,11 @@ class Phase15Model(Phase15PreTrainedModel):
         self, cache: Phase15Cache | None, use_cache: bool | None, chunk_length: int | None
     ) -> tuple[Phase15Cache | None, int]:
         """The cache of a call, and the tokens of its chunks: as asked for, or the cache's, or the config's."""
+        check_cache(cache)
         self.config.check_chunk_length(chunk_length)
         if cache is None and use_cache:
             cache = Phase15Cache(self.config, chunk_length)
-        own = self.config.chunk_length if cache is None else getattr(cache, "chunk_length", None)
+        own = (self.config if cache is None else cache).chunk_length
         if cache is not None and chunk_length not in (None, own):
             raise ValueError(f"`chunk_length` is {chunk_length}, but the cache's is {own}.")
         return cache, chunk_length or own

@@ -205,7 +205,7 @@ def greedy_answers(
         "pad_token_id": ends,
     }
     if isinstance(model, Phase15ForCausalLM):
-        settings["chunk_length"] = model.config.chunk_length  # as it is scored, whatever it is to speak with
+        settings["chunk_length"] = model.config.chunk_length  # the scores have it, too
         outputs = model.generate_batch(
             queries, num_lanes=batch_size, progress_bar=len(queries) > batch_size, **settings
         )

@@ -158,8 +158,9 @@ def main(args: EvaluationArguments):
     if args.dataset == FACTS:
         return measure_facts(args, tokenizer)
     examples, description, seed = validation_examples(args, tokenizer, config)
-    if args.chunk_length not in (None, config.chunk_length):
-        description += f"; with chunks of {args.chunk_length} tokens, not the {config.chunk_length} of training"
+    length = args.chunk_length or config.chunk_length
+    if length != config.chunk_length:
+        description += f"; with chunks of {length} tokens, not the {config.chunk_length} of training"
     print(f"Evaluating {description}.")
     asked = examples[: args.generated_records]
     numbered = [example for example in asked if final_number(tokenizer.decode(example.answer)) is not None]
@@ -170,7 +171,7 @@ def main(args: EvaluationArguments):
 
     losses, free_losses, answers = measure_model(args, examples, asked, tokenizer, answer)
     for name, folder in others.items():
-        other, length = load(args, folder), args.chunk_length or config.chunk_length
+        other = load(args, folder)
         losses[name] = baseline_losses(name, other, examples, args.batch_size, length)
         answers[name] = answer(name, other)
         del other  # before the next is loaded
@@ -179,7 +180,7 @@ def main(args: EvaluationArguments):
         "dataset": Path(args.dataset).name if os.path.isabs(args.dataset) else args.dataset,
         "evaluated": description,
         "records": {"validation": len(examples), "generated": len(asked)},
-        "chunk_length": args.chunk_length or config.chunk_length,
+        "chunk_length": length,
         **report(losses, free_losses, args.bootstrap_samples, seed),
     }
     if numbered:

@@ -112,7 +112,7 @@ def test_lengths_of_a_chunk_beside_the_cards(capsys):
 
 
 def test_the_steps_of_a_chunk_add_up(monkeypatch):
-    """Without a compiler, so that it takes no minute; each step's share is its time over the chunk's tokens."""
+    """The steps run without a compiler, which would take a minute. A step's time is divided by the chunk's tokens."""
     monkeypatch.setattr(decoding_phase15, "compiled", lambda function: function)
     args = benchmark.parse_args(["decode", "--shape", "tiny", "--no-compile", "--rounds", "3", "--chunk_lengths", "8"])
     model, _ = harness.make_models(args)
