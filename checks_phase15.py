@@ -77,17 +77,6 @@ def check_batch(input_ids, attention_mask, cache, labels=None):
         raise ValueError("`labels` cannot be given with `cache` or `use_cache=True`.")
 
 
-def check_ids(name: str, ids: torch.LongTensor, vocab_size: int, ignored: int | None = None):
-    """Raises a ValueError that names the first id outside the vocabulary."""
-    unknown = ((ids < 0) | (ids >= vocab_size)) & (ids != ignored)
-    if unknown.any():
-        row, position = unknown.nonzero()[0].tolist()
-        raise ValueError(
-            f"Row {row} of `{name}` holds {int(ids[row, position])} at position {position}, but ids must be from 0 to "
-            f"{vocab_size - 1}, the last of the vocabulary, also at padding."
-        )
-
-
 def check_base(llm: PreTrainedModel):
     """Raises a ValueError for an LLM that cannot be given a soft prompt."""
     arguments, problem = inspect.signature(llm.base_model.forward).parameters, None
@@ -114,4 +103,4 @@ def check_base(llm: PreTrainedModel):
         raise ValueError(f"{type(llm).__name__} cannot be a base of Phase15: its logits are {problem}.")
 
 
-__all__ = ["SIZES", "check_arguments", "check_base", "check_batch", "check_ids", "check_sizes"]
+__all__ = ["SIZES", "check_arguments", "check_base", "check_batch", "check_sizes"]

@@ -14,13 +14,13 @@ Phase15: a language model with a recursive soft prompt.
 - training runs the recursion first, then the LLM once over all chunks of all rows;
 - generation (generation_phase15.py) is transformers' own loop: the state of the recursion is a `Cache`.
 
-recursion_phase15.py has the two parts of a step. This file is the language model around them: body and head.
+recursion_phase15.py has the two parts of a step, rows_phase15.py a batch without its padding. This file is the
+language model around them: body and head.
 """
 
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,17 +32,19 @@ from transformers.utils import can_return_tuple
 
 
 try:  # inside a package: how transformers loads this file from a Hub repository or a saved folder
-    from .checks_phase15 import check_arguments, check_base, check_batch, check_ids, check_sizes
+    from .checks_phase15 import check_arguments, check_base, check_batch, check_sizes
     from .compat_phase15 import CACHE_NAME, both_cache_names, one_cache
     from .configuration_phase15 import Phase15Config
     from .generation_phase15 import Phase15Cache, Phase15GenerationMixin, check_cache, supported_settings
     from .recursion_phase15 import FirstLayers, HyperNetwork, SoftPrompt, carry
+    from .rows_phase15 import Rows, left_align, query_lengths_of, shift_labels
 except ImportError:  # at the root of this repository
-    from checks_phase15 import check_arguments, check_base, check_batch, check_ids, check_sizes
+    from checks_phase15 import check_arguments, check_base, check_batch, check_sizes
     from compat_phase15 import CACHE_NAME, both_cache_names, one_cache
     from configuration_phase15 import Phase15Config
     from generation_phase15 import Phase15Cache, Phase15GenerationMixin, check_cache, supported_settings
     from recursion_phase15 import FirstLayers, HyperNetwork, SoftPrompt, carry
+    from rows_phase15 import Rows, left_align, query_lengths_of, shift_labels
 
 
 @both_cache_names
@@ -91,29 +93,6 @@ class Phase15CausalLMOutputWithPast(CausalLMOutputWithPast):
     chunk_tokens: torch.LongTensor | None = None
 
 
-class Rows(NamedTuple):
-    """
-    A batch, left-aligned: padding removed from either side. The query is the first `query_length` of a row's `length`
-    tokens. `position` says where each column's token stands in its row, and is -1 at padding.
-    """
-
-    input_ids: torch.LongTensor  # (B, T), left-aligned
-    length: torch.LongTensor  # (B,)
-    query_length: torch.LongTensor  # (B,)
-    position: torch.LongTensor  # (B, T), by column of the batch as it was given
-
-    @property
-    def prediction(self) -> torch.LongTensor:
-        """The index of each column's prediction in its row `(B, T)`; the query's last token makes the first."""
-        return self.position - (self.query_length - 1).clamp(min=0)[:, None]
-
-    def to_columns(self, states: torch.Tensor) -> torch.Tensor:
-        """From states of predictions `(B, P, d)` to states of columns `(B, T, d)`, zero where nothing is predicted."""
-        prediction = self.prediction[..., None]
-        columns = states.gather(1, prediction.clamp(0, states.shape[1] - 1).expand(-1, -1, states.shape[2]))
-        return columns.where((prediction >= 0) & (prediction < states.shape[1]), 0)
-
-
 class Phase15PreTrainedModel(PreTrainedModel):
     config: Phase15Config
     config_class = Phase15Config
@@ -137,12 +116,16 @@ class Phase15PreTrainedModel(PreTrainedModel):
         Overrides the library, which at loading drops settings that are not its own (`chunk_length`) from a generation
         config that is marked as made of a model's config.
         """
-        if self.can_generate():
-            settings = self.generation_config.to_dict()
-            own = {name: value for name, value in settings.items() if not name.startswith("_")}
-            own.pop("transformers_version", None)
-            self.generation_config = GenerationConfig(**own)
-        return super().save_pretrained(*args, **kwargs)
+        if not self.can_generate():
+            return super().save_pretrained(*args, **kwargs)
+        chosen = self.generation_config
+        settings = {name: value for name, value in chosen.to_dict().items() if not name.startswith("_")}
+        settings.pop("transformers_version", None)
+        try:
+            self.generation_config = GenerationConfig(**settings)
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.generation_config = chosen
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -346,23 +329,8 @@ class Phase15Model(Phase15PreTrainedModel):
     ) -> Rows:
         """Checks a batch and left-aligns its rows; `cache` is the one that it continues."""
         check_batch(input_ids, attention_mask, cache)
-        seen_tokens, vocab_size = 0 if cache is None else cache.seen_tokens, self.config.text_config.vocab_size
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
-        mask = mask.bool()
-        length, shortest = mask.sum(dim=1), 0 if seen_tokens else 1
-        query_length = torch.as_tensor(shortest if query_lengths is None else query_lengths, device=length.device)
-        query_length = query_length.expand(len(input_ids))
-        bad = (length < 1) | (query_length < shortest) | (query_length > length)
-        if (bad | ((input_ids < 0) | (input_ids >= vocab_size)).any(dim=1)).any():  # one device sync for all checks
-            check_ids("input_ids", input_ids, vocab_size)
-            index = int(bad.nonzero()[0])
-            raise ValueError(
-                f"Row {index} has {length[index]} tokens and a query of {query_length[index]}; a row needs at least "
-                f"one token, and its query {shortest} to all of them."
-            )
-        order = mask.long().argsort(dim=1, descending=True, stable=True)  # (B, T): tokens first
-        position = (mask.cumsum(dim=1) - 1).masked_fill(~mask, -1)
-        return Rows(input_ids.gather(1, order), length, query_length, position)
+        vocab_size, seen_tokens = self.config.text_config.vocab_size, 0 if cache is None else cache.seen_tokens
+        return left_align(input_ids, attention_mask, query_lengths, vocab_size, seen_tokens)
 
     def unroll(
         self,
@@ -379,7 +347,7 @@ class Phase15Model(Phase15PreTrainedModel):
             the hidden states of the predictions `(batch_size, num_chunks * chunk_length, hidden_size)`, the last soft
             prompt of each row `(batch_size, num_soft_tokens, hidden_size)`, and the LLM's output.
         """
-        needed = self.needed_chunks(rows, chunk_length, predict_mask)  # (B, C)
+        needed = rows.needed_chunks(chunk_length, predict_mask)  # (B, C)
         num_rows, num_chunks = needed.shape
         answer = rows.query_length[:, None] + torch.arange(num_chunks * chunk_length, device=needed.device)
         answer = rows.input_ids.gather(1, answer.clamp(max=rows.input_ids.shape[1] - 1))
@@ -408,16 +376,6 @@ class Phase15Model(Phase15PreTrainedModel):
         hidden_states[needed] = predicted
         last = (needed * torch.arange(num_chunks, device=needed.device)).amax(dim=1)
         return hidden_states.flatten(1, 2), embeds[torch.arange(num_rows), last], outputs
-
-    def needed_chunks(self, rows: Rows, chunk_length: int, predict_mask: torch.BoolTensor | None) -> torch.BoolTensor:
-        """Which chunks hold a prediction that is asked for, `(batch_size, num_chunks)`."""
-        asked = rows.prediction >= 0 if predict_mask is None else (rows.prediction >= 0) & predict_mask
-        chunk = (rows.prediction // chunk_length).masked_fill(~asked, -1)  # (B, T)
-        num_chunks = int(chunk.max().clamp(min=0)) + 1
-        needed = torch.zeros(len(chunk), num_chunks + 1, dtype=torch.bool, device=chunk.device)
-        needed = needed.scatter(1, chunk + 1, True)[:, 1:]
-        needed[0, 0] |= ~needed.any()  # no position was asked for: compute one dummy, whose logits are dropped
-        return needed
 
     def resume(self, rows: Rows, cache: Phase15Cache, **kwargs):
         """
@@ -605,7 +563,7 @@ class Phase15ForCausalLM(Phase15Model, Phase15GenerationMixin):
         predict_mask = torch.zeros_like(input_ids, dtype=torch.bool)  # (B, T)
         predict_mask[:, kept] = keeps_states
         if labels is not None:
-            targets = self.shift_labels(labels, attention_mask)
+            targets = shift_labels(labels, attention_mask, self.config.text_config.vocab_size)
             predict_mask |= targets != -100
             query_lengths = query_lengths_of(labels, attention_mask) if query_lengths is None else query_lengths
         kwargs |= {"predict_mask": predict_mask, "bptt_chunks": bptt_chunks, "chunk_length": chunk_length}
@@ -625,16 +583,6 @@ class Phase15ForCausalLM(Phase15Model, Phase15GenerationMixin):
             soft_prompt=outputs.soft_prompt,
             **losses,
         )
-
-    def shift_labels(self, labels: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
-        """The label of each column's next token, -100 for none, of shape `(batch_size, sequence_length)`."""
-        mask = torch.ones_like(labels) if attention_mask is None else attention_mask.long()
-        labels = labels.masked_fill(mask == 0, -100)
-        check_ids("labels", labels, self.config.text_config.vocab_size, ignored=-100)
-        order = mask.argsort(dim=1, descending=True, stable=True)
-        following = F.pad(labels.gather(1, order)[:, 1:], (0, 1), value=-100)  # left-aligned
-        position = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        return following.gather(1, position).masked_fill(mask == 0, -100)
 
     def loss(
         self,
@@ -678,14 +626,6 @@ def reading_gguf(base: str | os.PathLike, gguf_file: str | None):
             raise
         rename = "" if gguf_file.endswith(".gguf") else "the library asks for a name that ends in .gguf: rename it. "
         raise ValueError(f"{os.path.join(base, gguf_file)} cannot be read: {rename}{error}") from error
-
-
-def query_lengths_of(labels: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
-    """How many tokens of each row come before its first label: all of them, if it has none, and one at least."""
-    mask = torch.ones_like(labels) if attention_mask is None else attention_mask.long()
-    is_target = (labels != -100) & mask.bool()
-    before = (mask.cumsum(dim=1) - mask).gather(1, is_target.long().argmax(dim=1, keepdim=True)).squeeze(1)  # (B,)
-    return torch.where(is_target.any(dim=1), before.clamp(min=1), mask.sum(dim=1))
 
 
 Phase15ForCausalLM.register_for_auto_class("AutoModelForCausalLM")

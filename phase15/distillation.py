@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_phase15 import query_lengths_of, split_gguf
+from modeling_phase15 import split_gguf
 from phase15.evaluation import sums_by_chunk
 from phase15.models import PHASE15, kind_of, load_any, load_phase15, load_tokenizer
 from phase15.trainer import Phase15Trainer, target_columns
+from rows_phase15 import query_lengths_of
 
 
 def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, dtype: str = "float32") -> PreTrainedModel:

@@ -123,9 +123,12 @@ def load_phase15(
 
 
 def load_served(
-    name: str, dtype: str = "auto", revision: str | None = None
+    name: str, dtype: str = "auto", revision: str | None = None, chunk_length: int | None = None
 ) -> tuple[Phase15ForCausalLM, PreTrainedTokenizerBase]:
-    """A Phase15 model of a folder or of the Hub, and its tokenizer. None of its code is run."""
+    """
+    A Phase15 model of a folder or of the Hub, and its tokenizer. None of its code is run. A `chunk_length` that it
+    cannot speak with is refused before its weights are read.
+    """
     if name == QUICKSTART and not Path(name).exists():
         raise ValueError(f"{name} is not there: run python train_sft.py, or name another model.")
     try:
@@ -133,6 +136,7 @@ def load_served(
     except OSError as error:  # the library's does not always name it
         raise OSError(f"{name}: {error}") from error
     revision = revision or "main"
+    Phase15Config.from_pretrained(name, revision=revision).check_chunk_length(chunk_length)
     model = load_strictly(Phase15ForCausalLM.from_pretrained, name, dtype=dtype, revision=revision)
     return model, load_tokenizer(name, config=model.config, revision=revision)
 

@@ -73,7 +73,7 @@ class Server:
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"`device` is {device!r}: {str(error).splitlines()[0]}") from error
         arguments.read_key()  # refuse a missing one before the weights are read
-        model, tokenizer = load_served(arguments.name, arguments.dtype, arguments.revision)
+        model, tokenizer = load_served(arguments.name, arguments.dtype, arguments.revision, arguments.chunk_length)
         server = cls(model.to(device).eval(), tokenizer, arguments)
         num_slots, text = model.config.num_soft_tokens, model.config.text_config
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

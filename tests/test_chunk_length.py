@@ -215,6 +215,13 @@ def test_a_saved_choice_is_loaded_and_training_keeps_its_own(tiny, tmp_path):
     assert torch.equal(got, answers_of_the_reference(tiny, SLOTS))
 
 
+def test_saving_leaves_the_settings_to_who_holds_them(tiny, tmp_path):
+    tiny = copy.deepcopy(tiny)
+    held = tiny.generation_config
+    tiny.save_pretrained(tmp_path)
+    assert tiny.generation_config is held
+
+
 def test_nothing_is_saved_unless_chosen(tiny, tmp_path):
     generate(tiny, PROMPTS, max_new_tokens=3, chunk_length=SLOTS)
     tiny.save_pretrained(tmp_path)

@@ -256,6 +256,15 @@ def test_an_automatic_batch_size_changes_no_answer(trained, folders, pairs, answ
     assert (sizes, numbers, model.batch_size) == ([3], [3], "auto")
 
 
+def test_an_automatic_batch_size_counts_the_longest_chunk(folders, monkeypatch):
+    model, tried = load(folders["trained"], batch_size="auto", max_batch_size=2), []
+    monkeypatch.setattr(model, "_score", lambda batch: tried.append(len(batch[0][2])))
+    settings = [{"do_sample": False}, {"do_sample": False, "chunk_length": 7}, {"do_sample": False, "chunk_length": 5}]
+    requests = [("some text", {"max_gen_toks": NEW_TOKENS, **kwargs}) for kwargs in settings]
+    model.generate_until(requests_of("generate_until", *requests))
+    assert tried == [7]
+
+
 @pytest.mark.parametrize("kwargs", [{"num_beams": 2}, {"repetition_penalty": 1.8}, {"chunk_length": 7}])
 def test_settings_of_a_task_are_those_of_generate(trained, folders, tokenizer, kwargs):
     contexts = [document["context"] for document in DOCUMENTS]

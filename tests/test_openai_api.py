@@ -137,6 +137,13 @@ def test_a_longer_chunk_is_that_of_generate(chatter, chat_tokenizer):
         Server(chatter, chat_tokenizer, Phase15ServerArguments(model_dir=NAME, chunk_length=9999))
 
 
+def test_a_chunk_length_is_refused_before_the_weights_are_read(chatter, tmp_path):
+    chatter.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="`chunk_length` is 9999"):
+        Server.load(Phase15ServerArguments(model_dir=str(tmp_path), chunk_length=9999))
+
+
 @pytest.mark.parametrize("is_streamed", [False, True])
 def test_n_gives_so_many_choices(client, is_streamed):
     answer = ask(client, n=3, temperature=1, seed=5, stream=is_streamed)

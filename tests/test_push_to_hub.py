@@ -44,6 +44,7 @@ FILES = {
     "requests_phase15.py",
     "modeling_phase15.py",
     "recursion_phase15.py",
+    "rows_phase15.py",
     "checks_phase15.py",
     "recipe.yaml",
     "tokenizer.json",

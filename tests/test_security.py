@@ -19,7 +19,7 @@ from phase15 import arguments, cards, evaluation, models, reports, runs
 
 
 ROOT = Path(__file__).parents[1]
-NAMES_OF_CODE = "checks compat configuration decoding generation lanes modeling recursion requests"
+NAMES_OF_CODE = "checks compat configuration decoding generation lanes modeling recursion requests rows"
 CODE = {f"{name}_phase15.py" for name in NAMES_OF_CODE.split()}
 
 
@@ -110,6 +110,11 @@ def findings(source: str) -> list[str]:
 @pytest.mark.parametrize("name", sorted(CODE))
 def test_the_imports_of_the_code_that_travels(name):
     assert findings((ROOT / name).read_text()) == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/model.md"])
+def test_the_pages_name_each_file_that_travels(page):
+    assert set(re.findall(r"\w+_phase15\.py", (ROOT / page).read_text("utf-8"))) == CODE
 
 
 @pytest.mark.parametrize(
