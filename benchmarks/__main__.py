@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt_length", type=int, default=256, help="tokens of the prompt or query")
     parser.add_argument("--new_tokens", type=int, help="tokens of the answer (default 256; long 8192)")
     parser.add_argument(
-        "--chunk_lengths", type=int, nargs="+", default=[], help="decode: other lengths of a chunk beside the card's"
+        "--chunk_lengths", type=int, nargs="+", default=[], help="decode, serve: other lengths of a chunk, too"
     )
     parser.add_argument("--int8", action="store_true", help="decode: both models with torchao's int8 weights, too")
     parser.add_argument("--sample", action="store_true", help="decode: sampling instead of greedy search")

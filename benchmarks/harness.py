@@ -187,8 +187,8 @@ def table(rows: dict[str, dict]) -> str:
 
 def label(name: str) -> str:
     """How tables name a variant."""
-    if found := re.fullmatch(r"phase15_k(\d+)(_compiled)?", name):
-        return f"phase15, K = {found[1]}" + (", compiled" if found[2] else "")
+    if found := re.fullmatch(r"(phase15|server)_k(\d+)(_compiled)?", name):
+        return f"{LABELS[found[1]]}, K = {found[2]}" + (", compiled" if found[3] else "")
     return LABELS.get(name, name)
 
 

@@ -202,12 +202,13 @@ def summary(jobs: list[Job], seconds: float, process) -> dict:
     }
 
 
-def flops_of(model, jobs: list[Job]) -> float:
+def flops_of(model, jobs: list[Job], chunk_length: int | None = None) -> float:
     """
     Floating-point operations that N, K and the HyperNetwork demand for a workload: each query read once, each chunk
     stepped over, its slots and its tokens put through the LLM once.
     """
     config, embed = model.config, model.get_input_embeddings()
+    chunk_length = chunk_length or config.chunk_length
 
     def counted(function, *args) -> float:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -223,15 +224,15 @@ def flops_of(model, jobs: list[Job]) -> float:
     one_token = functools.partial(model.llm.base_model, inputs_embeds=full.embeds[:, :1])
     body, segments = counted(one_token), {}
     head = counted(model.get_output_embeddings(), full.embeds[:, 0])
-    chunk_step, total = counted(step, config.chunk_length), 0.0
+    chunk_step, total = counted(step, chunk_length), 0.0
     for job in jobs:
         for start in range(0, len(job.prompt), config.max_query_length):
             length = min(config.max_query_length, len(job.prompt) - start)
             if length not in segments:
                 segments[length] = counted(step, length)
             total += segments[length]
-        num_chunks = -(-job.length // config.chunk_length)
-        slots = [min(config.num_soft_tokens, len(job.prompt) + c * config.chunk_length) for c in range(num_chunks)]
+        num_chunks = -(-job.length // chunk_length)
+        slots = [min(config.num_soft_tokens, len(job.prompt) + c * chunk_length) for c in range(num_chunks)]
         total += (num_chunks - 1) * chunk_step + job.length * head + (sum(slots) + job.length - num_chunks) * body
     return total
 
@@ -327,8 +328,8 @@ def serve(args: argparse.Namespace) -> dict:
     model.generation_config.pad_token_id = base.generation_config.pad_token_id = 0
     rows, failures = {"generate": {"1_clients": one_client(model, workload(args.requests, vocab_size, seed=1))}}, {}
 
-    def limit(jobs: list[Job]) -> float:
-        return flops_of(model, jobs) / limits["flop_per_second"]
+    def limit(jobs: list[Job], chunk_length: int | None = None) -> float:
+        return flops_of(model, jobs, chunk_length) / limits["flop_per_second"]
 
     with TemporaryDirectory() as folder:
         model.save_pretrained(ours := f"{folder}/phase15")
@@ -341,6 +342,9 @@ def serve(args: argparse.Namespace) -> dict:
             "base_server_batching": (theirs, [*of_base, "--continuous-batching"]),
         }
         servers = {name: server for name, server in servers.items() if name in ("server", *args.rivals)}
+        lengths = {f"server_k{length}": length for length in args.chunk_lengths}
+        for name, length in lengths.items():
+            servers[name] = (ours, [*servers["server"][1], "--chunk_length", str(length)])
         checkout, site = args.before or (None, None)
         if checkout:
             save_with(checkout, site, before := f"{folder}/before", args, dtype)
@@ -351,8 +355,9 @@ def serve(args: argparse.Namespace) -> dict:
             try:
                 port = free_port()
                 with running([sys.executable, *command, "--port", str(port)], port, *place) as process:
+                    of_chunks = functools.partial(limit, chunk_length=lengths.get(name))
                     is_ours = name.startswith("server")
-                    rows[name] = measure(args, model_dir, process, port, limit if is_ours else None)
+                    rows[name] = measure(args, model_dir, process, port, of_chunks if is_ours else None)
             except (ValueError, OSError, IndexError, asyncio.IncompleteReadError) as error:
                 failures[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if "server" not in rows:

@@ -173,18 +173,19 @@ main(parse_args(["long", "--shape", "tiny", "--no-compile", "--new_tokens", "256
 def test_serve(capsys):
     for package in ("fastapi", "prometheus_client", "openai"):
         pytest.importorskip(package, reason="requirements-extra.txt")
-    argv = ("serve", "--clients", "1", "3", "--requests", "2", "--turns", "3", "--soak", "12")
+    argv = ("serve", "--clients", "1", "3", "--requests", "2", "--turns", "3", "--soak", "12", "--chunk_lengths", "8")
     argv = (*argv, "--rivals", "base_server")  # its continuous batching takes most of the memory that is free
     report, text = report_of(*argv, capsys=capsys)
     assert report["not_measured"] == {}, report["not_measured"]
     results = report["results"]
     assert list(results) == ["1_clients", "3_clients", "conversation", "many_requests", "order"]
-    assert list(results["1_clients"]) == ["generate", "server", "base_server"]
+    assert "| scripts.serve, K = 8 |" in text
+    assert list(results["1_clients"]) == ["generate", "server", "base_server", "server_k8"]
     for kind in ("1_clients", "3_clients"):
         assert kind.replace("_", " ") in text
         for name, row in results[kind].items():
             assert row["tokens_per_second"] > 0 and row["first_token_ms"] <= row["first_token_ms_95"]
-            assert (row.get("share_of_compute_limit") is not None) == (name == "server")
+            assert (row.get("share_of_compute_limit") is not None) == name.startswith("server")
         assert 0 < results[kind]["server"]["share_of_compute_limit"] < 1
     assert results["1_clients"]["server"]["ratio_to_one_client"] == 1
     talk = results["conversation"]["server"]
@@ -192,15 +193,18 @@ def test_serve(capsys):
     assert results["many_requests"]["server"]["requests"] == 12
 
 
-def test_the_demand_of_a_workload_is_that_of_its_steps(tiny):
+@pytest.mark.parametrize("chunk_length", [CHUNK, 2 * CHUNK])
+def test_the_demand_of_a_workload_is_that_of_its_steps(tiny, chunk_length):
     """Counted while `generate` answers, less the slots and the last chunks that a workload's formula leaves out."""
     (job,) = [Job(random_ids(3 * QUERY).tolist(), 4 * CHUNK)]
     model = tiny
     ids = torch.tensor([job.prompt])
     with FlopCounterMode(display=False) as counter:
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=job.length, pad_token_id=0)
-    assert flops_of(model, [job]) == pytest.approx(counter.get_total_flops(), rel=0.1)
-    assert flops_of(model, [job, job]) == 2 * flops_of(model, [job])
+        options = {"max_new_tokens": job.length, "pad_token_id": 0, "chunk_length": chunk_length}
+        model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    demand = flops_of(model, [job], chunk_length)
+    assert demand == pytest.approx(counter.get_total_flops(), rel=0.1)
+    assert flops_of(model, [job, job], chunk_length) == 2 * demand
 
 
 def test_the_naive_loss_is_the_models_own(tiny):
