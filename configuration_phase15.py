@@ -156,9 +156,10 @@ class Phase15Config(PreTrainedConfig):
         if self.hypernet_signed_alpha is None:
             self.hypernet_signed_alpha = self.transformers_version is not None  # saved before the choice
         self.auto_map = dict(AUTO_MAP)  # save_pretrained copies the code into every folder
-        self._check_sizes()
+        self.check()
 
-    def _check_sizes(self):
+    def check(self):
+        """Raises a ValueError for a field that no model can have: here, and where a model is made of the config."""
         for name in (
             "num_soft_tokens",
             "num_sink_tokens",

@@ -20,11 +20,13 @@ try:  # inside a package: how transformers loads this file from a Hub repository
     from .configuration_phase15 import Phase15Config
     from .decoding_phase15 import is_compiled, sample_compiled
     from .lanes_phase15 import NUM_LANES, Phase15Lanes, Phase15LaneThread, generate_in_lanes
+    from .rows_phase15 import zeros_and_ones
 except ImportError:  # at the root of this repository
     from compat_phase15 import CACHE_NAME, give_both_cache_names, pop_cache
     from configuration_phase15 import Phase15Config
     from decoding_phase15 import is_compiled, sample_compiled
     from lanes_phase15 import NUM_LANES, Phase15Lanes, Phase15LaneThread, generate_in_lanes
+    from rows_phase15 import zeros_and_ones
 
 
 logger = logging.get_logger(__name__)
@@ -254,7 +256,7 @@ class Phase15GenerationMixin(GenerationMixin):
         else:
             query_columns = slice(-input_ids.shape[1], None)
         if query_lengths is None:
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            mask = zeros_and_ones(input_ids, attention_mask)
             query_lengths = mask[:, query_columns].sum(dim=1)
         return {**model_inputs, "query_lengths": query_lengths}
 
@@ -301,7 +303,8 @@ class Phase15GenerationMixin(GenerationMixin):
             FloatingPointError: for an LLM whose output is not finite.
         """
         return_logprobs |= bool(getattr(continuous_batching_config, "return_logprobs", False))
-        num_lanes = getattr(continuous_batching_config, "max_requests_per_batch", None) or num_lanes
+        if (most := getattr(continuous_batching_config, "max_requests_per_batch", None)) is not None:
+            num_lanes = most
         return generate_in_lanes(
             self,
             inputs,

@@ -478,7 +478,7 @@ def generate_in_lanes(
             )
             requests[name] = request
             outputs[name] = GenerationOutput(name, request.prompt_ids, timestamps=timestamps)
-    lanes = Phase15Lanes(model, max(min(num_lanes, len(requests)), 1), compile, chunk_length=chunk_length)
+    lanes = Phase15Lanes(model, min(num_lanes, max(len(requests), 1)), compile, chunk_length=chunk_length)
     for request in requests.values():
         lanes.submit(request)
     with logging.tqdm(total=len(requests), desc="Answering", unit="request", disable=not progress_bar) as bar:

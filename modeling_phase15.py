@@ -149,6 +149,7 @@ class Phase15Model(Phase15PreTrainedModel):
     """
 
     def __init__(self, config: Phase15Config, llm: PreTrainedModel | None = None):
+        config.check()  # `from_pretrained` sets fields that it is given after the config was made
         super().__init__(config)
         self.llm = AutoModelForCausalLM.from_config(config.text_config) if llm is None else llm
         self.hypernet = HyperNetwork(config)

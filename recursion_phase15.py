@@ -144,6 +144,7 @@ class HyperNetwork(nn.Module):
         if config.hypernet_reads_layers:
             self.hidden_norm = nn.RMSNorm(hidden_size, eps=1e-5)
             self.hidden_proj = nn.Linear(hidden_size, width, bias=False)
+        self.num_positions = config.num_positions
         self.position_embeddings = nn.Embedding(config.num_positions, width)
         self.memory_norm = nn.RMSNorm(width, eps=1e-5)
         self.layers = nn.ModuleList(HyperNetworkLayer(config) for _ in range(config.hypernet_num_hidden_layers))
@@ -177,8 +178,16 @@ class HyperNetwork(nn.Module):
 
         Returns:
             `torch.Tensor` of shape `(batch_size, num_soft_tokens, hidden_size)`: Δ, zero in slots that are not used.
+
+        Raises:
+            ValueError: for more tokens than the network has positions.
         """
         num_slots, num_tokens = carried.embeds.shape[1], tokens.shape[1]
+        if num_tokens > self.num_positions:
+            raise ValueError(
+                f"A step reads {self.num_positions} tokens at most, not {num_tokens}: after a model is made, its "
+                "config's `chunk_length` and `max_query_length` cannot grow past that."
+            )
         # called, not sliced: an offloaded weight is there only during its module's call
         position = self.position_embeddings(torch.arange(max(num_slots, num_tokens), device=tokens.device))
         scale = self.embedding_scale.to(position.dtype)  # FSDP computes in bfloat16, but leaves buffers in float32

@@ -63,16 +63,20 @@ def left_align(
         seen_tokens (`int`): how many tokens of each row came before.
 
     Raises:
-        ValueError: for an id outside the vocabulary, a row without a token, or a query longer than its row.
+        ValueError: for an id outside the vocabulary, a mask of other numbers, a row without a token, or a query longer
+            than its row.
     """
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
-    mask = mask.bool()
+    given = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+    mask = given.bool()
     length, shortest = mask.sum(dim=1), 0 if seen_tokens else 1
     query_length = torch.as_tensor(shortest if query_lengths is None else query_lengths, device=length.device)
     query_length = query_length.expand(len(input_ids))
     bad = (length < 1) | (query_length < shortest) | (query_length > length)
-    if (bad | ((input_ids < 0) | (input_ids >= vocab_size)).any(dim=1)).any():  # one device sync for all checks
+    wrong = (input_ids < 0) | (input_ids >= vocab_size) | (given != mask)
+    if (bad | wrong.any(dim=1)).any():  # one device sync for all checks
         check_ids("input_ids", input_ids, vocab_size)
+        if (odd := given[given != mask]).numel():
+            raise ValueError(f"`attention_mask` holds {odd[0].item()}, but it must hold 1 for tokens, 0 for padding.")
         index = int(bad.nonzero()[0])
         raise ValueError(
             f"Row {index} has {length[index]} tokens and a query of {query_length[index]}; a row needs at least "
@@ -85,7 +89,7 @@ def left_align(
 
 def query_lengths_of(labels: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
     """How many tokens of each row come before its first label: all of them, if it has none, and one at least."""
-    mask = torch.ones_like(labels) if attention_mask is None else attention_mask.long()
+    mask = zeros_and_ones(labels, attention_mask)
     is_target = (labels != -100) & mask.bool()
     before = (mask.cumsum(dim=1) - mask).gather(1, is_target.long().argmax(dim=1, keepdim=True)).squeeze(1)  # (B,)
     return torch.where(is_target.any(dim=1), before.clamp(min=1), mask.sum(dim=1))
@@ -96,13 +100,18 @@ def shift_labels(labels: torch.LongTensor, attention_mask: torch.Tensor | None, 
     The label of each column's next token, -100 for none, of shape `(batch_size, sequence_length)`. Raises a ValueError
     for a label outside the vocabulary.
     """
-    mask = torch.ones_like(labels) if attention_mask is None else attention_mask.long()
+    mask = zeros_and_ones(labels, attention_mask)
     labels = labels.masked_fill(mask == 0, -100)
     check_ids("labels", labels, vocab_size, ignored=-100)
     order = mask.argsort(dim=1, descending=True, stable=True)
     following = F.pad(labels.gather(1, order)[:, 1:], (0, 1), value=-100)  # left-aligned
     position = (mask.cumsum(dim=1) - 1).clamp(min=0)
     return following.gather(1, position).masked_fill(mask == 0, -100)
+
+
+def zeros_and_ones(ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
+    """The mask of a batch in integers, all ones where none is given."""
+    return torch.ones_like(ids) if attention_mask is None else attention_mask.bool().long()
 
 
 def check_ids(name: str, ids: torch.LongTensor, vocab_size: int, ignored: int | None = None):
@@ -116,4 +125,4 @@ def check_ids(name: str, ids: torch.LongTensor, vocab_size: int, ignored: int | 
         )
 
 
-__all__ = ["Rows", "check_ids", "left_align", "query_lengths_of", "shift_labels"]
+__all__ = ["Rows", "check_ids", "left_align", "query_lengths_of", "shift_labels", "zeros_and_ones"]

@@ -91,6 +91,11 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dic
         model, tokenizer = make_model(model_args, records)
         config = model.config
         train_dataset, eval_dataset, collator = prepare_data(data_args, training_args, records, tokenizer, config)
+    if config.chunk_length >= config.max_answer_length and model_args.baseline is None:
+        logger.warning(
+            f"`chunk_length` is {config.chunk_length} and `max_answer_length` {config.max_answer_length}: every "
+            "answer is one chunk, so queries alone train the recursion."
+        )
     if model_args.baseline:
         model = make_baseline(model, model_args)
     if training_args.compile_layers:
@@ -117,7 +122,9 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dic
 
 
 def check_not_finished(training_args: Phase15TrainingArguments):
-    if is_finished(training_args.output_dir) and not training_args.overwrite_output_dir:
+    if not is_finished(training_args.output_dir):
+        return
+    if not training_args.overwrite_output_dir:
         raise ValueError(
             f"{training_args.output_dir} holds a finished run; give another --output_dir or --overwrite_output_dir."
         )
@@ -170,6 +177,7 @@ def prepare_output(trainer: Phase15Trainer, recipe: dict) -> str | None:
         if trainer.is_world_process_zero():
             with writing(output_dir):
                 if (output_dir / "results.json").exists():  # overwrite_output_dir
+                    logger.warning(f"{output_dir} holds a finished run, which is replaced (`overwrite_output_dir`).")
                     for checkpoint in checkpoints_in(output_dir):
                         shutil.rmtree(checkpoint)
                     (output_dir / "results.json").unlink()  # last: it marks the checkpoints as another run's

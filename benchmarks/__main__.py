@@ -31,6 +31,19 @@ from phase15.errors import one_line_errors
 
 
 KINDS = {"decode": decode, "long": long, "train": train, "load": load, "serve": serve}
+# The flags that not every kind has.
+KINDS_OF = {
+    "rounds": ("decode", "long", "train", "load"),
+    "batch_sizes": ("decode", "train"),
+    "prompt_length": ("decode", "long", "train"),
+    "new_tokens": ("decode", "long", "train"),
+    "chunk_lengths": ("decode", "serve"),
+    **dict.fromkeys(("int8", "sample"), ("decode",)),
+    **dict.fromkeys(("stage", "gradient_checkpointing"), ("train",)),
+    "folders": ("load",),
+    **dict.fromkeys(("clients", "requests", "turns", "rivals", "soak", "before"), ("serve",)),
+    "picture": ("long",),
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -69,6 +82,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16" if cuda else "float32")
     parser.add_argument("--device", type=device, default=torch.device("cuda" if cuda else "cpu"))
     args = parser.parse_args(argv)
+    for name, kinds in KINDS_OF.items():
+        if args.kind not in kinds and getattr(args, name) != parser.get_default(name):
+            parser.error(f"argument --{name}: {args.kind} has none, only {', '.join(kinds)}")
     for name in ("rounds", "batch_sizes", "prompt_length", "new_tokens", "clients", "requests", "chunk_lengths"):
         value = getattr(args, name)
         if value is not None and min(value if isinstance(value, list) else [value], default=1) < 1:

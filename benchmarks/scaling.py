@@ -2,7 +2,7 @@
 """
 What larger bases and more GPUs would need, on paper: the tables of docs/scaling.md, from one measured training step.
 
-    python -m benchmarks.scaling                                     the card's chunks of 16 tokens
+    python -m benchmarks.scaling                                     chunks of 16 tokens, as in training
     python -m benchmarks.scaling --chunk_length 64
     python -m benchmarks.scaling --chunks_per_record 4               if the LLM saw four chunks of each record
     python -m benchmarks.scaling --seconds 1.743 --rows 32           another measured step of TinyLlama's shape

@@ -79,10 +79,12 @@ class Server:
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         column = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim
         kept = num_slots * text.hidden_size * model.dtype.itemsize
-        lane = kept + (num_slots + server.worker.lanes.chunk_length) * column * model.dtype.itemsize
+        length = server.worker.lanes.chunk_length
+        lane = kept + (num_slots + length) * column * model.dtype.itemsize
         logger.warning(
-            f"{arguments.name} on {device}: {arguments.num_lanes} lanes of {lane / 2**20:,.1f} MB, and up to "
-            f"{arguments.max_kept_conversations} kept conversations of {kept / 2**20:,.2f} MB, at any length."
+            f"{arguments.name} on {device}: {arguments.num_lanes} lanes of {lane / 2**20:,.1f} MB, chunks of {length} "
+            f"tokens, and up to {arguments.max_kept_conversations} kept conversations of "
+            f"{kept / 2**20:,.2f} MB, at any length."
         )
         return server
 

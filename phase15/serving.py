@@ -34,8 +34,10 @@ class StoppingError(Exception):
 
 @dataclass
 class Phase15ServerArguments:
-    """A server's model, lanes and limits. The defaults protect a machine that others can reach."""
+    """A server's place, model, lanes and limits. The defaults protect a machine that others can reach."""
 
+    host: str = field(default="127.0.0.1", metadata={"help": "0.0.0.0 lets other machines in."})
+    port: int = field(default=8000, metadata={"help": "0 takes a free one, which the log names."})
     model_dir: str = field(default=QUICKSTART, metadata={"help": "Folder or Hub id of a Phase15 model."})
     revision: str | None = field(default=None, metadata={"help": "Of a model on the Hub."})
     dtype: str = field(default="auto", metadata={"help": "Of the weights: auto, float32, bfloat16."})
@@ -68,6 +70,8 @@ class Phase15ServerArguments:
             value = getattr(self, name)
             if value is not None and value < at_least.get(name, 1):
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but it must be {at_least.get(name, 1)} or more.")
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"`port` is {self.port}, but it must be from 0 to 65535.")
 
     @property
     def name(self) -> str:

@@ -51,7 +51,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
 from configuration_phase15 import Phase15Config
 from modeling_phase15 import Phase15ForCausalLM
@@ -112,7 +112,7 @@ class EvaluationArguments:
         default=None, metadata={"help": "Of the shuffling and the bootstrap; the run's own by default, else 42."}
     )
     chunk_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a chunk, in every row; the trained length by default."}
+        default=None, metadata={"help": "Tokens of a chunk, in every row; as the model speaks by default."}
     )
     batch_size: int = field(default=8, metadata={"help": "Records at a time."})
     generated_records: int = field(default=32, metadata={"help": "Generate answers to the first so many records."})
@@ -129,7 +129,7 @@ class EvaluationArguments:
     device: str = field(
         default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where to compute."}
     )
-    output_dir: str | None = field(default=None, metadata={"help": "For evaluation.json and the picture: model_dir."})
+    output_dir: str | None = field(default=None, metadata={"help": "For the figures and the picture: model_dir."})
 
     def __post_init__(self):
         for name, least in {
@@ -153,14 +153,15 @@ def main(args: EvaluationArguments):
     """Measures everything, and then writes."""
     others = check_models(args)
     config = Phase15Config.from_pretrained(args.model_dir)
+    if args.chunk_length is None:
+        args.chunk_length = saved_chunk_length(args.model_dir)
     config.check_chunk_length(args.chunk_length)
     tokenizer = load_tokenizer(args.model_dir, config=config)
     if args.dataset == FACTS:
-        return measure_facts(args, tokenizer)
+        return measure_facts(args, tokenizer, config)
     examples, description, seed = validation_examples(args, tokenizer, config)
     length = args.chunk_length or config.chunk_length
-    if length != config.chunk_length:
-        description += f"; with chunks of {length} tokens, not the {config.chunk_length} of training"
+    description += chunks_of(length, config)
     print(f"Evaluating {description}.")
     asked = examples[: args.generated_records]
     numbered = [example for example in asked if final_number(tokenizer.decode(example.answer)) is not None]
@@ -197,7 +198,7 @@ def main(args: EvaluationArguments):
     print(f"\n{table(results)}\n")
 
 
-def measure_facts(args: EvaluationArguments, tokenizer: PreTrainedTokenizerBase):
+def measure_facts(args: EvaluationArguments, tokenizer: PreTrainedTokenizerBase, config: Phase15Config):
     """Asks for facts at every distance, in chats that were drawn for it, instead of records that a run held out."""
     run, recipes, defaults = held_out(args.model_dir) or {}, read_run(args.model_dir).recipes, FactsArguments()
     texts = texts_of(args.facts_text or (recipes[0].get("facts_text") if recipes else None))
@@ -205,12 +206,29 @@ def measure_facts(args: EvaluationArguments, tokenizer: PreTrainedTokenizerBase)
     model = load(args, args.model_dir)
     number, seed = run.get("facts_per_chat", defaults.facts_per_chat), 0 if args.seed is None else args.seed
     settings = {"num_chats": args.generated_records, "seed": seed, "batch_size": args.batch_size, "texts": texts}
+    how = chunks_of(model.config.chunk_length, config)
+    print(f"Asking for {number} facts in each of {args.generated_records} chats{how}.")
     measured = recall(model, tokenizer, sorted(set(distances)), number, **settings)
     output_dir = Path(args.output_dir or args.model_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_text(output_dir / "recall.json", json.dumps(measured, indent=2) + "\n")
-    plot_recall(measured, output_dir / "recall.png")
+    write_text(output_dir / "recall_evaluation.json", json.dumps(measured, indent=2) + "\n")
+    plot_recall(measured, output_dir / "recall_evaluation.png")
     print(f"\n{recall_table(measured)}\n")
+
+
+def saved_chunk_length(folder: str) -> int | None:
+    """The length of a chunk with which `generate` speaks, where the folder's generation config chooses one."""
+    try:
+        return getattr(GenerationConfig.from_pretrained(folder), "chunk_length", None)
+    except OSError:  # it has none
+        return None
+
+
+def chunks_of(length: int, config: Phase15Config) -> str:
+    """What to say of a length that is not that of training."""
+    if length == config.chunk_length:
+        return ""
+    return f"; with chunks of {length} tokens, not the {config.chunk_length} of training"
 
 
 def load(args: EvaluationArguments, name: str) -> PreTrainedModel | PeftModel:

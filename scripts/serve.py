@@ -19,8 +19,8 @@ from phase15.flags import answer_at_once
 
 if __name__ == "__main__":  # before the imports that take seconds
     groups = {
-        "where": ["scripts/serve.py:ServeArguments"],
-        "model, lanes and limits": ["phase15/serving.py:Phase15ServerArguments"],
+        "address, model, lanes and limits": ["phase15/serving.py:Phase15ServerArguments"],
+        "end": ["scripts/serve.py:ServeArguments"],
     }
     answer_at_once("serve.py", __doc__, groups, sys.argv[1:])
 
@@ -37,8 +37,6 @@ from phase15.serving import Phase15ServerArguments
 
 @dataclass
 class ServeArguments(Phase15ServerArguments):
-    host: str = field(default="127.0.0.1", metadata={"help": "0.0.0.0 lets other machines in."})
-    port: int = field(default=8000, metadata={"help": "0 takes a free one, which the log names."})
     shutdown_seconds: int = field(
         default=30, metadata={"help": "After SIGTERM or Ctrl-C answers under way have so long to end."}
     )

@@ -50,8 +50,6 @@ class RayArguments(Phase15ServerArguments):
     min_replicas: int = field(default=1, metadata={"help": "Replicas that stay when nobody asks."})
     max_replicas: int = field(default=1, metadata={"help": "The most replicas, started while requests wait."})
     address: str | None = field(default=None, metadata={"help": "Of a Ray cluster; by default one on this machine."})
-    host: str = field(default="127.0.0.1", metadata={"help": "0.0.0.0 lets other machines in."})
-    port: int = field(default=8000, metadata={"help": "Of the server."})
 
 
 class Replica:

@@ -114,7 +114,7 @@ def test_another_data_set_leaves_the_parts_of_the_recipes_own(tmp_path):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes(path, tmp_path):
-    """Every recipe parses; the ones of TinyLlama hold the card's values."""
+    """Every recipe parses; the ones of TinyLlama hold the values of the design."""
     model, data, training, _ = parse_args([str(path), "--use_cpu", "--output_dir", str(tmp_path)])
     assert data.dataset_name and (model.model_name_or_path or model.base_config)
     if "facts" in (data.dataset_name, path.stem) or path.stem == "docstrings":

@@ -111,6 +111,22 @@ def test_lengths_of_a_chunk_beside_the_cards(capsys):
         benchmark.parse_args(["decode", "--compile", "--chunk_lengths", "1", "2", "3", "4"])
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "train --chunk_lengths 64",
+        "decode --stage hypernet",
+        "decode --turns 3",
+        "load --batch_sizes 1",
+        "serve --rounds 2",
+    ],
+)
+def test_a_flag_of_another_kind_is_refused(argv, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse_args(argv.split())
+    assert f"argument {argv.split()[1]}: {argv.split()[0]} has none, only" in capsys.readouterr().err
+
+
 def test_the_steps_of_a_chunk_add_up(monkeypatch):
     """The steps run without a compiler, which would take a minute. A step's time is divided by the chunk's tokens."""
     monkeypatch.setattr(decoding_phase15, "compiled", lambda function: function)

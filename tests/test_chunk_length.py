@@ -222,6 +222,21 @@ def test_saving_leaves_the_settings_to_who_holds_them(tiny, tmp_path):
     assert tiny.generation_config is held
 
 
+@pytest.mark.parametrize("length", [0, -1, "64", 2.0])
+def test_a_length_that_no_model_can_have_is_refused_at_loading(tiny, tmp_path, length):
+    tiny.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"`chunk_length` is {length!r}, but it must be a positive integer"):
+        Phase15ForCausalLM.from_pretrained(tmp_path, chunk_length=length)
+
+
+def test_a_config_that_outgrows_its_model_is_refused(tiny):
+    tiny = copy.deepcopy(tiny)
+    most = tiny.config.max_chunk_length
+    tiny.config.chunk_length = most + 1
+    with pytest.raises(ValueError, match=f"A step reads {most} tokens at most, not {most + 1}"):
+        generate(tiny, PROMPTS, max_new_tokens=2 * most + 2)
+
+
 def test_nothing_is_saved_unless_chosen(tiny, tmp_path):
     generate(tiny, PROMPTS, max_new_tokens=3, chunk_length=SLOTS)
     tiny.save_pretrained(tmp_path)

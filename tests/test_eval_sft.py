@@ -197,17 +197,24 @@ def test_another_length_of_a_chunk_is_that_of_a_model_with_it(home, tmp_path):
         assert results[0]["validation"][name] != results[2]["validation"][name]
 
 
-def test_what_a_model_is_to_speak_with_changes_no_score(home, tmp_path):
+def test_scores_are_those_of_the_length_with_which_the_model_speaks(home, tmp_path):
     shutil.copytree(home / "model", tmp_path / "model")
     saved = json.loads((home / "model" / "generation_config.json").read_text())
     saved |= {"chunk_length": 1, "_from_model_config": False}
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(saved))
     results = []
-    for name, folder in (("a", home / "model"), ("b", tmp_path / "model")):
-        eval_sft.main(arguments(home, tmp_path / name, model_dir=str(folder), generated_records=2, max_records=4))
+    for name, folder, given in (("a", home, {"chunk_length": 1}), ("b", tmp_path, {}), ("c", home, {})):
+        flags = {"model_dir": str(folder / "model"), "generated_records": 2, "max_records": 4, **given}
+        eval_sft.main(arguments(home, tmp_path / name, **flags))
         results.append(json.loads((tmp_path / name / "evaluation.json").read_text()))
+    asked, saved, trained = results
+    assert (
+        saved["chunk_length"] == 1 != trained["chunk_length"]
+        and "; with chunks of 1 tokens, not" in saved["evaluated"]
+    )
     for part in ("validation", "free_running", "exact_match"):
-        assert results[0][part] == results[1][part]
+        assert asked[part] == saved[part]
+    assert saved["validation"]["model"] != trained["validation"]["model"]
 
 
 def test_answers_without_numbers_have_no_exact_match(home, tmp_path):
@@ -283,9 +290,17 @@ def test_facts_are_asked_for_by_distance(talker, tmp_path, capsys):
     tokenizer.save_pretrained(folder)
     arguments = {"model_dir": str(folder), "dataset": "facts", "facts_distances": [6, 3], "generated_records": 2}
     eval_sft.main(eval_sft.EvaluationArguments(**arguments, device="cpu"))
-    measured = json.loads((folder / "recall.json").read_text())
-    assert measured == recall(model, tokenizer, [3, 6], 4, 2) and (folder / "recall.png").is_file()
+    measured = json.loads((folder / "recall_evaluation.json").read_text())
+    assert measured == recall(model, tokenizer, [3, 6], 4, 2) and (folder / "recall_evaluation.png").is_file()
     assert "| words between (8 facts each) |" in capsys.readouterr().out
+    settings, spoken = folder / "generation_config.json", 2 * model.config.chunk_length
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chunk_length": spoken}))
+    for given, expected in (({}, spoken), ({"chunk_length": 5}, 5)):
+        eval_sft.main(eval_sft.EvaluationArguments(**arguments, device="cpu", **given))
+        assert {row["chunk_length"] for row in json.loads((folder / "recall_evaluation.json").read_text())} == {
+            expected
+        }
+        assert f"with chunks of {expected} tokens, not the {model.config.chunk_length}" in capsys.readouterr().out
     for wrong in ({"facts_distances": [-1]}, {"generated_records": 1}, {"base": "x"}):
         with pytest.raises(ValueError, match="facts"):
             eval_sft.EvaluationArguments(**arguments | wrong)

@@ -448,6 +448,9 @@ def test_a_model_with_hooks_answers_by_the_librarys_calls(model):
 def test_less_than_one_lane_is_refused(model):
     with pytest.raises(ValueError, match="`num_lanes` is 0"):
         Phase15Lanes(model, 0)
+    for number in (0, -3):
+        with pytest.raises(ValueError, match=f"`num_lanes` is {number}"):
+            model.generate_batch(PROMPTS, num_lanes=number)
 
 
 # generate_batch

@@ -450,6 +450,8 @@ def test_output_as_a_tuple(tiny):
         ({"attention_mask": torch.ones(1, 6)}, r"`attention_mask` has shape \(1, 6\)"),
         ({"labels": random_ids(2, 5)}, r"`labels` has shape \(2, 5\), but `input_ids` \(2, 6\)"),
         ({"attention_mask": torch.tensor([[1] * 6, [0] * 6])}, "Row 1 has 0 tokens"),
+        ({"attention_mask": torch.tensor([[1] * 6, [0] * 2 + [2] * 4])}, "`attention_mask` holds 2, but"),
+        ({"attention_mask": torch.tensor([[1.0] * 6, [0.0, -1e4] + [1.0] * 4])}, "`attention_mask` holds -10000.0"),
         ({"query_lengths": torch.tensor([3, 7])}, "Row 1 has 6 tokens and a query of 7"),
         ({"query_lengths": torch.tensor([0, 7])}, "Row 0 has 6 tokens and a query of 0"),
         ({"labels": torch.full((2, 6), -100), "skip_logits": True}, "no target"),

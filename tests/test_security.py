@@ -2,6 +2,7 @@
 """Code that travels with a model, and texts of others that must stay texts in a model card."""
 
 import ast
+import copy
 import re
 import sys
 from pathlib import Path
@@ -216,6 +217,17 @@ def test_a_text_of_others_is_a_text_in_the_card(model, chat_tokenizer, text, is_
     assert sum(shown in text for text in texts) >= 6
     plain = re.sub(r"(?s)(`+).*?(?<!`)\1(?!`)", "", rest)  # what a viewer may make a link of
     assert not re.search(r"evil\.test|@|:octocat:", plain)
+
+
+def test_the_card_says_with_which_chunks_the_model_speaks(model, chat_tokenizer):
+    trained, slots = model.config.chunk_length, model.config.num_soft_tokens
+    arguments, run = push_to_hub.PushArguments(**ARGUMENTS), runs.Run([], {}, {})
+    for chosen in (None, 2 * trained):
+        speaker, spoken = copy.deepcopy(model), chosen or trained
+        speaker.generation_config.chunk_length = chosen
+        card = str(cards.model_card(arguments, run, speaker, chat_tokenizer, []))
+        assert f"the current chunk of {spoken} tokens" in card and f"more than {slots + spoken - 1} positions" in card
+        assert (f"| {spoken} tokens, {trained} in training, so" in card) == (chosen is not None)
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)

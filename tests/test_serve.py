@@ -217,7 +217,10 @@ def test_the_server_listens_on_the_loopback_address_alone(client):
 
 def test_the_log_says_what_the_lanes_take(server, saved):
     log = (saved / "log").read_text()
-    assert re.search(r"saved/model on cpu: 16 lanes of 0\.0 MB, and up to 64 kept conversations of 0\.00 MB", log)
+    assert re.search(
+        r"saved/model on cpu: 16 lanes of 0\.0 MB, chunks of \d+ tokens, and up to 64 kept conversations of 0\.00 MB",
+        log,
+    )
 
 
 # under load

@@ -87,6 +87,12 @@ def test_limits_below_their_least_are_refused(name):
         Phase15ServerArguments(**{name: -1})
 
 
+@pytest.mark.parametrize("port", [-1, 65536, 99999])
+def test_a_port_that_there_is_not_is_refused(port):
+    with pytest.raises(ValueError, match=f"`port` is {port}, but it must be from 0 to 65535"):
+        Phase15ServerArguments(port=port)
+
+
 def test_the_key_is_read_from_a_file_or_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("PHASE15_API_KEY", raising=False)
     assert Phase15ServerArguments().read_key() is None

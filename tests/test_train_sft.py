@@ -577,16 +577,26 @@ def test_a_finished_run_is_not_overwritten_unasked(killed_run, argv, tmp_path):
     assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
 
 
-def test_overwriting_starts_anew(recipe, tmp_path):
+def test_overwriting_starts_anew(recipe, tmp_path, caplog):
     arguments = [write(recipe, tmp_path, stage="lora", save_steps=1)]
     main(*prepare(arguments))
     folder = Path(recipe["output_dir"])
     with pytest.raises(ValueError, match="--overwrite_output_dir"):
         prepare(arguments)
     trainer, *rest = prepare([*arguments, "--overwrite_output_dir", "--max_steps", "2"])
-    main(trainer, *rest)
+    with caplog.at_level("WARNING"):
+        main(trainer, *rest)
+    assert f"{folder} holds a finished run, which is replaced" in caplog.text
     assert list(losses_of(trainer.state.log_history)) == [1, 2] and (folder / "results.json").is_file()
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+
+
+@pytest.mark.parametrize("chunk_length", [4, 16])
+def test_a_chunk_that_holds_every_answer_is_said(recipe, tmp_path, caplog, chunk_length):
+    sizes = {"chunk_length": chunk_length, "max_answer_length": 16}
+    with caplog.at_level("WARNING"):
+        prepare([write(recipe, tmp_path, **sizes)])
+    assert ("every answer is one chunk" in caplog.text) == (chunk_length == 16)
 
 
 @pytest.fixture
