@@ -61,7 +61,17 @@ OPERATORS = [
     *("ReplaceBreakWithContinue", "ReplaceContinueWithBreak"),
     *(f"Replace{kind}_{change}" for kind, changes in REPLACED.items() for change in changes.split()),
 ]
-TESTS = ("modeling", "recursion", "generation", "chunk_length", "configuration", "decoding", "models")
+TESTS = (
+    "modeling",
+    "recursion",
+    "rows",
+    "checks",
+    "generation",
+    "chunk_length",
+    "configuration",
+    "decoding",
+    "models",
+)
 TESTS = [f"tests/test_{name}.py" for name in TESTS]
 # Left out: tests that take long, and other kinds of bases.
 SLOW = re.compile(
