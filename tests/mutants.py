@@ -164,6 +164,7 @@ def start(folder: Path, changed, tests: list[str], plugin: Plugin, cpu_seconds: 
         resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
         signal.alarm(20 * cpu_seconds)  # if it sleeps
         sys.dont_write_bytecode = False  # the tests are compiled once
+        sys.pycache_prefix = None  # else compiled mutants would lie where the glob above does not see them
         os.chdir(folder)
         sys.path.insert(0, str(folder))
         options = ["-xq", "-m", "not slow", "--assert=plain", "-p", "no:cacheprovider", f"--basetemp={folder}/tmp"]
