@@ -122,9 +122,7 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dic
 
 
 def check_not_finished(training_args: Phase15TrainingArguments):
-    if not is_finished(training_args.output_dir):
-        return
-    if not training_args.overwrite_output_dir:
+    if is_finished(training_args.output_dir) and not training_args.overwrite_output_dir:
         raise ValueError(
             f"{training_args.output_dir} holds a finished run; give another --output_dir or --overwrite_output_dir."
         )

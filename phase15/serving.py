@@ -37,7 +37,7 @@ class Phase15ServerArguments:
     """A server's place, model, lanes and limits. The defaults protect a machine that others can reach."""
 
     host: str = field(default="127.0.0.1", metadata={"help": "0.0.0.0 lets other machines in."})
-    port: int = field(default=8000, metadata={"help": "0 takes a free one, which the log names."})
+    port: int = field(default=8000, metadata={"help": "With serve.py 0 takes a free one, which the log names."})
     model_dir: str = field(default=QUICKSTART, metadata={"help": "Folder or Hub id of a Phase15 model."})
     revision: str | None = field(default=None, metadata={"help": "Of a model on the Hub."})
     dtype: str = field(default="auto", metadata={"help": "Of the weights: auto, float32, bfloat16."})

@@ -20,7 +20,7 @@ from phase15.flags import answer_at_once
 if __name__ == "__main__":  # before the imports that take seconds
     groups = {
         "address, model, lanes and limits": ["phase15/serving.py:Phase15ServerArguments"],
-        "end": ["scripts/serve.py:ServeArguments"],
+        "stopping": ["scripts/serve.py:ServeArguments"],
     }
     answer_at_once("serve.py", __doc__, groups, sys.argv[1:])
 

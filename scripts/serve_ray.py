@@ -19,7 +19,7 @@ from phase15.flags import answer_at_once
 if __name__ == "__main__":  # before the imports that take seconds
     groups = {
         "replicas": ["scripts/serve_ray.py:RayArguments"],
-        "model, lanes and limits of each": ["phase15/serving.py:Phase15ServerArguments"],
+        "address; model, lanes and limits of each": ["phase15/serving.py:Phase15ServerArguments"],
     }
     answer_at_once("serve_ray.py", __doc__, groups, sys.argv[1:])
 
