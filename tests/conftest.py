@@ -33,6 +33,7 @@ QUICK = {
     "test_records",
     "test_reliability",
     "test_reports",
+    "test_rows",
     "test_runs",
 }
 
