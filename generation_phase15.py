@@ -132,6 +132,11 @@ UNSUPPORTED_GENERATION = {
 class Phase15GenerationMixin(GenerationMixin):
     """`generate` for a model that has `left_align` and `read_message` (see [`Phase15Model`])."""
 
+    @property
+    def spoken_chunk_length(self) -> int:
+        """Tokens of a chunk in `generate`, unless it is given another length."""
+        return getattr(self.generation_config, "chunk_length", None) or self.config.chunk_length
+
     @torch.no_grad()
     def generate(
         self,

@@ -85,7 +85,7 @@ def model_card(
         name=name,
         repo_id=args.repo_id,
         config=model.config,
-        spoken=getattr(model.generation_config, "chunk_length", None) or model.config.chunk_length,
+        spoken=model.spoken_chunk_length,
         base_model=base_model,
         llm_class=type(model.llm).__name__,
         llm_parameters=model.llm.num_parameters(),

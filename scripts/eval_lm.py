@@ -98,7 +98,7 @@ class Phase15LM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         given, self.num_lanes = self.batch_size_per_gpu, self.batch_size
         if given == "auto":  # generation needs the same memory at any length; HFLM would try `max_length`
-            spoken = getattr(self.model.generation_config, "chunk_length", None) or self.config.chunk_length
+            spoken = self.model.spoken_chunk_length
             longest = max(request.args[1].get("chunk_length") or spoken for request in requests)
             self.num_lanes = self.largest_batch_size((None, [0] * self.config.max_query_length, [0] * longest))
         uses_beams = any((request.args[1].get("num_beams") or 1) > 1 for request in requests)

@@ -208,10 +208,8 @@ def test_scores_are_those_of_the_length_with_which_the_model_speaks(home, tmp_pa
         eval_sft.main(arguments(home, tmp_path / name, **flags))
         results.append(json.loads((tmp_path / name / "evaluation.json").read_text()))
     asked, saved, trained = results
-    assert (
-        saved["chunk_length"] == 1 != trained["chunk_length"]
-        and "; with chunks of 1 tokens, not" in saved["evaluated"]
-    )
+    assert saved["chunk_length"] == 1 != trained["chunk_length"]
+    assert "; with chunks of 1 tokens, not" in saved["evaluated"]
     for part in ("validation", "free_running", "exact_match"):
         assert asked[part] == saved[part]
     assert saved["validation"]["model"] != trained["validation"]["model"]
@@ -297,9 +295,8 @@ def test_facts_are_asked_for_by_distance(talker, tmp_path, capsys):
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chunk_length": spoken}))
     for given, expected in (({}, spoken), ({"chunk_length": 5}, 5)):
         eval_sft.main(eval_sft.EvaluationArguments(**arguments, device="cpu", **given))
-        assert {row["chunk_length"] for row in json.loads((folder / "recall_evaluation.json").read_text())} == {
-            expected
-        }
+        measured = json.loads((folder / "recall_evaluation.json").read_text())
+        assert {row["chunk_length"] for row in measured} == {expected}
         assert f"with chunks of {expected} tokens, not the {model.config.chunk_length}" in capsys.readouterr().out
     for wrong in ({"facts_distances": [-1]}, {"generated_records": 1}, {"base": "x"}):
         with pytest.raises(ValueError, match="facts"):
