@@ -1,57 +1,8 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""
-An OpenAI-compatible server for a Phase15 model, with many answers at once in lanes that never grow.
+"""The earlier spelling of a command: see phase15/commands/serve.py."""
 
-    pip install -r requirements-extra.txt -c requirements.lock
-    python -m scripts.serve                                          outputs/quickstart, at http://127.0.0.1:8000/v1
-    python -m scripts.serve --model_dir DIR_OR_HUB_ID --port 8001
-    python -m scripts.serve --num_lanes 64 --dtype bfloat16 --device cuda
-    python -m scripts.serve --help                                   every flag, with the limits
-
-The model's name in requests is `--model_dir`, as /v1/models shows. No code of the model's folder is run. Only this
-machine can reach the server unless `--host` allows others; then set an API key. docs/serving.md has the rest.
-"""
-
-import sys
-
-from phase15.flags import answer_at_once
-
-
-if __name__ == "__main__":  # before the imports that take seconds
-    groups = {
-        "address, model, lanes and limits": ["phase15/serving.py:Phase15ServerArguments"],
-        "stopping": ["scripts/serve.py:ServeArguments"],
-    }
-    answer_at_once("serve.py", __doc__, groups, sys.argv[1:])
-
-import signal
-from dataclasses import dataclass, field
-
-import uvicorn
-
-from phase15.arguments import Phase15Parser
-from phase15.errors import one_line_errors
-from phase15.openai_api import Server, build_app
-from phase15.serving import Phase15ServerArguments
-
-
-@dataclass
-class ServeArguments(Phase15ServerArguments):
-    shutdown_seconds: int = field(
-        default=30, metadata={"help": "After SIGTERM or Ctrl-C answers under way have so long to end."}
-    )
-
-
-def main(argv: list[str]):
-    parser = Phase15Parser(ServeArguments, prog="serve.py", description=__doc__.strip().splitlines()[0])
-    args = ServeArguments(**vars(parser.parse_args(argv)))
-    app = build_app(Server.load(args))
-    config = uvicorn.Config(app, host=args.host, port=args.port, timeout_graceful_shutdown=args.shutdown_seconds)
-    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises the signal again at its end: a clean stop exits 0
-        signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run()
+from phase15.commands.serve import run_command
 
 
 if __name__ == "__main__":
-    with one_line_errors("serve.py"):
-        main(sys.argv[1:])
+    run_command()

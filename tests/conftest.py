@@ -20,20 +20,20 @@ QUICK = {
     "test_compat",
     "test_configuration",
     "test_errors",
-    "test_evaluation",
+    "test_losses",
     "test_examples",
     "test_facts",
     "test_generation",
     "test_hub_server",
     "test_modeling",
-    "test_models",
+    "test_loading",
     "test_properties",
-    "test_quickstart",
+    "test_docstrings",
     "test_recursion",
     "test_records",
     "test_reliability",
-    "test_reports",
-    "test_rows",
+    "test_tables",
+    "test_batch",
     "test_runs",
 }
 
@@ -76,7 +76,7 @@ def pair(request, bases):
     from reference import SIZES
     from transformers import AutoModelForCausalLM
 
-    from modeling_phase15 import Phase15ForCausalLM
+    from phase15.model.modeling_phase15 import Phase15ForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(bases[request.param]).eval()
     return base, Phase15ForCausalLM.from_base(bases[request.param], **SIZES)
@@ -88,7 +88,7 @@ def tiny(bases):
     import torch
     from reference import SIZES, randomise_alpha
 
-    from modeling_phase15 import Phase15ForCausalLM
+    from phase15.model.modeling_phase15 import Phase15ForCausalLM
 
     torch.manual_seed(1)
     return randomise_alpha(Phase15ForCausalLM.from_base(bases["llama"], **SIZES))
@@ -99,7 +99,7 @@ def answers_here():
     """train_sft.py's answer at the end of a run comes from this process, because a new one takes seconds to import."""
     from reference import answer_here
 
-    import train_sft
+    from phase15.commands import train as train_sft
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_sft, "answer_in_new_process", answer_here)
@@ -124,7 +124,7 @@ def chat_tokenizer():
     """Bytes and a few merges, with a chat template and an end token."""
     from datasets import Dataset
 
-    from phase15.quickstart import train_tokenizer
+    from phase15.data.tokenizer import train_tokenizer
 
     return train_tokenizer(Dataset.from_list([{"text": "Why is the sky blue? Blue light scatters most."}]), 270)
 
@@ -136,9 +136,9 @@ def talker(tmp_path_factory):
     from reference import LLM_SIZES, SIZES, randomise_alpha
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from modeling_phase15 import Phase15ForCausalLM
-    from phase15.facts import fresh_chats
-    from phase15.quickstart import train_tokenizer
+    from phase15.data.facts import fresh_chats
+    from phase15.data.tokenizer import train_tokenizer
+    from phase15.model.modeling_phase15 import Phase15ForCausalLM
 
     tokenizer = train_tokenizer([{"messages": chat.messages} for chat in fresh_chats(9, 50, 4)], 400)
     torch.manual_seed(0)
@@ -154,8 +154,8 @@ def chatter(chat_tokenizer):
     from reference import ENDING, LLM_SIZES, PROMPTS, SIZES, answer_ids, randomise_alpha
     from transformers import LlamaConfig
 
-    from configuration_phase15 import Phase15Config
-    from modeling_phase15 import Phase15ForCausalLM
+    from phase15.model.configuration_phase15 import Phase15Config
+    from phase15.model.modeling_phase15 import Phase15ForCausalLM
 
     torch.manual_seed(1)
     text_config = LlamaConfig(**LLM_SIZES | {"vocab_size": len(chat_tokenizer)})

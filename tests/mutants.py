@@ -45,7 +45,7 @@ from cosmic_ray.plugins import get_operator
 
 
 ROOT, THRESHOLD = Path(__file__).resolve().parents[1], 0.85
-MODULES = ["modeling_phase15.py", "recursion_phase15.py", "rows_phase15.py", "generation_phase15.py"]
+MODULES = ["modeling_phase15.py", "recursion_phase15.py", "batch_phase15.py", "generation_phase15.py"]
 # One or two replacements for each operator. Replacements that always raise on tensors would flatter the score and are
 # left out: bitwise operators instead of arithmetic, `is` instead of an order.
 REPLACED = {

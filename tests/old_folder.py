@@ -1,6 +1,6 @@
 """
 Describes a folder that an earlier commit saved: its JSON files, the names and shapes of its weights, and the tokens
-that it generated. tests/test_compat.py makes the folder from this description, puts today's code files beside the
+that it generated. tests/model/test_compat.py makes the folder from this description, puts today's code files beside the
 weights and expects the same tokens. A formula gives the values of the weights, so the repository keeps none.
 
     git worktree add OLD 5a7a497
@@ -56,8 +56,8 @@ def weights(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
 def main():
     from transformers import LlamaConfig
 
-    from configuration_phase15 import Phase15Config
-    from modeling_phase15 import Phase15ForCausalLM
+    from phase15.model.configuration_phase15 import Phase15Config
+    from phase15.model.modeling_phase15 import Phase15ForCausalLM
 
     model = Phase15ForCausalLM(Phase15Config(text_config=LlamaConfig(**LLM_SIZES), **SIZES)).eval()
     with tempfile.TemporaryDirectory() as folder:

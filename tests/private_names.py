@@ -34,7 +34,9 @@ def is_private(name: str) -> bool:
 def source_files(root: Path) -> list[Path]:
     """The files of the project, without its tests."""
     return sorted(
-        path for folder in (".", "benchmarks", "scripts", "phase15") for path in (root / folder).glob("*.py")
+        path
+        for pattern in ("*.py", "benchmarks/*.py", "scripts/*.py", "phase15/**/*.py")
+        for path in root.glob(pattern)
     )
 
 

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
-from modeling_phase15 import Phase15ForCausalLM, SoftPrompt
-from phase15.runs import LOAD_AND_ANSWER
+from phase15.hub.runs import LOAD_AND_ANSWER
+from phase15.model.modeling_phase15 import Phase15ForCausalLM
+from phase15.model.recursion_phase15 import SoftPrompt
 
 
 VOCAB, SLOTS, SINKS, CHUNK, QUERY = 60, 24, 2, 4, 7

@@ -15,11 +15,11 @@ from reference import pad, reference_carry
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import train_sft
-from modeling_phase15 import Phase15ForCausalLM
-from phase15.models import load_phase15
-from phase15.recall import recall
-from phase15.records import texts_of
+from phase15.commands import train as train_sft
+from phase15.data.records import texts_of
+from phase15.evaluation.recall import recall
+from phase15.loading import load_phase15
+from phase15.model.modeling_phase15 import Phase15ForCausalLM
 
 
 REAL_BASE = os.environ.get("PHASE15_REAL_BASE")

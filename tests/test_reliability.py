@@ -27,7 +27,7 @@ def test_the_list_of_private_names_is_complete():
 
 @pytest.mark.parametrize("name", ROWS)
 def test_the_test_that_would_fail_first_exists(name):
-    tests = re.findall(r"`(\w+)` in `(tests/\w+\.py)`", ROWS[name][-1])
+    tests = re.findall(r"`(\w+)` in `(tests/[\w/]+\.py)`", ROWS[name][-1])
     assert tests
     for test, file in tests:
         assert re.search(rf"def test_\w*{test}", (ROOT / file).read_text("utf-8")), (test, file)

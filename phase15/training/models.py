@@ -1,0 +1,93 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""Any folder, Hub id or .gguf file to a model and its tokenizer, strictly; baselines, LoRA, compiled layers."""
+
+import json
+from dataclasses import fields
+
+import torch
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from transformers import (
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from phase15.cli.help import did_you_mean
+from phase15.data.tokenizer import train_tokenizer
+from phase15.loading import load_phase15
+from phase15.model.configuration_phase15 import Phase15Config
+from phase15.model.modeling_phase15 import Phase15ForCausalLM
+from phase15.training.arguments import Phase15ModelArguments
+
+
+def make_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM, PreTrainedTokenizerBase]:
+    """The model that `args` describe, ready for its stage, and its tokenizer."""
+    if args.model_name_or_path is None:
+        model, tokenizer = new_model(args, records)
+    else:
+        model, tokenizer = load_phase15(args.model_name_or_path, args.dtype, **args.config_fields)
+    if args.stage == "hypernet":
+        model.llm.requires_grad_(False)
+    elif args.stage == "lora":
+        model = get_peft_model(model, lora_config(args, target_modules=r"llm\..*_proj", modules_to_save=["hypernet"]))
+    return model, tokenizer
+
+
+def new_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM, PreTrainedTokenizerBase]:
+    """A model with random weights of the size of `base_config`, and a tokenizer trained on the records."""
+    if not args.base_config:
+        raise ValueError(
+            "`model_name_or_path` is missing: a base LLM or a Phase15 model (or `base_config` for a new one)."
+        )
+    try:
+        base_config = json.loads(args.base_config) if isinstance(args.base_config, str) else args.base_config
+    except ValueError as error:
+        raise ValueError(f"`base_config` is not JSON: {error}") from error
+    check_base_config(base_config)
+    tokenizer = train_tokenizer((record["fields"] for record in records), base_config.get("vocab_size", 2048))
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    text_config = LlamaConfig(**base_config | ids | {"vocab_size": len(tokenizer)})
+    return Phase15ForCausalLM(Phase15Config(text_config=text_config, **args.config_fields)), tokenizer
+
+
+def check_base_config(base_config: dict):
+    """Refuses unknown fields: LlamaConfig would accept and ignore them."""
+    if not isinstance(base_config, dict):
+        raise ValueError(
+            f"`base_config` is a {type(base_config).__name__}, but fields of a LlamaConfig were expected."
+        )
+    names = [f.name for f in fields(LlamaConfig)]
+    for name in base_config:
+        if name not in names:
+            raise ValueError(f"`base_config`: unknown field {name!r}{did_you_mean(name, names)}")
+    if not isinstance(size := base_config.get("vocab_size", 2048), int) or size < 1:
+        raise ValueError(f"`base_config`: `vocab_size` is {size!r}, but it must be a positive integer.")
+
+
+def lora_config(args: Phase15ModelArguments, **kwargs) -> LoraConfig:
+    return LoraConfig(
+        task_type="CAUSAL_LM", r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, **kwargs
+    )
+
+
+def make_baseline(model: Phase15ForCausalLM, args: Phase15ModelArguments) -> PreTrainedModel | PeftModel:
+    """The baseline that `args` ask for, made of the weights of `model`."""
+    if args.baseline == "window":
+        model.hypernet.requires_grad_(False)
+        model.hypernet.alpha.data.zero_()
+        # α = 0 makes Δ zero: skip the computation
+        model.hypernet.forward = lambda carried, *_: torch.zeros_like(carried.embeds)
+        return model
+    if args.baseline == "full_context":
+        return model.llm
+    if args.baseline == "lora":
+        return get_peft_model(model.llm, lora_config(args, target_modules=r".*_proj"))
+    prompt = PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=model.config.num_soft_tokens,
+        prompt_tuning_init="SAMPLE_VOCAB",  # the default starts far larger than embeddings are
+    )
+    return get_peft_model(model.llm, prompt)
+
+
+__all__ = ["make_baseline", "make_model"]

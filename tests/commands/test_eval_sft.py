@@ -1,0 +1,305 @@
+# Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
+"""scripts/eval_sft.py from end to end: rows, answers, exact match, and bad input."""
+
+import contextlib
+import io
+import json
+import runpy
+import shutil
+import sys
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PromptTuningConfig, get_peft_model
+from test_losses import ANSWERS, QUERIES, ROWS, Tokenizer, arguments, close, home, naive, naive_greedy, records  # noqa: F401
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from phase15.commands import evaluate as eval_sft
+from phase15.commands.train import prepare
+from phase15.evaluation import losses as evaluation
+from phase15.evaluation import recovery
+from phase15.evaluation.answers import greedy_answers
+from phase15.evaluation.losses import Example
+from phase15.evaluation.recall import recall
+from phase15.model.configuration_phase15 import Phase15Config
+
+
+def test_an_answer_ends_before_its_end_token(tiny):
+    query = records()[2].query
+    whole = naive_greedy(tiny, query, 8, -1)
+    end = whole[3]
+    (answer,) = greedy_answers("", tiny, Tokenizer(end), [query], 2, 8)
+    assert answer == whole[: whole.index(end)]
+
+
+@pytest.mark.parametrize("kind", ["LLM", "prompt tuning"])
+@torch.no_grad()
+def test_answers_do_not_depend_on_the_batch(kind, bases):
+    """Though queries of other lengths are padded, and an adapter may put virtual tokens in front of that."""
+    base, queries = AutoModelForCausalLM.from_pretrained(bases["llama"]), [record.query for record in records()]
+    model, virtual = base, torch.zeros(0, base.config.hidden_size)
+    if kind == "prompt tuning":
+        model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+        model.prompt_encoder["default"].embedding.weight.normal_(generator=torch.Generator().manual_seed(0))
+        virtual = model.get_prompt(1)[0]
+    for query, answer in zip(queries, greedy_answers("", model, Tokenizer(59), queries, 3, 6), strict=True):
+        ids = list(query)
+        while len(ids) < len(query) + 6 and ids[-1] != 59:
+            embeds = torch.cat([virtual, base.get_input_embeddings()(torch.tensor(ids))])
+            ids.append(int(base(inputs_embeds=embeds[None]).logits[0, -1].argmax()))
+        assert answer == [token for token in ids[len(query) :] if token != 59]
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    {
+        "so it is 72\n#### 72": "72",
+        "####72": "72",
+        "#### 1,234.": "1234",
+        "#### $1,000.50 in all": "1000.5",
+        "#### -$5": "-5",
+        "#### 1\n#### 2": "2",
+        "#### 7.0": "7",
+        "#### 0.5%": "0.5",
+        "#### 72<|end|>": "72",
+        "72": None,
+        "#### seventy-two": None,
+        "#### $.": None,
+        "#### 1.2.3": None,
+        "### 72": None,
+        "": None,
+    }.items(),
+)
+def test_the_final_number(text, number):
+    assert eval_sft.final_number(text) == (None if number is None else Decimal(number))
+
+
+def test_exact_match_counts_equal_numbers():
+    encode = lambda text: [ord(letter) - ord("0") for letter in text]  # noqa: E731
+    asked = [Example([], encode(text)) for text in ("a#### 72", "b#### 1,000", "#### 5")]
+    answers = {
+        name: [encode(text) for text in texts]
+        for name, texts in {
+            "all": ("#### 72.0", "#### $1000", "c #### 5."),
+            "one": ("72", "#### 1000", "#### 6"),
+        }.items()
+    }
+    assert eval_sft.exact_match(answers, asked, Tokenizer(-1)) == {
+        "all": {"correct": 3, "records": 3, "share": 1.0},
+        "one": {"correct": 1, "records": 3, "share": 1 / 3},
+    }
+
+
+BASELINES = {"window": "window", "full_context": "other", "lora": "lora", "prompt_tuning": "tuned"}
+
+
+@pytest.fixture(scope="module")
+def evaluated(home, tmp_path_factory) -> tuple[Path, str]:
+    """The command with everything: its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("evaluation") / "new"
+    argv = ["eval_sft.py", "--model_dir", str(home / "model"), "--dataset", str(home / "data.jsonl")]
+    argv += ["--base", str(home / "base"), "--output_dir", str(folder)]
+    argv += ["--baselines", *(str(home / name) for name in BASELINES.values()), "--generated_records", "3"]
+    argv += ["--max_new_tokens", "6", "--bootstrap_samples", "500", "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.setattr(sys, "argv", argv)
+        runpy.run_module("scripts.eval_sft", run_name="__main__")
+    return folder, said.getvalue()
+
+
+def test_the_command_writes_and_prints_every_row(evaluated, home):
+    folder, said = evaluated
+    assert {path.name for path in folder.iterdir()} == {"evaluation.json", "loss_by_chunk.png"}
+    assert (folder / "loss_by_chunk.png").read_bytes()[:4] == b"\x89PNG"
+    results = json.loads((folder / "evaluation.json").read_text())
+    rows = [*ROWS, "base_full_context", *(f"baseline_{name}" for name in BASELINES)]
+    assert list(results["validation"]) == rows
+    for name, row in results["validation"].items():
+        low, high = row["interval"]
+        assert (
+            low < row["loss"] < high and row["tokens_by_chunk"] == results["validation"]["window"]["tokens_by_chunk"]
+        )
+        assert f"| {evaluation.label(name)} | {row['loss']:.4f} | [{low:.4f}, {high:.4f}] |" in said
+    assert list(results["context_recovery"]) == [
+        "same_llm",
+        "same_llm_shuffled_delta",
+        "free_running",
+        "baselines",
+    ]
+    for name in results["context_recovery"]:
+        assert f"- context recovery, {evaluation.label(name)}: " in said
+    assert list(results["free_running"]) == ["model", "window", "full_context"]
+    assert {name for name, match in results["exact_match"].items() if match["records"] == 3} == {*rows} - {
+        "first_soft_prompt",
+        "shuffled_soft_prompt",
+        "shuffled_delta",
+    }
+    assert results["records"] == {"validation": 10, "generated": 3} and results["dataset"] == "data.jsonl"
+    assert "10 records of data.jsonl, from the last 25 %" in said
+    assert str(home) not in (folder / "evaluation.json").read_text()
+
+
+@torch.no_grad()
+def test_the_rows_of_base_and_baselines_are_theirs(evaluated, home, chat_tokenizer):
+    rows = json.loads((evaluated[0] / "evaluation.json").read_text())["validation"]
+    assert_close(rows["baseline_window"], rows["window"])  # the same weights without Δ
+    close(rows["base_full_context"], rows["full_context"], atol=1e-5)  # α apart, it is not trained
+    args = arguments(home, home)
+    data, *_ = eval_sft.validation_examples(args, chat_tokenizer, Phase15Config.from_pretrained(home / "model"))
+    for name, folder in (("full_context", "other"), ("lora", "lora")):
+        llm = AutoModelForCausalLM.from_pretrained(home / folder)  # transformers loads an adapter's base too
+        losses = [
+            naive(llm(torch.tensor([r.query + r.answer])).logits[0, len(r.query) - 1 : -1], r.answer) for r in data
+        ]
+        close(rows[f"baseline_{name}"]["loss"], torch.cat(losses).mean().item())
+    assert len({round(row["loss"], 4) for row in rows.values()}) == len(rows) - 2
+
+
+def test_context_recovery_takes_its_rows(evaluated):
+    results = json.loads((evaluated[0] / "evaluation.json").read_text())
+    rows = {name: row["loss"] for name, row in results["validation"].items()}
+    gaps = {name: result["gap"] for name, result in results["context_recovery"].items()}
+    own = {name: row["loss"] for name, row in results["free_running"].items()}
+    assert_close(gaps["same_llm"], rows["window"] - rows["full_context"])
+    assert_close(gaps["baselines"], rows["baseline_window"] - rows["baseline_full_context"])
+    assert_close(gaps["free_running"], own["window"] - own["full_context"])
+
+
+def test_nothing_is_generated_where_nothing_is_asked_for(home, tmp_path, capsys):
+    eval_sft.main(arguments(home, tmp_path, generated_records=0, max_records=4))
+    results = json.loads((tmp_path / "evaluation.json").read_text())
+    assert "exact_match" not in results and not results["free_running"] and len(results["context_recovery"]) == 2
+    assert list(results["validation"]) == ROWS and results["records"] == {"validation": 4, "generated": 0}
+    assert "exact match" not in capsys.readouterr().out
+
+
+def test_another_length_of_a_chunk_is_that_of_a_model_with_it(home, tmp_path):
+    """Scored and generated: the same as of a folder whose config has the length."""
+    settings = {"generated_records": 2, "max_new_tokens": 12, "max_records": 4}
+    config = json.loads((home / "model" / "config.json").read_text())
+    length, results = config["chunk_length"] + 3, []
+    for name in ("model", "window"):
+        shutil.copytree(home / name, tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"chunk_length": length}))
+    with_it = {"model_dir": str(tmp_path / "model"), "baselines": [str(tmp_path / "window")]}
+    without = {"baselines": [str(home / "window")]}
+    for name, given in (("a", {"chunk_length": length} | without), ("b", with_it), ("c", without)):
+        eval_sft.main(arguments(home, tmp_path / name, **settings | given))
+        results.append(json.loads((tmp_path / name / "evaluation.json").read_text()))
+    assert results[0]["chunk_length"] == results[1]["chunk_length"] == length
+    assert results[2]["chunk_length"] == config["chunk_length"]
+    assert [f"with chunks of {length} tokens" in result["evaluated"] for result in results] == [True, False, False]
+    for part in ("validation", "free_running", "exact_match"):
+        assert results[0][part] == results[1][part]
+    for name in ("model", "baseline_window"):
+        assert results[0]["validation"][name] != results[2]["validation"][name]
+
+
+def test_scores_are_those_of_the_length_with_which_the_model_speaks(home, tmp_path):
+    shutil.copytree(home / "model", tmp_path / "model")
+    saved = json.loads((home / "model" / "generation_config.json").read_text())
+    saved |= {"chunk_length": 1, "_from_model_config": False}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(saved))
+    results = []
+    for name, folder, given in (("a", home, {"chunk_length": 1}), ("b", tmp_path, {}), ("c", home, {})):
+        flags = {"model_dir": str(folder / "model"), "generated_records": 2, "max_records": 4, **given}
+        eval_sft.main(arguments(home, tmp_path / name, **flags))
+        results.append(json.loads((tmp_path / name / "evaluation.json").read_text()))
+    asked, saved, trained = results
+    assert saved["chunk_length"] == 1 != trained["chunk_length"]
+    assert "; with chunks of 1 tokens, not" in saved["evaluated"]
+    for part in ("validation", "free_running", "exact_match"):
+        assert asked[part] == saved[part]
+    assert saved["validation"]["model"] != trained["validation"]["model"]
+
+
+def test_answers_without_numbers_have_no_exact_match(home, tmp_path):
+    (tmp_path / "words.jsonl").write_text('{"prompt": "Why", "completion": " it is 4"}\n' * 3)
+    eval_sft.main(arguments(home, tmp_path, dataset=str(tmp_path / "words.jsonl"), validation_split=1.0))
+    results = json.loads((tmp_path / "evaluation.json").read_text())
+    assert "exact_match" not in results and results["free_running"]
+    assert "no recipe.yaml says" in results["evaluated"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"shuffle_records": True, "seed": 3, "validation_split": 0.3, "max_validation_records": 7},
+        {"streaming": True, "max_steps": 1, "max_validation_records": 6},
+    ],
+)
+def test_what_is_evaluated_is_what_the_run_held_out(settings, home, tmp_path):
+    recipe = {"model_name_or_path": str(home / "model"), "dataset_name": str(home / "data.jsonl"), **settings}
+    flags = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "report_to": "none"}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(recipe | flags))
+    trainer, _, recipe, _ = prepare([str(path)])
+    trainer.processing_class.save_pretrained(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    args = arguments(home, tmp_path, model_dir=str(tmp_path))
+    rows, where, _ = eval_sft.validation_examples(args, trainer.processing_class, trainer.config)
+    expected = [record for batch in trainer.get_eval_dataloader() for record in recovery.unbatch(batch)]
+    assert rows == expected and where.endswith("held them out")
+    args.max_records, args.validation_split = 2, None
+    assert eval_sft.validation_examples(args, trainer.processing_class, trainer.config)[0] == expected[:2]
+    args.validation_split = 0.9
+    assert "NOT the split" in eval_sft.validation_examples(args, trainer.processing_class, trainer.config)[1]
+
+
+BAD = {
+    "missing": ({"model_dir": "{home}/missing"}, r"missing: no such folder"),
+    "not Phase15": ({"model_dir": "{home}/base"}, r"base is not a Phase15 model, but a causal LM"),
+    "no model": ({"model_dir": "{home}/unknown"}, r"unknown holds no model"),
+    "no data": ({"dataset": "{home}/none.jsonl"}, r"none\.jsonl: no such file"),
+    "small base": ({"base": "{home}/small"}, r"small has a vocabulary of 64 tokens.*/model has one of 2\d\d"),
+    "Phase15 as base": ({"base": "{home}/window"}, r"window is not a causal LM, but a Phase15 model"),
+    "no base": ({"base": "{home}/none.gguf"}, r"none\.gguf: no such file"),
+    "missing baseline": ({"baselines": ["{home}/missing"]}, r"missing: no such folder"),
+    "unknown baseline": ({"baselines": ["{home}/unknown"]}, r"unknown holds no model"),
+    "small baseline": ({"baselines": ["{home}/small"]}, r"small has a vocabulary"),
+    "adapter on a small base": ({"baselines": ["{home}/lora"], "base": "{home}/small"}, r"small has a vocabulary"),
+    "one baseline twice": ({"baselines": ["{home}/lora", "{home}/lora"]}, r"'baseline: lora'"),
+    "no split": ({"validation_split": 0.0}, r"validation_split.* 0"),
+    "a split above 1": ({"validation_split": 1.5}, r"validation_split.* 1\.5"),
+    "no records": ({"max_records": 0}, r"no record to evaluate"),
+    "no batch": ({"batch_size": 0}, r"batch_size.* 0"),
+    "too long a chunk": ({"chunk_length": 9999}, r"`chunk_length` is 9999, but it must be an integer from 1 to"),
+    "a file": ({"output_dir": "{home}/data.jsonl"}, r"output_dir.*file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named_before_anything_is_written(case, home, tmp_path):
+    flags, message = BAD[case]
+    fill = lambda value: value.format(home=home) if isinstance(value, str) else value  # noqa: E731
+    flags = {key: [*map(fill, v)] if isinstance(v, list) else fill(v) for key, v in flags.items()}
+    with pytest.raises(ValueError, match=message):
+        eval_sft.main(arguments(home, tmp_path / "new", **flags))
+    assert not (tmp_path / "new").exists()
+
+
+def test_facts_are_asked_for_by_distance(talker, tmp_path, capsys):
+    """The rows are those of `recall`, which tests/evaluation/test_recall.py holds against references."""
+    (model, tokenizer), folder = talker, tmp_path
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    arguments = {"model_dir": str(folder), "dataset": "facts", "facts_distances": [6, 3], "generated_records": 2}
+    eval_sft.main(eval_sft.EvaluationArguments(**arguments, device="cpu"))
+    measured = json.loads((folder / "recall_evaluation.json").read_text())
+    assert measured == recall(model, tokenizer, [3, 6], 4, 2) and (folder / "recall_evaluation.png").is_file()
+    assert "| words between (8 facts each) |" in capsys.readouterr().out
+    settings, spoken = folder / "generation_config.json", 2 * model.config.chunk_length
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chunk_length": spoken}))
+    for given, expected in (({}, spoken), ({"chunk_length": 5}, 5)):
+        eval_sft.main(eval_sft.EvaluationArguments(**arguments, device="cpu", **given))
+        measured = json.loads((folder / "recall_evaluation.json").read_text())
+        assert {row["chunk_length"] for row in measured} == {expected}
+        assert f"with chunks of {expected} tokens, not the {model.config.chunk_length}" in capsys.readouterr().out
+    for wrong in ({"facts_distances": [-1]}, {"generated_records": 1}, {"base": "x"}):
+        with pytest.raises(ValueError, match="facts"):
+            eval_sft.EvaluationArguments(**arguments | wrong)
