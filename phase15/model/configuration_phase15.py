@@ -254,4 +254,4 @@ def close_field(name: str, cutoff: float = 0.6) -> str | None:
 Phase15Config.register_for_auto_class()
 
 
-__all__ = ["TINYLLAMA", "Phase15Config"]
+__all__ = ["TINYLLAMA", "VERSION", "Phase15Config"]
