@@ -1,8 +1,9 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """
-A batch as rows: padding removed, the query of each row, and which prediction stands in which column.
+Left-aligns a batch, maps predictions back to its columns, and refuses what the recursion cannot read.
 
-Ids, masks and labels come with columns that are padded on any side. The recursion reads rows that begin at 0.
+Ids, masks and labels come in columns that are padded on any side. The recursion reads rows that begin at 0. The batch
+is aligned once: the recursion, the LLM and the loss work in rows, and only logits go back to columns.
 """
 
 from typing import NamedTuple
@@ -10,124 +11,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .cache_phase15 import check_cache
+from .cache_phase15 import Phase15Cache
 
 
-class Rows(NamedTuple):
-    """
-    A batch, left-aligned: padding removed from either side. The query is the first `query_length` of a row's `length`
-    tokens. `position` says where each column's token stands in its row, and is -1 at padding.
-    """
+IGNORED = -100  # the label of a token that is not a target, as everywhere in transformers
 
-    input_ids: torch.LongTensor  # (B, T), left-aligned
-    length: torch.LongTensor  # (B,)
-    query_length: torch.LongTensor  # (B,)
-    position: torch.LongTensor  # (B, T), by column of the batch as it was given
-
-    @property
-    def prediction(self) -> torch.LongTensor:
-        """The index of each column's prediction in its row `(B, T)`; the query's last token makes the first."""
-        return self.position - (self.query_length - 1).clamp(min=0)[:, None]
-
-    def to_columns(self, states: torch.Tensor) -> torch.Tensor:
-        """From states of predictions `(B, P, d)` to states of columns `(B, T, d)`, zero where nothing is predicted."""
-        prediction = self.prediction[..., None]
-        columns = states.gather(1, prediction.clamp(0, states.shape[1] - 1).expand(-1, -1, states.shape[2]))
-        return columns.where((prediction >= 0) & (prediction < states.shape[1]), 0)
-
-    def needed_chunks(self, chunk_length: int, predict_mask: torch.BoolTensor | None = None) -> torch.BoolTensor:
-        """Which chunks hold a prediction that `predict_mask` `(B, T)` asks for: `(B, num_chunks)`, one at least."""
-        asked = self.prediction >= 0 if predict_mask is None else (self.prediction >= 0) & predict_mask
-        chunk = (self.prediction // chunk_length).masked_fill(~asked, -1)  # (B, T)
-        num_chunks = int(chunk.max().clamp(min=0)) + 1
-        needed = torch.zeros(len(chunk), num_chunks + 1, dtype=torch.bool, device=chunk.device)
-        needed = needed.scatter(1, chunk + 1, True)[:, 1:]
-        needed[0, 0] |= ~needed.any()  # no position was asked for: compute one dummy, whose logits are dropped
-        return needed
-
-
-def left_align(
-    input_ids: torch.LongTensor,
-    attention_mask: torch.Tensor | None,
-    query_lengths: torch.LongTensor | None,
-    vocab_size: int,
-    seen_tokens: int = 0,
-) -> Rows:
-    """
-    The rows of a batch.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): padded on any side.
-        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 for tokens, 0 for
-            padding. It may also cover tokens before these.
-        query_lengths (`torch.LongTensor` of shape `(batch_size,)`, *optional*): by default 1, or 0 behind seen tokens.
-        vocab_size (`int`): ids must be below it.
-        seen_tokens (`int`): how many tokens of each row came before.
-
-    Raises:
-        ValueError: for an id outside the vocabulary, a mask of other numbers, a row without a token, or a query longer
-            than its row.
-    """
-    given = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
-    mask = given.bool()
-    length, shortest = mask.sum(dim=1), 0 if seen_tokens else 1
-    query_length = torch.as_tensor(shortest if query_lengths is None else query_lengths, device=length.device)
-    query_length = query_length.expand(len(input_ids))
-    bad = (length < 1) | (query_length < shortest) | (query_length > length)
-    wrong = (input_ids < 0) | (input_ids >= vocab_size) | (given != mask)
-    if (bad | wrong.any(dim=1)).any():  # one device sync for all checks
-        check_ids("input_ids", input_ids, vocab_size)
-        if (odd := given[given != mask]).numel():
-            raise ValueError(f"`attention_mask` holds {odd[0].item()}, but it must hold 1 for tokens, 0 for padding.")
-        index = int(bad.nonzero()[0])
-        raise ValueError(
-            f"Row {index} has {length[index]} tokens and a query of {query_length[index]}; a row needs at least "
-            f"one token, and its query {shortest} to all of them."
-        )
-    order = mask.long().argsort(dim=1, descending=True, stable=True)  # (B, T): tokens first
-    position = (mask.cumsum(dim=1) - 1).masked_fill(~mask, -1)
-    return Rows(input_ids.gather(1, order), length, query_length, position)
-
-
-def query_lengths_of(labels: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
-    """How many tokens of each row come before its first label: all of them, if it has none, and one at least."""
-    mask = zeros_and_ones(labels, attention_mask)
-    is_target = (labels != -100) & mask.bool()
-    before = (mask.cumsum(dim=1) - mask).gather(1, is_target.long().argmax(dim=1, keepdim=True)).squeeze(1)  # (B,)
-    return torch.where(is_target.any(dim=1), before.clamp(min=1), mask.sum(dim=1))
-
-
-def shift_labels(labels: torch.LongTensor, attention_mask: torch.Tensor | None, vocab_size: int) -> torch.LongTensor:
-    """
-    The label of each column's next token, -100 for none, of shape `(batch_size, sequence_length)`. Raises a ValueError
-    for a label outside the vocabulary.
-    """
-    mask = zeros_and_ones(labels, attention_mask)
-    labels = labels.masked_fill(mask == 0, -100)
-    check_ids("labels", labels, vocab_size, ignored=-100)
-    order = mask.argsort(dim=1, descending=True, stable=True)
-    following = F.pad(labels.gather(1, order)[:, 1:], (0, 1), value=-100)  # left-aligned
-    position = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    return following.gather(1, position).masked_fill(mask == 0, -100)
-
-
-def zeros_and_ones(ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
-    """The mask of a batch in integers, all ones where none is given."""
-    return torch.ones_like(ids) if attention_mask is None else attention_mask.bool().long()
-
-
-def check_ids(name: str, ids: torch.LongTensor, vocab_size: int, ignored: int | None = None):
-    """Raises a ValueError that names the first id outside the vocabulary."""
-    unknown = ((ids < 0) | (ids >= vocab_size)) & (ids != ignored)
-    if unknown.any():
-        row, position = unknown.nonzero()[0].tolist()
-        raise ValueError(
-            f"Row {row} of `{name}` holds {int(ids[row, position])} at position {position}, but ids must be from 0 to "
-            f"{vocab_size - 1}, the last of the vocabulary, also at padding."
-        )
-
-
-# Arguments of other models that would be ignored in silence; PEFT gives None.
+# Arguments of other models that would be ignored in silence. PEFT passes them with the value None.
 UNSUPPORTED_ARGUMENTS = {
     "inputs_embeds": "the recursion reads `input_ids`",
     "position_ids": "a row is one text, so packed data cannot be read",
@@ -137,8 +26,173 @@ UNSUPPORTED_ARGUMENTS = {
 }
 
 
+class Rows(NamedTuple):
+    """
+    A left-aligned batch, without padding on either side. The first `query_length` tokens of a row's `length` tokens
+    are its query. Prediction p of a row follows its token `query_length - 1 + p`.
+    """
+
+    input_ids: torch.LongTensor  # (B, T), left-aligned
+    length: torch.LongTensor  # (B,)
+    query_length: torch.LongTensor  # (B,)
+    position: torch.LongTensor  # (B, T), by column of the given batch: index of the token in its row, -1 at padding
+    following: torch.LongTensor | None = None  # (B, T), left-aligned: the label of the token after each token
+
+    @classmethod
+    def from_batch(
+        cls,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        query_lengths: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        *,
+        vocab_size: int,
+        cache: Phase15Cache | None = None,
+    ) -> "Rows":
+        """
+        Checks a batch and left-aligns it.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): padded on any side.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 for tokens, 0 for
+                padding. It may also cover the tokens that the cache has seen.
+            query_lengths (`torch.LongTensor` of shape `(batch_size,)`, *optional*): by default the number of tokens
+                before the first label; without labels 1, or 0 if the cache has seen tokens.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): aligned with `input_ids`,
+                -100 for tokens that are not targets.
+            vocab_size (`int`): ids must be below it.
+            cache (`Phase15Cache`, *optional*): state that the batch continues.
+
+        Raises:
+            ValueError: if a tensor has another kind or shape, an id is outside the vocabulary, the mask has values
+                other than 0 and 1, a row is empty, or a query is longer than its row.
+        """
+        check_batch(input_ids, attention_mask, cache, labels)
+        seen_tokens = 0 if cache is None else cache.seen_tokens
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        attention_mask = attention_mask[:, -input_ids.shape[1] :]
+        mask = attention_mask.bool()
+        length = mask.sum(dim=1)
+        order = mask.long().argsort(dim=1, descending=True, stable=True)  # (B, T): the columns of tokens first
+        position = (mask.cumsum(dim=1) - 1).masked_fill(~mask, -1)
+
+        aligned_labels = None
+        following = None
+        if labels is not None:
+            labels = labels.masked_fill(~mask, IGNORED)
+            aligned_labels = labels.gather(1, order)
+            following = F.pad(aligned_labels[:, 1:], (0, 1), value=IGNORED)
+
+        shortest_query = 0 if seen_tokens else 1
+        if query_lengths is not None:
+            query_length = torch.as_tensor(query_lengths, device=length.device).expand(len(input_ids))
+        elif labels is not None:
+            query_length = tokens_before_labels(aligned_labels, length)
+        else:
+            query_length = torch.full_like(length, shortest_query)
+
+        is_bad_row = (length < 1) | (query_length < shortest_query) | (query_length > length)
+        is_bad = (input_ids < 0) | (input_ids >= vocab_size) | (attention_mask != mask)
+        if labels is not None:
+            is_bad |= is_unknown(labels, vocab_size, IGNORED)
+        if (is_bad_row | is_bad.any(dim=1)).any():  # the only wait for the device if everything is right
+            check_ids("input_ids", input_ids, vocab_size)
+            if labels is not None:
+                check_ids("labels", labels, vocab_size, IGNORED)
+            check_mask(attention_mask)
+            check_queries(length, query_length, shortest_query)
+        return cls(input_ids.gather(1, order), length, query_length, position, following)
+
+    @property
+    def prediction(self) -> torch.LongTensor:
+        """
+        Returns the index of each column's prediction in its row, of shape `(batch_size, sequence_length)`. It is
+        negative where a column predicts nothing.
+        """
+        return self.position - (self.query_length - 1).clamp(min=0)[:, None]
+
+    def to_columns(self, states: torch.Tensor, columns: slice | torch.LongTensor | None = None) -> torch.Tensor:
+        """
+        Moves states from predictions to columns.
+
+        Args:
+            states (`torch.Tensor` of shape `(batch_size, num_predictions, hidden_size)`): by prediction.
+            columns (`slice` or `torch.LongTensor` of shape `(num_columns,)`, *optional*): all columns by default.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_columns, hidden_size)`: zero where nothing is predicted.
+        """
+        prediction = self.prediction
+        if columns is not None:
+            prediction = prediction[:, columns]
+        prediction = prediction[..., None]
+        index = prediction.clamp(0, states.shape[1] - 1)
+        is_predicted = (prediction >= 0) & (prediction < states.shape[1])
+        return states.gather(1, index.expand(-1, -1, states.shape[2])).where(is_predicted, 0)
+
+    def targets(self, num_predictions: int) -> torch.LongTensor:
+        """
+        Returns the label of each prediction, of shape `(batch_size, num_predictions)`; -100 where there is none. Needs
+        labels.
+        """
+        last = self.following.shape[1] - 1
+        token = (self.query_length - 1)[:, None] + torch.arange(num_predictions, device=self.length.device)
+        return self.following.gather(1, token.clamp(max=last)).masked_fill(token > last, IGNORED)
+
+    def is_target(self) -> torch.BoolTensor:
+        """Returns the columns whose prediction has a label, of shape `(batch_size, sequence_length)`. Needs labels."""
+        has_label = self.following.gather(1, self.position.clamp(min=0)) != IGNORED
+        return has_label & (self.position >= 0)
+
+    def needed_chunks(self, chunk_length: int, predict_mask: torch.BoolTensor | None = None) -> torch.BoolTensor:
+        """
+        Returns the chunks that hold a requested prediction, of shape `(batch_size, num_chunks)`; at least one is True.
+
+        Args:
+            chunk_length (`int`): predictions of a chunk.
+            predict_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): columns whose
+                predictions are requested; all by default.
+        """
+        prediction = self.prediction
+        is_requested = prediction >= 0
+        if predict_mask is not None:
+            is_requested &= predict_mask
+        chunk = (prediction // chunk_length).masked_fill(~is_requested, -1)  # (B, T)
+        num_chunks = int(chunk.max().clamp(min=0)) + 1
+        # One more column in front takes the index -1 of columns that are not requested.
+        needed = torch.zeros(len(chunk), num_chunks + 1, dtype=torch.bool, device=chunk.device)
+        needed = needed.scatter(1, chunk + 1, True)[:, 1:]
+        # If nothing is requested the LLM still needs a chunk to be called on. Its logits are dropped.
+        needed[0, 0] |= ~needed.any()
+        return needed
+
+
+def tokens_before_labels(labels: torch.LongTensor, length: torch.LongTensor) -> torch.LongTensor:
+    """
+    Returns the number of tokens before the first label of each row, at least 1; the row's length if it has no label.
+
+    Args:
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): left-aligned, -100 for no label.
+        length (`torch.LongTensor` of shape `(batch_size,)`): number of tokens in each row.
+    """
+    is_target = labels != IGNORED
+    first = is_target.long().argmax(dim=1)
+    return torch.where(is_target.any(dim=1), first.clamp(min=1), length)
+
+
+def query_lengths_from_labels(labels: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.LongTensor:
+    """
+    Returns the default `query_lengths` of a batch with labels, of shape `(batch_size,)`, for callers that pass the
+    labels to somebody else.
+    """
+    mask = torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    order = mask.long().argsort(dim=1, descending=True, stable=True)
+    return tokens_before_labels(labels.masked_fill(~mask, IGNORED).gather(1, order), mask.sum(dim=1))
+
+
 def check_arguments(kwargs: dict):
-    """Raises a ValueError for an argument that cannot be honoured."""
+    """Raises a ValueError for an argument of other models that cannot be honoured, and drops those that are None."""
     for name, reason in UNSUPPORTED_ARGUMENTS.items():
         if kwargs.pop(name, None) is not None:
             raise ValueError(f"`{name}` cannot be given: {reason}.")
@@ -146,13 +200,13 @@ def check_arguments(kwargs: dict):
 
 def check_batch(input_ids, attention_mask, cache, labels=None):
     """Raises a ValueError for arguments of `forward` that have another kind or shape."""
-    check_cache(cache)
-    shape, mask_shape = (None if tensor is None else tuple(tensor.shape) for tensor in (input_ids, attention_mask))
+    shape = None if input_ids is None else tuple(input_ids.shape)
     if shape is None or len(shape) != 2:
         raise ValueError(f"`input_ids` must have shape (batch_size, sequence_length), not {shape}.")
     if input_ids.is_floating_point():
         raise ValueError(f"`input_ids` must hold integers, not {input_ids.dtype}.")
     seen_tokens = 0 if cache is None else cache.seen_tokens
+    mask_shape = None if attention_mask is None else tuple(attention_mask.shape)
     if mask_shape not in (None, shape, (shape[0], seen_tokens + shape[1])):
         raise ValueError(f"`attention_mask` has shape {mask_shape}, but `input_ids` {shape}.")
     if labels is not None and labels.shape != shape:
@@ -161,13 +215,39 @@ def check_batch(input_ids, attention_mask, cache, labels=None):
         raise ValueError("`labels` cannot be given with `cache` or `use_cache=True`.")
 
 
-__all__ = [
-    "Rows",
-    "check_arguments",
-    "check_batch",
-    "check_ids",
-    "left_align",
-    "query_lengths_of",
-    "shift_labels",
-    "zeros_and_ones",
-]
+def is_unknown(ids: torch.LongTensor, vocab_size: int, ignored: int | None = None) -> torch.BoolTensor:
+    """Returns the ids outside the vocabulary, in the shape of `ids`."""
+    unknown = (ids < 0) | (ids >= vocab_size)
+    return unknown if ignored is None else unknown & (ids != ignored)
+
+
+def check_ids(name: str, ids: torch.LongTensor, vocab_size: int, ignored: int | None = None):
+    """Raises a ValueError that names the first id outside the vocabulary."""
+    unknown = is_unknown(ids, vocab_size, ignored)
+    if unknown.any():
+        row, position = unknown.nonzero()[0].tolist()
+        raise ValueError(
+            f"Row {row} of `{name}` holds {int(ids[row, position])} at position {position}, but ids must be from 0 to "
+            f"{vocab_size - 1}, the last of the vocabulary, also at padding."
+        )
+
+
+def check_mask(attention_mask: torch.Tensor):
+    """Raises a ValueError that names the first value other than 0 and 1."""
+    other = attention_mask[attention_mask != attention_mask.bool()]
+    if other.numel():
+        raise ValueError(f"`attention_mask` holds {other[0].item()}, but it must hold 1 for tokens, 0 for padding.")
+
+
+def check_queries(length: torch.LongTensor, query_length: torch.LongTensor, shortest_query: int):
+    """Raises a ValueError that names the first row that is empty or whose query does not fit."""
+    is_bad = (length < 1) | (query_length < shortest_query) | (query_length > length)
+    if is_bad.any():
+        row = int(is_bad.nonzero()[0])
+        raise ValueError(
+            f"Row {row} has {length[row]} tokens and a query of {query_length[row]}; a row needs at least one token, "
+            f"and its query {shortest_query} to all of them."
+        )
+
+
+__all__ = ["IGNORED", "Rows", "check_arguments", "check_ids", "query_lengths_from_labels"]

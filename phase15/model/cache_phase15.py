@@ -3,18 +3,18 @@
 The state of the recursion during generation.
 
 - `Phase15Cache` holds the soft prompt, the open chunk, and the LLM's keys and values of both;
-- `KeptConversations` stores soft prompts of finished answers by the tokens that they have read.
+- `KeptConversations` stores the soft prompts of finished answers by the tokens that they have read.
 """
 
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from transformers import Cache, DynamicCache
 
 from .configuration_phase15 import Phase15Config
+from .recursion_phase15 import SoftPrompt
 
 
 class Phase15Cache(Cache):
@@ -22,12 +22,15 @@ class Phase15Cache(Cache):
     State of one generation: the soft prompt, the tokens of the open chunk, and the LLM's key-value cache of
     [soft prompt ; open chunk]. Its size does not depend on the number of tokens seen.
 
+    Args:
+        config (`Phase15Config`): of the model.
+        chunk_length (`int`, *optional*): tokens of a chunk; the config's by default.
+
     Attributes:
         soft_prompt (`SoftPrompt`, *optional*): None before the first token.
         chunk (`torch.Tensor` of shape `(batch_size, open, hidden_size)`): embeddings of the open chunk. The chunks of
             all rows begin and end together.
-        chunk_length (`int`): tokens of a chunk, the config's by default. An open chunk that has as many already ends
-            with the next token.
+        chunk_length (`int`): tokens of a chunk. An open chunk that has as many already ends with the next token.
         llm_cache (`DynamicCache`): of the `soft_prompt` and `chunk` above.
         seen_tokens (`int`): columns of `input_ids` consumed, padding included.
 
@@ -37,18 +40,18 @@ class Phase15Cache(Cache):
 
     def __init__(self, config: Phase15Config, chunk_length: int | None = None):
         super().__init__(layers=[])
-        config.check_chunk_length(chunk_length)
-        self.config, self.chunk_length = config, chunk_length or config.chunk_length
+        self.config = config
+        self.chunk_length = config.resolve_chunk_length(chunk_length)
         self.reset()
 
     def reset(self):
-        self.soft_prompt: NamedTuple | None = None
+        self.soft_prompt: SoftPrompt | None = None
         self.chunk: torch.Tensor | None = None
         self.llm_cache: DynamicCache | None = None
         self.seen_tokens = 0
 
-    def start_chunk(self, soft_prompt: NamedTuple):
-        """Starts an empty chunk behind a new soft prompt. The LLM's old keys and values do not belong to it."""
+    def start_chunk(self, soft_prompt: SoftPrompt):
+        """Starts an empty chunk after a new soft prompt. The LLM's old keys and values do not belong to it."""
         self.soft_prompt = soft_prompt
         self.chunk = soft_prompt.embeds[:, :0]
         self.llm_cache = DynamicCache(config=self.config.text_config)
@@ -69,7 +72,7 @@ class Phase15Cache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        # This cache has no layers. transformers 5.24 takes such a cache for linear attention, and loses the positions.
+        # transformers 5.24 takes a cache without layers for linear attention, and loses the positions.
         return [False]
 
     def crop(self, tokens_to_remove: int):
@@ -80,14 +83,13 @@ class Phase15Cache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor):
         if self.soft_prompt is not None:
-            self.soft_prompt = self.soft_prompt._make(state.index_select(0, indices) for state in self.soft_prompt)
+            self.soft_prompt = SoftPrompt(*(state.index_select(0, indices) for state in self.soft_prompt))
             self.chunk = self.chunk.index_select(0, indices)
             self.llm_cache.batch_select_indices(indices)
 
     def batch_repeat_interleave(self, repeats: int):
         if self.soft_prompt is not None:
-            repeated = (state.repeat_interleave(repeats, dim=0) for state in self.soft_prompt)
-            self.soft_prompt = self.soft_prompt._make(repeated)
+            self.soft_prompt = SoftPrompt(*(state.repeat_interleave(repeats, dim=0) for state in self.soft_prompt))
             self.chunk = self.chunk.repeat_interleave(repeats, dim=0)
             self.llm_cache.batch_repeat_interleave(repeats)
 
@@ -103,30 +105,34 @@ def check_cache(cache: Cache | None):
 
 class KeptConversations:
     """
-    Soft prompts after their answers, by the tokens that they have read.
+    Stores the soft prompts of finished answers by the tokens that they have read.
 
-    A query is read in segments of `max_query_length` tokens, from its beginning. What is kept is the soft prompt
-    behind the last full segment: a query that begins with the same segments gets the same soft prompt as if it were
-    read afresh.
+    A query is read in segments of `max_query_length` tokens, from its beginning. What is stored is the soft prompt
+    after the last full segment: a query that begins with the same segments gets the same soft prompt as if it were
+    read from the start.
 
     Args:
-        size (`int`): how many soft prompts; the least recently used go first.
+        size (`int`): maximum number of soft prompts; the least recently used go first.
         segment_length (`int`): tokens of a segment.
     """
 
     def __init__(self, size: int, segment_length: int):
-        self.size, self.segment_length = size, segment_length
-        self.states: OrderedDict[bytes, tuple] = OrderedDict()
+        self.size = size
+        self.segment_length = segment_length
+        self.states: OrderedDict[bytes, SoftPrompt] = OrderedDict()
 
     def keys(self, ids: list[int]) -> Iterator[bytes]:
-        """A digest of all tokens up to the end of each full segment."""
+        """Yields a digest of all tokens up to the end of each full segment."""
         digest = hashlib.sha256()
         for end in range(self.segment_length, len(ids) + 1, self.segment_length):
             digest.update(torch.tensor(ids[end - self.segment_length : end]).numpy().tobytes())
             yield digest.digest()
 
-    def get(self, ids: list[int]) -> tuple[tuple | None, int, bytes | None]:
-        """The longest kept beginning of a query: its soft prompt, how many tokens that has read, and its key."""
+    def get(self, ids: list[int]) -> tuple[SoftPrompt | None, int, bytes | None]:
+        """
+        Returns the soft prompt of the longest stored prefix of a query, the number of tokens that it has read, and its
+        key; None, 0 and None if no prefix is stored.
+        """
         if self.states:
             for index, key in reversed(list(enumerate(self.keys(ids), start=1))):
                 if key in self.states:
@@ -134,12 +140,13 @@ class KeptConversations:
                     return self.states[key], index * self.segment_length, key
         return None, 0, None
 
-    def put(self, ids: list[int], soft_prompt: tuple, instead_of: bytes | None):
-        """Keeps the soft prompt that has read `ids`, in place of the one that its query went on from."""
+    def put(self, ids: list[int], soft_prompt: SoftPrompt, prefix_key: bytes | None):
+        """Stores the soft prompt that has read `ids`, in place of the soft prompt of the query's prefix."""
         *_, key = self.keys(ids)
-        if instead_of is not None:
-            self.states.pop(instead_of, None)
-        self.states[key] = soft_prompt._make(state.clone() for state in soft_prompt)  # not the batch that it is of
+        if prefix_key is not None:
+            self.states.pop(prefix_key, None)
+        # Clones, because the tensors may be views of a batch that would stay in memory with them.
+        self.states[key] = SoftPrompt(*(state.clone() for state in soft_prompt))
         self.states.move_to_end(key)
         while len(self.states) > self.size:
             self.states.popitem(last=False)

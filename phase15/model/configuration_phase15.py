@@ -24,13 +24,7 @@ TINYLLAMA = {
     "rms_norm_eps": 1e-5,
 }
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_phase15.Phase15Config",
-    "AutoModel": "modeling_phase15.Phase15ForCausalLM",
-    "AutoModelForCausalLM": "modeling_phase15.Phase15ForCausalLM",
-}
-
-# The library puts these into any config. Another name that is no field is a mistake.
+# The library puts these into any config. Any other name that is not a field is a mistake.
 LIBRARY_KEYS = {
     "attn_implementation",
     "auto_map",
@@ -40,6 +34,19 @@ LIBRARY_KEYS = {
     *GenerationConfig().to_dict(),
     *dir(PreTrainedConfig()),  # including fields of later releases
 }
+
+
+def auto_map(model_class: str = "Phase15ForCausalLM") -> dict[str, str]:
+    """
+    Returns the classes that transformers loads with `trust_remote_code`, by auto class. `AutoModel` gives the class
+    that was saved: the causal LM, which generates, or a body that was saved by itself.
+    """
+    is_body = model_class == "Phase15Model"
+    return {
+        "AutoConfig": "configuration_phase15.Phase15Config",
+        "AutoModel": "modeling_phase15.Phase15Model" if is_body else "modeling_phase15.Phase15ForCausalLM",
+        "AutoModelForCausalLM": "modeling_phase15.Phase15ForCausalLM",
+    }
 
 
 class Phase15Config(PreTrainedConfig):
@@ -69,14 +76,20 @@ class Phase15Config(PreTrainedConfig):
             Attention heads of each block, in its self-attention and its cross-attention.
         hypernet_intermediate_size (`int`, defaults to 4096):
             Width of each block's MLP.
+        hypernet_type (`str`, defaults to `"gated_overwrite"`):
+            Name of the rule that computes Δ, as registered with `register_hypernet`.
         hypernet_slot_gate (`bool`, defaults to `False`):
             Give Δ's gate a part that all channels of a slot share. The tiny model learned facts in half the steps.
         hypernet_reads_layers (`int`, defaults to 0):
-            Let the HyperNetwork read the new tokens' hidden states after so many layers of the LLM, too, not their
-            embeddings alone. The layers run over the new tokens alone.
+            Number of the LLM's first layers whose hidden states of the new tokens the HyperNetwork reads besides their
+            embeddings. The layers run only over the new tokens.
         hypernet_signed_alpha (`bool`, *optional*):
             Let the sign of α count, so that a slot's carried part can grow from step to step. Only for weights trained
             before 2026-11-27: defaults to `True` in a saved config that does not name it, else to `False`.
+        hypernet_digest (`str`, *optional*):
+            Digest of the source of a step, written by `save_pretrained`. Code with another formula warns at loading.
+        phase15_version (`str`, *optional*):
+            Version of the code that saved the model, written by `save_pretrained`.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the HyperNetwork's initial weights.
 
@@ -109,9 +122,12 @@ class Phase15Config(PreTrainedConfig):
     hypernet_num_hidden_layers: int = 4
     hypernet_num_attention_heads: int = 16
     hypernet_intermediate_size: int = 4096
+    hypernet_type: str = "gated_overwrite"
     hypernet_slot_gate: bool = False
     hypernet_reads_layers: int = 0
     hypernet_signed_alpha: bool | None = None
+    hypernet_digest: str | None = None
+    phase15_version: str | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
@@ -126,8 +142,8 @@ class Phase15Config(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """
-        Overrides the library to keep attributes that are no fields, as `save_pretrained` may have written them. A
-        field that is misspelt is an error.
+        Overrides the library to keep attributes that are not fields, as `save_pretrained` may have written them. A
+        misspelt field is an error.
         """
         extra = {k: v for k, v in config_dict.items() if not is_known(k) and not close_field(k, cutoff=0.9)}
         result = super().from_dict({k: v for k, v in config_dict.items() if k not in extra}, **kwargs)
@@ -153,30 +169,28 @@ class Phase15Config(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.hypernet_signed_alpha is None:
             self.hypernet_signed_alpha = self.transformers_version is not None  # saved before the choice
-        self.auto_map = dict(AUTO_MAP)  # save_pretrained copies the code into every folder
+        # save_pretrained copies the code into every folder, so no other place may be named
+        self.auto_map = auto_map(*(self.architectures or ())[:1])
         self.check()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Overrides the library to write the version of this code."""
+        return {**super().to_dict(), "phase15_version": VERSION}
 
     def check(self):
         """Raises a ValueError for a field that no model can have: here, and where a model is made of the config."""
-        for name in (
-            "num_soft_tokens",
-            "num_sink_tokens",
-            "chunk_length",
-            "max_query_length",
-            "max_answer_length",
-            "hypernet_hidden_size",
-            "hypernet_num_hidden_layers",
-            "hypernet_num_attention_heads",
-            "hypernet_intermediate_size",
-        ):
+        for name in POSITIVE:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{name}` is {value!r}, but it must be a positive integer.")
-        layers, of_llm = self.hypernet_reads_layers, self.text_config.num_hidden_layers
-        if not isinstance(layers, int) or isinstance(layers, bool) or not 0 <= layers <= of_llm:
+        num_read = self.hypernet_reads_layers
+        num_layers = self.text_config.num_hidden_layers
+        if not isinstance(num_read, int) or isinstance(num_read, bool) or not 0 <= num_read <= num_layers:
             raise ValueError(
-                f"`hypernet_reads_layers` is {layers!r}, but it must be a number of layers, 0 to {of_llm}."
+                f"`hypernet_reads_layers` is {num_read!r}, but it must be a number of layers, 0 to {num_layers}."
             )
+        if not isinstance(self.hypernet_type, str):
+            raise ValueError(f"`hypernet_type` is {self.hypernet_type!r}, but it must be the name of a rule.")
         for name in ("hypernet_slot_gate", "hypernet_signed_alpha"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}, but it must be true or false.")
@@ -199,12 +213,15 @@ class Phase15Config(PreTrainedConfig):
 
     @property
     def num_positions(self) -> int:
-        """Positions of the HyperNetwork: the most tokens that a step can read."""
+        """Returns the number of positions of the HyperNetwork: the maximum number of tokens of a step."""
         return max(self.num_soft_tokens, self.max_query_length, self.chunk_length)
 
     @property
     def max_chunk_length(self) -> int:
-        """The most tokens of a chunk: the HyperNetwork has positions for them, and the LLM sees them and all slots."""
+        """
+        Returns the maximum number of tokens of a chunk: the HyperNetwork has positions for them, and the LLM sees them
+        beside all slots.
+        """
         window = getattr(self.text_config, "sliding_window", None)
         return self.num_positions if window is None else min(self.num_positions, window - self.num_soft_tokens)
 
@@ -213,7 +230,7 @@ class Phase15Config(PreTrainedConfig):
         Returns the chunk length of a call, in tokens. Every caller resolves it here.
 
         Args:
-            sources (`int`, `GenerationConfig` or `None`): in order of precedence; the first that names a length counts.
+            sources (`int`, `GenerationConfig` or `None`): in order of precedence; the first with a length counts.
             cache (`Phase15Cache`, *optional*): counts after them, and before the config.
 
         Raises:
@@ -228,18 +245,25 @@ class Phase15Config(PreTrainedConfig):
         return self.chunk_length if cache is None else cache.chunk_length
 
     def check_chunk_length(self, chunk_length: int | None):
-        """Raises a ValueError for a chunk of no token, or of more than `max_chunk_length`. None is no choice."""
+        """Raises a ValueError unless a chunk has 1 to `max_chunk_length` tokens. `None` keeps the default."""
         if chunk_length is None:
             return
-        most, reason = self.max_chunk_length, "the HyperNetwork has no more positions"
-        if most < self.num_positions:
+        maximum = self.max_chunk_length
+        reason = "the HyperNetwork has no more positions"
+        if maximum < self.num_positions:
             window = self.text_config.sliding_window
             reason = f"the LLM's sliding window of {window} has the {self.num_soft_tokens} slots in it, too"
         is_integer = isinstance(chunk_length, int) and not isinstance(chunk_length, bool)
-        if not (is_integer and 1 <= chunk_length <= most):
+        if not (is_integer and 1 <= chunk_length <= maximum):
             raise ValueError(
-                f"`chunk_length` is {chunk_length!r}, but it must be an integer from 1 to {most}: {reason}."
+                f"`chunk_length` is {chunk_length!r}, but it must be an integer from 1 to {maximum}: {reason}."
             )
+
+
+# The fields that must be positive integers.
+POSITIVE = [
+    name for name, kind in Phase15Config.__annotations__.items() if kind is int and name != "hypernet_reads_layers"
+]
 
 
 def is_known(name: str) -> bool:
@@ -247,11 +271,12 @@ def is_known(name: str) -> bool:
 
 
 def close_field(name: str, cutoff: float = 0.6) -> str | None:
-    """The field that a name resembles most, if it does by a `cutoff` from 0 to 1."""
-    return next(iter(difflib.get_close_matches(name, Phase15Config.__annotations__, n=1, cutoff=cutoff)), None)
+    """Returns the field that a name resembles most, or None if it resembles none by a `cutoff` from 0 to 1."""
+    matches = difflib.get_close_matches(name, Phase15Config.__annotations__, n=1, cutoff=cutoff)
+    return matches[0] if matches else None
 
 
 Phase15Config.register_for_auto_class()
 
 
-__all__ = ["TINYLLAMA", "VERSION", "Phase15Config"]
+__all__ = ["TINYLLAMA", "VERSION", "Phase15Config", "auto_map"]

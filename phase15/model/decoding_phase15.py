@@ -22,6 +22,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, LogitsProcessorList
 from transformers.generation import (
     EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
     MaxLengthCriteria,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -30,7 +31,7 @@ from transformers.generation import (
 )
 from transformers.utils import logging
 
-from .compat_phase15 import CACHE_NAME, Phase15GenerateOutput
+from .compat_phase15 import CACHE_NAME
 
 
 logger = logging.get_logger(__name__)
@@ -391,7 +392,7 @@ def sample_compiled(
     generation_config,
     streamer=None,
     insist: bool = True,
-) -> Phase15GenerateOutput | torch.LongTensor | None:
+) -> GenerateDecoderOnlyOutput | torch.LongTensor | None:
     """
     Generates an answer behind a soft prompt, with the arguments and the result of the library's sampling loop. If the
     steps cannot be compiled (no compiler, no memory) it raises the error, or warns and returns None without `insist`.
@@ -442,7 +443,7 @@ def sample_compiled(
     sequences = torch.cat([input_ids, answer], dim=1)
     if not generation_config.return_dict_in_generate:
         return sequences
-    return Phase15GenerateOutput(sequences=sequences, cache=cache)
+    return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE_NAME: cache})
 
 
 def fill_cache(cache, decoder: Phase15Decoder, model, num_fed: int):

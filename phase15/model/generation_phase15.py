@@ -11,9 +11,8 @@ from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.utils import logging
 
-from .batch_phase15 import zeros_and_ones
 from .cache_phase15 import Phase15Cache, check_cache
-from .compat_phase15 import CACHE_NAME, give_both_cache_names, pop_cache
+from .compat_phase15 import CACHE_NAME, pop_cache
 from .continuous_batching_phase15 import NUM_LANES, Phase15Lanes, Phase15LaneThread, generate_in_lanes
 from .decoding_phase15 import is_compiled, sample_compiled
 
@@ -105,7 +104,7 @@ class Phase15GenerationMixin(GenerationMixin):
         else:
             cache.chunk_length = chunk_length or cache.chunk_length
             kwargs[CACHE_NAME] = cache
-        return give_both_cache_names(super().generate(inputs, generation_config, *args, **kwargs))
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
     def _sample(
         self,
@@ -130,8 +129,8 @@ class Phase15GenerationMixin(GenerationMixin):
             message, mask, query_lengths = (
                 model_inputs.get(name) for name in ("input_ids", "attention_mask", "query_lengths")
             )
-            rows = self.left_align(message, mask, query_lengths, cache)
-            soft_prompt = self.read_message(rows, cache)
+            rows = self.model.align(message, mask, query_lengths, cache=cache)
+            soft_prompt = self.model.read_message(rows, cache)
             output = sample_compiled(self, soft_prompt, cache, input_ids, *parts, streamer, insist=bool(compile))
         if output is None:
             output = super()._sample(input_ids, *parts, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
@@ -166,7 +165,7 @@ class Phase15GenerationMixin(GenerationMixin):
         else:
             query_columns = slice(-input_ids.shape[1], None)
         if query_lengths is None:
-            mask = zeros_and_ones(input_ids, attention_mask)
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool()
             query_lengths = mask[:, query_columns].sum(dim=1)
         return {**model_inputs, "query_lengths": query_lengths}
 

@@ -10,35 +10,52 @@ Phase15: a language model with a recursive soft prompt.
   time per token do not grow with the length;
 - `carry` has no parameters: S sink slots keep the first tokens of the stream, the other slots hold the newest;
 - Δ, the HyperNetwork's gated overwrite of the slots, is exactly zero when training starts: a new model *is* its base
-  model behind a sliding window with attention sinks;
+  model with a sliding window and attention sinks;
 - training runs the recursion first, then the LLM once over all chunks of all rows;
 - generation (generation_phase15.py) is transformers' own loop: the state of the recursion is a `Cache`.
 
-recursion_phase15.py has the two parts of a step, batch_phase15.py a batch without its padding. This file is the
-language model around them: body and head.
+recursion_phase15.py has the step, batch_phase15.py the batch without its padding, cache_phase15.py the state of a
+generation. This file has the language model around them: `Phase15Model` (body), then `Phase15ForCausalLM` (head).
 """
 
+import inspect
 import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, GgufConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
-from .base_phase15 import check_base, check_sizes, reading_gguf, split_gguf
-from .batch_phase15 import Rows, check_arguments, check_batch, left_align, query_lengths_of, shift_labels
+from .base_phase15 import check_sizes, load_base, rename_earlier_weights
+from .batch_phase15 import IGNORED, Rows, check_arguments, query_lengths_from_labels
 from .cache_phase15 import Phase15Cache, check_cache
-from .compat_phase15 import CACHE_NAME, both_cache_names, one_cache
-from .configuration_phase15 import Phase15Config
+from .compat_phase15 import CACHE_NAME, one_cache, with_cache_alias
+from .configuration_phase15 import Phase15Config, auto_map
 from .generation_phase15 import Phase15GenerationMixin, supported_settings
-from .recursion_phase15 import FirstLayers, HyperNetwork, SoftPrompt, carry
+from .recursion_phase15 import (
+    HyperNetwork,
+    Phase15HyperNetwork,
+    Phase15RecursionMixin,
+    SoftPrompt,
+    carry,
+    check_first_layers,
+    formula_digest,
+    make_hypernet,
+    register_hypernet,
+)
+from .rules_phase15 import RULES
 
 
-@both_cache_names
+logger = logging.get_logger("transformers.phase15")  # one name for all copies of this file: they warn once
+
+
+@with_cache_alias
 @dataclass
 class Phase15ModelOutputWithPast(BaseModelOutputWithPast):
     """
@@ -51,7 +68,7 @@ class Phase15ModelOutputWithPast(BaseModelOutputWithPast):
         hidden_states, attentions (`tuple(torch.Tensor)`, *optional*):
             Of the LLM's last call, whose rows are chunks and whose positions are slots and chunk tokens.
         soft_prompt (`torch.Tensor` of shape `(batch_size, num_soft_tokens, hidden_size)`):
-            The soft prompt behind each row's last prediction.
+            The soft prompt of each row's last prediction.
         prediction (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
             The index of each column's prediction in its row; negative where a column predicts nothing.
     """
@@ -60,7 +77,7 @@ class Phase15ModelOutputWithPast(BaseModelOutputWithPast):
     prediction: torch.LongTensor | None = None
 
 
-@both_cache_names
+@with_cache_alias
 @dataclass
 class Phase15CausalLMOutputWithPast(CausalLMOutputWithPast):
     """
@@ -87,10 +104,9 @@ class Phase15CausalLMOutputWithPast(CausalLMOutputWithPast):
 class Phase15PreTrainedModel(PreTrainedModel):
     config: Phase15Config
     config_class = Phase15Config
-    base_model_prefix = "phase15"
+    base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["HyperNetwork"]  # it adds the outputs of its parts
-    _keep_in_fp32_modules = ["hypernet"]  # in float16; and quantizers convert the LLM alone
+    _keep_in_fp32_modules = ["hypernet"]  # float16 is too coarse for it; quantizers convert only the LLM
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -102,49 +118,90 @@ class Phase15PreTrainedModel(PreTrainedModel):
         """Overrides the library to initialise only what `from_pretrained` has not filled."""
         return [*super().get_init_context(*args, **kwargs), init.no_init_weights()]
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """
-        Overrides the library, which at loading drops settings that are not its own (`chunk_length`) from a generation
-        config that is marked as made of a model's config.
+        Overrides the library to write the class, the digest of the formula and the file of a registered HyperNetwork
+        into the folder, and to keep settings of the generation config that are not the library's (`chunk_length`).
         """
-        if not self.can_generate():
-            return super().save_pretrained(*args, **kwargs)
-        chosen = self.generation_config
-        settings = {name: value for name, value in chosen.to_dict().items() if not name.startswith("_")}
-        settings.pop("transformers_version", None)
-        try:
-            self.generation_config = GenerationConfig(**settings)
-            return super().save_pretrained(*args, **kwargs)
-        finally:
-            self.generation_config = chosen
+        self.config.auto_map = auto_map(type(self).__name__)
+        self.config.hypernet_digest = formula_digest(self.hypernet)
+        if self.can_generate():
+            # At loading the library drops foreign settings from a generation config that is marked as made of a
+            # model's config: a new one is not marked.
+            generation_config = self.generation_config
+            settings = {k: v for k, v in generation_config.to_dict().items() if not k.startswith("_")}
+            settings.pop("transformers_version", None)
+            try:
+                self.generation_config = GenerationConfig(**settings)
+                super().save_pretrained(save_directory, *args, **kwargs)
+            finally:
+                self.generation_config = generation_config
+        else:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            save_rule(self.hypernet, Path(save_directory))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, HyperNetwork):
-            # as large as the projections of embeddings at unit scale
-            position_std = self.config.initializer_range * self.config.text_config.hidden_size**0.5
-            init.normal_(module.position_embeddings.weight, mean=0.0, std=position_std)
-            init.zeros_(module.alpha)
-            # what it is for a base is measured by `from_base`; not every config has the field
-            init.constant_(module.embedding_scale, getattr(self.config.text_config, "initializer_range", 0.02))
+        if isinstance(module, Phase15HyperNetwork):
+            module.init_weights(self.config)
 
 
-class Phase15Model(Phase15PreTrainedModel):
+def save_rule(hypernet: nn.Module, folder: Path):
+    """
+    Copies the file of a registered HyperNetwork into a saved folder, whose rules_phase15.py then imports it. The
+    default HyperNetwork travels with the model's own code.
+
+    Raises:
+        ValueError: if the class is not defined in a file, or the file imports from `phase15` other than by
+            `from phase15.model.NAME import …`, which becomes `from .NAME import …` in the folder.
+    """
+    rule = next(type(module) for module in hypernet.modules() if isinstance(module, Phase15HyperNetwork))
+    if rule.__module__ == Phase15HyperNetwork.__module__:
+        return
+    try:
+        source = Path(inspect.getsourcefile(rule))
+    except TypeError as error:
+        raise ValueError(f"{rule.__name__} cannot be saved: define it in a file, which then travels along.") from error
+    text = re.sub(r"^(\s*from )phase15\.model(\.\w+ import )", r"\1\2", source.read_text("utf-8"), flags=re.M)
+    foreign = re.search(r"^\s*(from|import) phase15\b.*", text, flags=re.M)
+    if foreign:
+        raise ValueError(
+            f"{source}: `{foreign[0].strip()}` would not work in a saved folder; write `from phase15.model.NAME "
+            "import …`, as in `from phase15.model.recursion_phase15 import Phase15HyperNetwork`."
+        )
+    (folder / source.name).write_text(text, encoding="utf-8")
+    (folder / "rules_phase15.py").write_text(
+        '"""The registered HyperNetwork that this folder brings."""\n\n'
+        f"from .{source.stem} import {rule.__name__}\n\n\nRULES = [{rule.__name__}]\n",
+        encoding="utf-8",
+    )
+
+
+class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
     """
     The body: the recursion and the LLM, up to the hidden states that predict.
 
     Args:
-        config (`Phase15Config`): its `text_config` says which LLM is built.
+        config (`Phase15Config`): its `text_config` decides which LLM is built.
         llm (`PreTrainedModel`, *optional*): the LLM to wrap; built from `config.text_config` when not given.
     """
 
     def __init__(self, config: Phase15Config, llm: PreTrainedModel | None = None):
-        config.check()  # `from_pretrained` sets fields that it is given after the config was made
+        config.check()  # `from_pretrained` sets fields after the config was made
         super().__init__(config)
         self.llm = AutoModelForCausalLM.from_config(config.text_config) if llm is None else llm
-        self.hypernet = HyperNetwork(config)
-        self._first_layers = FirstLayers(self.llm.base_model, config) if config.hypernet_reads_layers else None
+        check_first_layers(self.llm, config.hypernet_reads_layers)
+        self.hypernet = make_hypernet(config)
+        self._no_split_modules = [type(self.hypernet).__name__]  # it adds the outputs of its parts
+        digest = config.hypernet_digest
+        if digest is not None and digest != formula_digest(self.hypernet):
+            logger.warning_once(
+                f"{config.name_or_path or 'This model'} was saved by code with another formula of the step "
+                f"(`hypernet_digest` {digest}), so its output may differ here. `trust_remote_code=True` runs the "
+                "folder's own code."
+            )
         self.register_load_state_dict_pre_hook(check_sizes)
         self.post_init()
 
@@ -153,62 +210,6 @@ class Phase15Model(Phase15PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module):
         self.llm.set_input_embeddings(value)
-
-    def empty_soft_prompt(self, batch_size: int, like: torch.Tensor | None = None) -> SoftPrompt:
-        """The state before the first token: no slot is used. `like` is embeddings, if the weight may be elsewhere."""
-        like = self.get_input_embeddings().weight if like is None else like
-        return SoftPrompt(
-            like.new_zeros(batch_size, self.config.num_soft_tokens, like.shape[-1]),
-            torch.zeros(batch_size, dtype=torch.long, device=like.device),
-        )
-
-    def first_layers(self, tokens: torch.Tensor, segment_length: int) -> list[torch.Tensor | None]:
-        """What the HyperNetwork reads of each segment besides its embeddings: see [`FirstLayers`], or None."""
-        if self._first_layers is None:
-            return [None] * -(-tokens.shape[1] // segment_length)
-        return self._first_layers(tokens, segment_length)
-
-    def step(
-        self,
-        soft_prompt: SoftPrompt,
-        tokens: torch.Tensor,
-        token_length: torch.LongTensor,
-        hidden_states: torch.Tensor | None = None,
-    ) -> SoftPrompt:
-        """
-        `step(sp, tokens) = carry(sp, tokens) + Δ(sp, tokens)`; a row without a token keeps its soft prompt.
-
-        Args:
-            soft_prompt (`SoftPrompt`): the state before.
-            tokens (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): embeddings, left-aligned.
-            token_length (`torch.LongTensor` of shape `(batch_size,)`): how many of them are real in each row.
-            hidden_states (`torch.Tensor` of the shape of `tokens`, *optional*): their `first_layers`, if known.
-        """
-        if hidden_states is None and tokens.shape[1]:
-            (hidden_states,) = self.first_layers(tokens, tokens.shape[1])
-        carried = carry(soft_prompt, tokens, token_length, self.config.num_sink_tokens)
-        delta = self.hypernet(carried, soft_prompt, tokens, token_length, hidden_states)
-        delta, reads = delta.to(tokens.device), (token_length > 0)[:, None, None]
-        return carried._replace(embeds=torch.where(reads, carried.embeds + delta, soft_prompt.embeds))
-
-    def read(
-        self,
-        soft_prompt: SoftPrompt,
-        tokens: torch.Tensor,
-        length: torch.LongTensor,
-        hidden_states: list | None = None,
-    ) -> SoftPrompt:
-        """
-        Steps over a message of any length, given by ids or by embeddings, `max_query_length` tokens at a time;
-        `hidden_states`: their `first_layers`, if known.
-        """
-        segments = tokens.split(self.config.max_query_length, dim=1)
-        for segment, read in zip(segments, hidden_states or [None] * len(segments), strict=True):
-            segment_length = length.clamp(max=segment.shape[1])
-            embeds = segment if segment.is_floating_point() else self.get_input_embeddings()(segment)
-            soft_prompt = self.step(soft_prompt, embeds, segment_length, read)
-            length = length - segment_length
-        return soft_prompt
 
     def predict(
         self,
@@ -231,21 +232,25 @@ class Phase15Model(Phase15PreTrainedModel):
             the hidden states that predict the tokens after the soft prompt (unless it was in the cache) and after each
             chunk token, of shape `(batch_size, (1 +) num_tokens, hidden_size)`, and the LLM's output.
         """
-        shortest, used = torch.stack(torch.aminmax(soft_prompt.length)).tolist()
         batch_size, num_tokens, hidden_size = chunk.shape
-        past = 0 if llm_cache is None else llm_cache.get_seq_length()
-        if past:
-            used = past - num_cached  # the longest row may have left since
-        last_slot = soft_prompt.length[:, None] - 1
-        position = last_slot + 1 + torch.arange(num_cached, num_cached + num_tokens, device=chunk.device)
-        inputs_embeds, predicting = chunk, torch.arange(num_tokens, device=chunk.device).expand(batch_size, -1)
-        if past == 0:
-            inputs_embeds = torch.cat([soft_prompt.embeds[:, :used], chunk], dim=1)
-            position = torch.cat([torch.arange(used, device=chunk.device).expand(batch_size, -1), position], dim=1)
-            predicting = torch.cat([last_slot, used + predicting], dim=1)
-        visible = None  # a mask is needed where shorter rows have unused slots
-        if shortest < used:
-            visible = F.pad(soft_prompt.mask[:, :used], (0, num_cached + num_tokens), value=True)
+        shortest, num_slots = torch.stack(torch.aminmax(soft_prompt.length)).tolist()  # one wait for the device
+        num_past = 0 if llm_cache is None else llm_cache.get_seq_length()
+        if num_past:
+            num_slots = num_past - num_cached  # the row with the most slots may have left the batch since
+        # Chunk token j has the position after the row's last used slot, plus j.
+        first_position = soft_prompt.length[:, None] + num_cached
+        position = first_position + torch.arange(num_tokens, device=chunk.device)  # (B, T)
+        predicting = torch.arange(num_tokens, device=chunk.device).expand(batch_size, -1)  # columns that predict
+        inputs_embeds = chunk
+        if num_past == 0:
+            slot = torch.arange(num_slots, device=chunk.device).expand(batch_size, -1)
+            last_slot = soft_prompt.length[:, None] - 1
+            inputs_embeds = torch.cat([soft_prompt.embeds[:, :num_slots], chunk], dim=1)  # (B, N + T, d)
+            position = torch.cat([slot, position], dim=1)
+            predicting = torch.cat([last_slot, num_slots + predicting], dim=1)  # (B, 1 + T)
+        visible = None  # the LLM needs a mask only where shorter rows have unused slots
+        if shortest < num_slots:
+            visible = F.pad(soft_prompt.mask[:, :num_slots], (0, num_cached + num_tokens), value=True)
         outputs = self.llm.base_model(
             inputs_embeds=inputs_embeds,
             position_ids=position,
@@ -272,57 +277,76 @@ class Phase15Model(Phase15PreTrainedModel):
         **kwargs,
     ) -> Phase15ModelOutputWithPast:
         r"""
-        Reads each row's query into the soft prompt, and gives the hidden states that predict the tokens after it.
+        Reads each row's query into the soft prompt, and computes the hidden states that predict the tokens after it.
 
         Args:
             input_ids, attention_mask, cache, use_cache, bptt_chunks, past_key_values, chunk_length, kwargs:
                 See [`Phase15ForCausalLM.forward`].
             query_lengths (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-                How many tokens of each row are its query, padding not counted. The default is the first token, or none
-                if the cache has seen tokens.
+                Number of tokens of each row's query, padding not counted. Defaults to 1, or to 0 if the cache has seen
+                tokens.
             predict_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Columns whose predictions are asked for; all by default. Without a cache, chunks with none are skipped.
+                Columns whose predictions are requested; all by default. Without a cache, chunks with none are skipped.
         """
         check_arguments(kwargs)
-        cache, chunk_length = self.cache_of(one_cache(cache, past_key_values), use_cache, chunk_length)
-        rows = self.left_align(input_ids, attention_mask, query_lengths, cache)
-        if cache is None:
-            hidden_states, soft_prompt, outputs = self.unroll(rows, chunk_length, predict_mask, bptt_chunks, **kwargs)
-        else:
-            hidden_states, soft_prompt, outputs = self.resume(rows, cache, **kwargs)
+        cache, chunk_length = self.resolve_cache(one_cache(cache, past_key_values), use_cache, chunk_length)
+        rows = self.align(input_ids, attention_mask, query_lengths, cache=cache)
+        states, soft_prompt, outputs = self.predict_rows(
+            rows, cache, chunk_length, predict_mask, bptt_chunks, **kwargs
+        )
         return Phase15ModelOutputWithPast(
-            last_hidden_state=rows.to_columns(hidden_states),
-            cache=cache,
+            last_hidden_state=rows.to_columns(states),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             soft_prompt=soft_prompt,
             prediction=rows.prediction,
+            **{CACHE_NAME: cache},
         )
 
-    def cache_of(
+    def resolve_cache(
         self, cache: Phase15Cache | None, use_cache: bool | None, chunk_length: int | None
     ) -> tuple[Phase15Cache | None, int]:
-        """The cache of a call, and the tokens of its chunks: as asked for, or the cache's, or the config's."""
+        """Returns the cache of a call, a new one with `use_cache`, and the length of its chunks."""
         check_cache(cache)
-        self.config.check_chunk_length(chunk_length)
         if cache is None and use_cache:
             cache = Phase15Cache(self.config, chunk_length)
-        own = (self.config if cache is None else cache).chunk_length
-        if cache is not None and chunk_length not in (None, own):
-            raise ValueError(f"`chunk_length` is {chunk_length}, but the cache's is {own}.")
-        return cache, chunk_length or own
+            return cache, cache.chunk_length
+        resolved = self.config.resolve_chunk_length(chunk_length, cache=cache)
+        if cache is not None and resolved != cache.chunk_length:
+            raise ValueError(f"`chunk_length` is {chunk_length}, but the cache's is {cache.chunk_length}.")
+        return cache, resolved
 
-    def left_align(
+    def align(
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
         query_lengths: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
         cache: Phase15Cache | None = None,
     ) -> Rows:
-        """Checks a batch and left-aligns its rows; `cache` is the one that it continues."""
-        check_batch(input_ids, attention_mask, cache)
-        vocab_size, seen_tokens = self.config.text_config.vocab_size, 0 if cache is None else cache.seen_tokens
-        return left_align(input_ids, attention_mask, query_lengths, vocab_size, seen_tokens)
+        """Checks a batch and left-aligns its rows: see [`Rows.from_batch`]."""
+        vocab_size = self.config.text_config.vocab_size
+        return Rows.from_batch(input_ids, attention_mask, query_lengths, labels, vocab_size=vocab_size, cache=cache)
+
+    def predict_rows(
+        self,
+        rows: Rows,
+        cache: Phase15Cache | None,
+        chunk_length: int,
+        predict_mask: torch.BoolTensor | None = None,
+        bptt_chunks: int | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor, BaseModelOutputWithPast]:
+        """
+        Computes the predictions of aligned rows, in the training form without a cache, else in the cached form.
+
+        Returns:
+            the hidden states by prediction `(batch_size, num_predictions, hidden_size)`, the last soft prompt of each
+            row `(batch_size, num_soft_tokens, hidden_size)`, and the LLM's output.
+        """
+        if cache is None:
+            return self.unroll(rows, chunk_length, predict_mask, bptt_chunks, **kwargs)
+        return self.resume(rows, cache, **kwargs)
 
     def unroll(
         self,
@@ -331,52 +355,57 @@ class Phase15Model(Phase15PreTrainedModel):
         predict_mask: torch.BoolTensor | None = None,
         bptt_chunks: int | None = None,
         **kwargs,
-    ):
+    ) -> tuple[torch.Tensor, torch.Tensor, BaseModelOutputWithPast]:
         """
-        The training form: all steps of the recursion, then one call of the LLM over the chunks that are asked for.
-
-        Returns:
-            the hidden states of the predictions `(batch_size, num_chunks * chunk_length, hidden_size)`, the last soft
-            prompt of each row `(batch_size, num_soft_tokens, hidden_size)`, and the LLM's output.
+        Computes the training form: all steps of the recursion, then one call of the LLM over the requested chunks.
+        Returns as `predict_rows`, with `num_chunks * chunk_length` predictions.
         """
         needed = rows.needed_chunks(chunk_length, predict_mask)  # (B, C)
         num_rows, num_chunks = needed.shape
+        # Token j of a row's answer stands after its query; what lies beyond the row is never a target or read.
         answer = rows.query_length[:, None] + torch.arange(num_chunks * chunk_length, device=needed.device)
         answer = rows.input_ids.gather(1, answer.clamp(max=rows.input_ids.shape[1] - 1))
         chunks = self.get_input_embeddings()(answer).unflatten(1, (num_chunks, chunk_length))  # (B, C, K, d)
-        num_full = (rows.length - rows.query_length) // chunk_length
+        num_full = (rows.length - rows.query_length) // chunk_length  # only full chunks are read
 
-        # one call for all segments: FSDP gathers the weights at each, and all processes must do so equally often
+        # One call for all segments: FSDP gathers weights at every call, and all processes must call equally often.
         query = self.get_input_embeddings()(rows.input_ids[:, : int(rows.query_length.max())])
-        of_query = self.first_layers(query, self.config.max_query_length)
-        of_chunks = self.first_layers(
-            chunks[:, : max(num_chunks - 1, 1)].flatten(1, 2), chunk_length
-        )  # the last is not read
-        soft_prompts = [self.read(self.empty_soft_prompt(num_rows, query), query, rows.query_length, of_query)]
+        query_states = self.first_layers(query, self.config.max_query_length)
+        read_chunks = chunks[:, : max(num_chunks - 1, 1)]  # no step reads the last chunk
+        chunk_states = self.first_layers(read_chunks.flatten(1, 2), chunk_length)
+
+        empty = self.empty_soft_prompt(num_rows, query)
+        soft_prompt = self.read(empty, query, rows.query_length, query_states)
+        soft_prompts = [soft_prompt]
         for index in range(num_chunks - 1):
-            soft_prompt = soft_prompts[-1]
             if bptt_chunks and (index + 1) % bptt_chunks == 0:
                 soft_prompt = soft_prompt._replace(embeds=soft_prompt.embeds.detach())
-            token_length = (index < num_full) * chunk_length  # only a full chunk is read
-            soft_prompts.append(self.step(soft_prompt, chunks[:, index], token_length, of_chunks[index]))
-        embeds, length = (torch.stack(states, dim=1) for states in zip(*soft_prompts, strict=True))  # (B, C, …)
-        if self._first_layers is not None:  # and equally often backward, also where no chunk was read
-            embeds = embeds + 0 * (of_query[0][:, None, :1] + of_chunks[0][:, None, :1])
+            token_length = (index < num_full) * chunk_length
+            soft_prompt = self.step(soft_prompt, chunks[:, index], token_length, chunk_states[index])
+            soft_prompts.append(soft_prompt)
+        embeds = torch.stack([soft_prompt.embeds for soft_prompt in soft_prompts], dim=1)  # (B, C, N, d)
+        length = torch.stack([soft_prompt.length for soft_prompt in soft_prompts], dim=1)  # (B, C)
+        if self.config.hypernet_reads_layers:
+            # FSDP needs the same number of backward calls on every process, also where a batch has no chunk to read.
+            embeds = embeds + 0 * (query_states[0][:, None, :1] + chunk_states[0][:, None, :1])
 
-        predicted, outputs = self.predict(SoftPrompt(embeds[needed], length[needed]), chunks[needed][:, :-1], **kwargs)
-        hidden_states = predicted.new_zeros(num_rows, num_chunks, *predicted.shape[1:])  # (B, C, K, d)
-        hidden_states[needed] = predicted
-        last = (needed * torch.arange(num_chunks, device=needed.device)).amax(dim=1)
-        return hidden_states.flatten(1, 2), embeds[torch.arange(num_rows), last], outputs
+        # The last token of a chunk predicts the first of the next chunk, which the next soft prompt does.
+        fed = chunks[needed][:, :-1]
+        predicted, outputs = self.predict(SoftPrompt(embeds[needed], length[needed]), fed, **kwargs)
+        states = predicted.new_zeros(num_rows, num_chunks, *predicted.shape[1:])  # (B, C, K, d)
+        states[needed] = predicted
+        last_chunk = (needed * torch.arange(num_chunks, device=needed.device)).amax(dim=1)
+        return states.flatten(1, 2), embeds[torch.arange(num_rows), last_chunk], outputs
 
-    def resume(self, rows: Rows, cache: Phase15Cache, **kwargs):
+    def resume(
+        self, rows: Rows, cache: Phase15Cache, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor, BaseModelOutputWithPast]:
         """
-        The cached form: reads a message if there is one, then feeds answer tokens to the open chunk.
-
-        Returns:
-            as [`Phase15Model.unroll`], with the LLM's last output.
+        Computes the cached form: reads a message if there is one, then feeds answer tokens to the open chunk. Returns
+        as `predict_rows`, with the LLM's last output.
         """
-        answer_length, has_query = rows.length - rows.query_length, rows.query_length > 0
+        answer_length = rows.length - rows.query_length
+        has_query = rows.query_length > 0
         if (answer_length != answer_length[0]).any() or (has_query != has_query[0]).any():
             raise ValueError(
                 "In a cache the chunks of all rows begin and end together, but the rows have queries of "
@@ -386,18 +415,21 @@ class Phase15Model(Phase15PreTrainedModel):
         calls = []
         if has_query[0]:
             calls.append(self.prefill(cache, self.read_message(rows, cache), **kwargs))
-            if not torch.isfinite(calls[0][0]).all():  # one device sync per message
-                reason = (
-                    f"The weights are damaged, or too large for {self.dtype}: load the model with another `dtype`."
+            if not torch.isfinite(calls[0][0]).all():  # one wait for the device per message
+                raise FloatingPointError(
+                    "The LLM's output after the query is not finite. The weights are damaged, or too large for "
+                    f"{self.dtype}: load the model with another `dtype`."
                 )
-                raise FloatingPointError(f"The LLM's output behind the query is not finite. {reason}")
         answer = rows.query_length[:, None] + torch.arange(int(answer_length[0]), device=answer_length.device)
         answer = self.get_input_embeddings()(rows.input_ids.gather(1, answer))  # (B, A, d)
         while answer.shape[1]:
-            room = max(cache.chunk_length - cache.chunk.shape[1], 1)  # it may have become shorter than the open chunk
-            tokens, answer = answer[:, :room], answer[:, room:]
+            # `chunk_length` may have become shorter than the open chunk, which then ends with the next token.
+            room = max(cache.chunk_length - cache.chunk.shape[1], 1)
+            tokens = answer[:, :room]
+            answer = answer[:, room:]
             is_full = tokens.shape[1] == room
-            if num_fed := tokens.shape[1] - is_full:  # the last token of a chunk predicts nothing inside it
+            num_fed = tokens.shape[1] - is_full  # the last token of a chunk predicts nothing inside it
+            if num_fed:
                 calls.append(self.decode(cache, tokens[:, :num_fed], **kwargs))
             cache.chunk = torch.cat([cache.chunk, tokens], dim=1)
             if is_full:
@@ -405,11 +437,11 @@ class Phase15Model(Phase15PreTrainedModel):
                 soft_prompt = self.step(cache.soft_prompt, cache.chunk, length)
                 calls.append(self.prefill(cache, soft_prompt, **kwargs))
         cache.seen_tokens += rows.input_ids.shape[1]
-        hidden_states = torch.cat([hidden_states for hidden_states, _ in calls], dim=1)
-        return hidden_states, cache.soft_prompt.embeds, calls[-1][1]
+        states = torch.cat([states for states, _ in calls], dim=1)
+        return states, cache.soft_prompt.embeds, calls[-1][1]
 
     def read_message(self, rows: Rows, cache: Phase15Cache) -> SoftPrompt:
-        """Closes the open chunk, and steps the cache's soft prompt over each row's query."""
+        """Closes the open chunk, and returns the cache's soft prompt stepped over each row's query."""
         soft_prompt = cache.soft_prompt
         if soft_prompt is None:
             like = self.get_input_embeddings()(rows.input_ids[:, :1])
@@ -429,44 +461,60 @@ class Phase15Model(Phase15PreTrainedModel):
         return self.predict(cache.soft_prompt, tokens, cache.llm_cache, cache.chunk.shape[1], **kwargs)
 
 
-class Phase15ForCausalLM(Phase15Model, Phase15GenerationMixin):
+def add_query_lengths(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """
-    A causal language model whose LLM sees a recursive soft prompt and the current chunk of 16 tokens: the body, and on
-    it the LLM's own head.
+    Adds the default `query_lengths` to a call with labels. A forward pre-hook of the head: TRL's SFTTrainer replaces
+    the head's `forward` by a function that keeps the labels and calls the body, which needs to know the queries.
+    """
+    is_replaced = "forward" in vars(model)
+    if is_replaced and kwargs.get("labels") is not None and kwargs.get("query_lengths") is None:
+        query_lengths = query_lengths_from_labels(kwargs["labels"], kwargs.get("attention_mask"))
+        kwargs = {**kwargs, "query_lengths": query_lengths}
+    return args, kwargs
+
+
+class Phase15ForCausalLM(Phase15PreTrainedModel, Phase15GenerationMixin):
+    """
+    A causal language model whose LLM sees a recursive soft prompt and the current chunk of 16 tokens: the body
+    (`model`), and on it the LLM's own head.
 
     ```python
     >>> model = Phase15ForCausalLM.from_base("TinyLlama/TinyLlama-1.1B-Chat-v1.0")  # equals its base, until trained
     >>> model = AutoModelForCausalLM.from_pretrained("path/or/repo", trust_remote_code=True)
     ```"""
 
+    # PEFT renames the weights of adapters by it that were saved before 0.6.0, when the head was its own body.
+    _checkpoint_conversion_mapping = {r"^(llm|hypernet)\.": r"model.\1."}
+
+    def __init__(self, config: Phase15Config, llm: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.model = Phase15Model(config, llm)
+        self.register_load_state_dict_pre_hook(rename_earlier_weights)
+        self.register_forward_pre_hook(add_query_lengths, with_kwargs=True)
+        self.post_init()
+
     @classmethod
     def from_base(cls, base: str | os.PathLike, *, output_loading_info: bool = False, **kwargs):
         """
-        Wraps a causal LM with a new HyperNetwork. Until it is trained, the model gives its base's output. Raises a
-        ValueError for an LLM that cannot be given a soft prompt.
+        Wraps a causal LM with a new HyperNetwork. Until it is trained, the model gives its base's output.
 
         Args:
             base (`str` or `os.PathLike`): Hub id, local folder, or `.gguf` file of a Llama-like LLM.
             output_loading_info (`bool`): return the base's loading info too, as `from_pretrained` does.
             kwargs: fields of [`Phase15Config`]; all others go to `AutoModelForCausalLM.from_pretrained` (`dtype`,
                 `device_map`, `revision`, …). Weights that are pickles need `use_safetensors=False`.
+
+        Raises:
+            ValueError: for an LLM that cannot be given a soft prompt.
         """
-        config_kwargs = {name: kwargs.pop(name) for name in list(kwargs) if name in Phase15Config.__annotations__}
-        base, gguf_file = split_gguf(base)
-        if gguf_file:
-            kwargs["gguf_file"] = gguf_file
-        if kwargs.get("gguf_file"):
-            kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
-        kwargs.setdefault("use_safetensors", True)
-        with reading_gguf(base, kwargs.get("gguf_file")):
-            llm, loading_info = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **kwargs)
-        check_base(llm)
-        if os.path.isdir(base):
-            llm.config.name_or_path = ""  # a path says nothing where the model is loaded later
+        names = [name for name in kwargs if name in Phase15Config.__annotations__]
+        config_kwargs = {name: kwargs.pop(name) for name in names}
+        llm, loading_info = load_base(base, **kwargs)
         attention = llm.config._attn_implementation
         model = cls(Phase15Config(text_config=llm.config, attn_implementation=attention, **config_kwargs), llm=llm)
         embeddings = llm.get_input_embeddings().weight
-        dtype = torch.float32 if embeddings.dtype == torch.float16 else embeddings.dtype  # as when it is loaded again
+        # The HyperNetwork's dtype is the one that it has when the model is loaded again (`_keep_in_fp32_modules`).
+        dtype = torch.float32 if embeddings.dtype == torch.float16 else embeddings.dtype
         model.hypernet.to(device=embeddings.device, dtype=dtype)
         model.hypernet.embedding_scale.fill_(embeddings.detach().float().square().mean().sqrt())
         model.generation_config = supported_settings(llm.generation_config)
@@ -475,24 +523,41 @@ class Phase15ForCausalLM(Phase15Model, Phase15GenerationMixin):
         model.eval()
         return (model, loading_info) if output_loading_info else model
 
+    @property
+    def llm(self) -> PreTrainedModel:
+        return self.model.llm
+
+    @property
+    def hypernet(self) -> Phase15HyperNetwork:
+        return self.model.hypernet
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.model.set_input_embeddings(value)
+
     def get_output_embeddings(self) -> nn.Module:
         return self.llm.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module):
         self.llm.set_output_embeddings(new_embeddings)
 
-    @property
-    def base_model(self) -> Phase15Model:
-        """The body: this model's modules without the head, and without a `forward` that a tool has put here."""
-        body = object.__new__(Phase15Model)
-        body.__dict__ = {name: value for name, value in vars(self).items() if name != "forward"}
-        return body
+    def empty_soft_prompt(self, batch_size: int, like: torch.Tensor | None = None) -> SoftPrompt:
+        """See [`Phase15RecursionMixin.empty_soft_prompt`]."""
+        return self.model.empty_soft_prompt(batch_size, like)
 
-    def __call__(self, *args, **kwargs):
-        # TRL replaces `forward` by a function that calls `base_model` without the labels; they say which is the query
-        if "forward" in vars(self) and kwargs.get("labels") is not None and kwargs.get("query_lengths") is None:
-            kwargs["query_lengths"] = query_lengths_of(kwargs["labels"], kwargs.get("attention_mask"))
-        return super().__call__(*args, **kwargs)
+    def step(self, *args, **kwargs) -> SoftPrompt:
+        """See [`Phase15RecursionMixin.step`]."""
+        return self.model.step(*args, **kwargs)
+
+    def read(self, *args, **kwargs) -> SoftPrompt:
+        """See [`Phase15RecursionMixin.read`]."""
+        return self.model.read(*args, **kwargs)
+
+    def predict(self, *args, **kwargs) -> tuple[torch.Tensor, BaseModelOutputWithPast]:
+        """See [`Phase15Model.predict`]."""
+        return self.model.predict(*args, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -514,7 +579,7 @@ class Phase15ForCausalLM(Phase15Model, Phase15GenerationMixin):
         r"""
         Reads each row's query into the soft prompt and predicts the tokens after it, chunk by chunk.
 
-        Without a cache this is the training form: the recursion runs first, which depends on the given tokens alone,
+        Without a cache this is the training form: the recursion runs first, which depends only on the given tokens,
         then the LLM once over all chunks of all rows. With one it continues from the cache's state, and any split of
         the same tokens into calls gives the same logits.
 
@@ -526,16 +591,16 @@ class Phase15ForCausalLM(Phase15Model, Phase15GenerationMixin):
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Target ids aligned with `input_ids`, -100 for none. A row's query ends before its first label.
             query_lengths (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-                How many tokens of each row are its query, padding not counted; overrides `labels`. Without both, the
-                query is the first token (none, if the cache has seen tokens): a causal LM over any text.
+                Number of tokens of each row's query, padding not counted; overrides `labels`. Without both, the query
+                is the first token (none, if the cache has seen tokens): a causal LM over any text.
             cache (`Phase15Cache`, *optional*):
-                State to continue from, updated in place. Its rows must have equally many answer tokens.
+                State to continue from, updated in place. Its rows must have the same number of answer tokens.
             use_cache (`bool`, *optional*): make a `Phase15Cache` when none is given; unlike elsewhere not the default.
             logits_to_keep (`int` or `torch.Tensor` of shape `(num_columns,)`, defaults to 0):
-                Compute logits for so many last columns, or for these columns; 0 is all.
+                Compute logits only for the last N columns, or for these columns; 0 is all.
             skip_logits (`bool`, defaults to `False`):
-                Save the memory of the logits: with `labels` compute the loss alone, without them `last_hidden_state`.
-            bptt_chunks (`int`, *optional*): stop the gradient through the recursion after every so many chunks.
+                Save the memory of the logits: with `labels` compute only the loss, without them `last_hidden_state`.
+            bptt_chunks (`int`, *optional*): stop the gradient through the recursion every N chunks.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
                 Divisor of the loss: the target tokens of the accumulated batch. Defaults to this batch's.
             past_key_values (`Phase15Cache`, *optional*): the same as `cache`; its name before transformers 5.24.
@@ -546,60 +611,77 @@ class Phase15ForCausalLM(Phase15Model, Phase15GenerationMixin):
             ValueError: for shapes that do not match, ids outside the vocabulary, rows without a token, a query longer
                 than its row, rows that a cache cannot hold side by side, a cache of another class, or a `chunk_length`
                 that is not the cache's or that the model has no positions for.
-            FloatingPointError: for a query, read into a cache, behind which the LLM's output is not finite.
+            FloatingPointError: if the LLM's output after a query that is read into a cache is not finite.
         """
-        cache, chunk_length = self.cache_of(one_cache(cache, past_key_values), use_cache, chunk_length)
-        check_batch(input_ids, attention_mask, cache, labels)
+        check_arguments(kwargs)
+        cache, chunk_length = self.model.resolve_cache(one_cache(cache, past_key_values), use_cache, chunk_length)
+        rows = self.model.align(input_ids, attention_mask, query_lengths, labels, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        keeps_states, losses = labels is None or not skip_logits, {}
+        keeps_states = labels is None or not skip_logits
         predict_mask = torch.zeros_like(input_ids, dtype=torch.bool)  # (B, T)
         predict_mask[:, kept] = keeps_states
         if labels is not None:
-            targets = shift_labels(labels, attention_mask, self.config.text_config.vocab_size)
-            predict_mask |= targets != -100
-            query_lengths = query_lengths_of(labels, attention_mask) if query_lengths is None else query_lengths
-        kwargs |= {"predict_mask": predict_mask, "bptt_chunks": bptt_chunks, "chunk_length": chunk_length}
-        kwargs["return_dict"] = True
-        outputs = super().forward(input_ids, attention_mask, query_lengths, cache, **kwargs)
-        hidden_states = outputs.last_hidden_state
+            predict_mask |= rows.is_target()
+        states, soft_prompt, outputs = self.model.predict_rows(
+            rows, cache, chunk_length, predict_mask, bptt_chunks, **kwargs
+        )
+        losses = {}
         if labels is not None:
-            chunk = outputs.prediction // chunk_length
-            losses = self.loss(hidden_states, targets, chunk, num_items_in_batch)
-        hidden_states = hidden_states[:, kept] if keeps_states else None
+            losses = self.loss(states, rows.targets(states.shape[1]), chunk_length, num_items_in_batch)
+        hidden_states = rows.to_columns(states, kept) if keeps_states else None
         return Phase15CausalLMOutputWithPast(
             logits=None if skip_logits else self.get_output_embeddings()(hidden_states),
-            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             last_hidden_state=hidden_states,
-            soft_prompt=outputs.soft_prompt,
+            soft_prompt=soft_prompt,
+            **{CACHE_NAME: cache},
             **losses,
         )
 
     def loss(
         self,
-        hidden_states: torch.Tensor,
+        states: torch.Tensor,
         targets: torch.LongTensor,
-        chunk: torch.LongTensor,
+        chunk_length: int,
         num_items_in_batch: torch.Tensor | int | None,
     ) -> dict[str, torch.Tensor]:
         """
-        `loss`, `chunk_losses` and `chunk_tokens` of the output: cross-entropy of the targets that are predicted, given
-        the index of each column's chunk `(batch_size, sequence_length)`, negative inside the query.
+        Computes `loss`, `chunk_losses` and `chunk_tokens` of the output.
+
+        Args:
+            states (`torch.Tensor` of shape `(batch_size, num_predictions, hidden_size)`): by prediction.
+            targets (`torch.LongTensor` of shape `(batch_size, num_predictions)`): -100 for no target.
+            chunk_length (`int`): predictions of a chunk.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): divisor of the loss; the number of targets by
+                default.
         """
-        is_target = (targets != -100) & (chunk >= 0)  # (B, T)
+        is_target = targets != IGNORED  # (B, P)
         if not is_target.any():
             raise ValueError("`labels` hold no target after any row's query, so there is nothing to predict.")
-        logits = self.get_output_embeddings()(hidden_states[is_target])  # (P, V): no logits where there is no target
+        logits = self.get_output_embeddings()(states[is_target])  # only where there is a target
         losses = F.cross_entropy(logits.float(), targets[is_target], reduction="none")
         loss = losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
-        chunk = chunk[is_target]
+        chunk = torch.arange(targets.shape[1], device=targets.device) // chunk_length
+        chunk = chunk.expand_as(targets)[is_target]
         chunk_tokens = torch.bincount(chunk)
         chunk_losses = losses.new_zeros(len(chunk_tokens)).index_add_(0, chunk, losses.detach())
         return {"loss": loss, "chunk_losses": chunk_losses, "chunk_tokens": chunk_tokens}
 
 
+Phase15Model.register_for_auto_class("AutoModel")
 Phase15ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
-
-__all__ = ["Phase15CausalLMOutputWithPast", "Phase15ForCausalLM", "Phase15Model", "Phase15PreTrainedModel"]
+__all__ = [
+    "RULES",
+    "HyperNetwork",
+    "Phase15Cache",
+    "Phase15CausalLMOutputWithPast",
+    "Phase15ForCausalLM",
+    "Phase15HyperNetwork",
+    "Phase15Model",
+    "Phase15PreTrainedModel",
+    "SoftPrompt",
+    "carry",
+    "register_hypernet",
+]

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from phase15.evaluation.losses import sums_by_chunk
 from phase15.loading import PHASE15, kind_of, load_any, load_phase15, load_tokenizer
 from phase15.model.base_phase15 import split_gguf
-from phase15.model.batch_phase15 import query_lengths_of
+from phase15.model.batch_phase15 import query_lengths_from_labels
 from phase15.training.trainer import Phase15Trainer, target_columns
 
 
@@ -100,7 +100,7 @@ class DistillationTrainer(Phase15Trainer):
                 logits = self.teacher(ids, attention_mask=mask, logits_to_keep=columns, use_cache=False).logits
             settings = {"share": self.share, "temperature": self.temperature}
             self.compute_loss_func = partial(distillation_loss, teacher_logits=logits, **settings)
-            inputs = {**inputs, "query_lengths": query_lengths_of(labels, mask), "logits_to_keep": columns}
+            inputs = {**inputs, "query_lengths": query_lengths_from_labels(labels, mask), "logits_to_keep": columns}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def model_kwargs(self, model) -> dict:

@@ -29,7 +29,7 @@ def make_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM
     if args.stage == "hypernet":
         model.llm.requires_grad_(False)
     elif args.stage == "lora":
-        model = get_peft_model(model, lora_config(args, target_modules=r"llm\..*_proj", modules_to_save=["hypernet"]))
+        model = get_peft_model(model, lora_config(args, target_modules=r".*llm\..*_proj", modules_to_save=["hypernet"]))
     return model, tokenizer
 
 

@@ -322,7 +322,7 @@ def add_sizes(folder: Path, model: torch.nn.Module):
     path = folder / "adapter_model.safetensors"
     if isinstance(model, PeftModel) and isinstance(model.get_base_model(), Phase15ForCausalLM) and path.is_file():
         sizes = torch.tensor([getattr(model.get_base_model().config, name) for name in SIZES])
-        save_file(load_file(path) | {"base_model.model.hypernet.sizes": sizes}, path, metadata={"format": "pt"})
+        save_file(load_file(path) | {"base_model.model.model.hypernet.sizes": sizes}, path, metadata={"format": "pt"})
 
 
 class FullContextTrainer(Phase15Trainer):

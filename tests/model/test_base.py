@@ -30,9 +30,9 @@ def test_sizes_of_an_adapter_from_before_a_choice(known, bases):
 
 
 PLACES = [
-    {"hypernet": "disk", "llm": "cpu"},
-    {"hypernet": "cpu", "llm.lm_head": "cpu", "llm.model": "disk"},
-    {"hypernet": "disk", "llm": "disk"},
+    {"model.hypernet": "disk", "model.llm": "cpu"},
+    {"model.hypernet": "cpu", "model.llm.lm_head": "cpu", "model.llm.model": "disk"},
+    {"model.hypernet": "disk", "model.llm": "disk"},
     0.5,
     0.7,
     0.9,
@@ -101,7 +101,7 @@ def test_other_architectures_work_or_are_refused(kind, fields, reason, tmp_path)
             Phase15ForCausalLM.from_base(tmp_path, **SIZES)
         return
     ids, base = random_ids(1, 12), AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    with pytest.raises(ValueError, match="`hypernet_reads_layers` is 1, but .* has no `layers` with a `norm`"):
+    with pytest.raises(ValueError, match="`hypernet_reads_layers` is 1, but .* has no `"):
         Phase15ForCausalLM.from_base(tmp_path, **SIZES)
     model = Phase15ForCausalLM.from_base(tmp_path, **SIZES | {"hypernet_reads_layers": 0})
     assert_close(model(ids).logits, base(ids).logits, atol=1e-5, rtol=1e-5)

@@ -6,7 +6,9 @@ import random
 import pytest
 import torch
 
-from phase15.model.batch_phase15 import left_align, query_lengths_of, shift_labels
+from phase15.model.batch_phase15 import IGNORED, Rows, query_lengths_from_labels
+from phase15.model.cache_phase15 import Phase15Cache
+from phase15.model.configuration_phase15 import Phase15Config
 
 
 VOCAB_SIZE, CHUNK = 50, 4
@@ -37,9 +39,12 @@ def predictions(mask: list[int], query_length: int) -> list[int]:
 @SEEDS
 def test_rows_are_the_tokens_and_columns_know_their_prediction(seed):
     ids, mask, query_lengths = batch(seed)
-    rows = left_align(torch.tensor(ids), torch.tensor(mask), torch.tensor(query_lengths), VOCAB_SIZE)
+    rows = Rows.from_batch(torch.tensor(ids), torch.tensor(mask), torch.tensor(query_lengths), vocab_size=VOCAB_SIZE)
     states = torch.rand(len(ids), 6, 2)
     columns = rows.to_columns(states)
+    last = torch.tensor([16, 3, 0])
+    assert torch.equal(rows.to_columns(states, last), columns[:, last])
+    assert torch.equal(rows.to_columns(states, slice(-2, None)), columns[:, -2:])
     for index, (row, of_row, query_length) in enumerate(zip(ids, mask, query_lengths, strict=True)):
         expected = tokens(row, of_row)
         assert rows.input_ids[index, : len(expected)].tolist() == expected and rows.length[index] == len(expected)
@@ -55,7 +60,7 @@ def test_only_chunks_that_are_asked_for_are_needed(seed):
     ids, mask, query_lengths = batch(seed)
     draw = random.Random(seed)
     asked = [[draw.random() < 0.2 for _ in row] for row in ids]
-    rows = left_align(torch.tensor(ids), torch.tensor(mask), torch.tensor(query_lengths), VOCAB_SIZE)
+    rows = Rows.from_batch(torch.tensor(ids), torch.tensor(mask), torch.tensor(query_lengths), vocab_size=VOCAB_SIZE)
     for predict_mask in (None, asked, [[False] * len(row) for row in ids]):
         given = None if predict_mask is None else torch.tensor(predict_mask)
         wanted = set()
@@ -76,18 +81,43 @@ def test_a_label_belongs_to_the_token_before_it(seed):
     for row, of_row, query_length in zip(ids, mask, query_lengths, strict=True):
         rank = [sum(of_row[:column]) for column in range(len(row))]
         labels.append([token if rank[column] >= query_length else -100 for column, token in enumerate(row)])
-    shifted = shift_labels(torch.tensor(labels), torch.tensor(mask), VOCAB_SIZE).tolist()
-    for index, (of_row, row) in enumerate(zip(mask, shifted, strict=True)):
-        following = [*tokens(labels[index], of_row)[1:], -100]
-        assert tokens(row, of_row) == following and set(tokens(row, [1 - one for one in of_row])) <= {-100}
-    assert query_lengths_of(torch.tensor(labels), torch.tensor(mask)).tolist() == query_lengths
-    floats = torch.tensor(mask, dtype=torch.float)
-    assert shift_labels(torch.tensor(labels), floats, VOCAB_SIZE).tolist() == shifted
+    for dtype in (torch.long, torch.float):
+        given = torch.tensor(mask, dtype=dtype)
+        rows = Rows.from_batch(torch.tensor(ids), given, labels=torch.tensor(labels), vocab_size=VOCAB_SIZE)
+        assert rows.query_length.tolist() == query_lengths
+        targets = rows.targets(num_predictions=20)
+        has_target = rows.is_target()
+        for index, of_row in enumerate(mask):
+            following = [*tokens(labels[index], of_row)[1:], IGNORED]
+            expected = following[query_lengths[index] - 1 :]
+            assert targets[index].tolist() == expected + [IGNORED] * (20 - len(expected))
+            assert tokens(has_target[index].tolist(), of_row) == [label != IGNORED for label in following]
+            assert not any(tokens(has_target[index].tolist(), [1 - one for one in of_row]))
+    assert query_lengths_from_labels(torch.tensor(labels), torch.tensor(mask)).tolist() == query_lengths
 
 
-def test_a_row_of_labels_alone_keeps_its_first_token_as_the_query():
+def test_a_row_of_only_labels_keeps_its_first_token_as_the_query():
     labels = torch.tensor([[5, 6, 7], [-100, -100, -100]])
-    assert query_lengths_of(labels, None).tolist() == [1, 3]
+    assert query_lengths_from_labels(labels, None).tolist() == [1, 3]
+    rows = Rows.from_batch(labels.clamp(min=0), labels=labels, vocab_size=VOCAB_SIZE)
+    assert rows.query_length.tolist() == [1, 3]
+
+
+def test_a_label_outside_the_vocabulary_is_named():
+    labels = torch.tensor([[-100, 3, VOCAB_SIZE]])
+    with pytest.raises(ValueError, match="Row 0 of `labels` holds 50 at position 2"):
+        Rows.from_batch(torch.ones_like(labels), labels=labels, vocab_size=VOCAB_SIZE)
+    mask = torch.tensor([[1, 1, 0]])  # labels at padding do not count
+    assert Rows.from_batch(torch.ones_like(labels), mask, labels=labels, vocab_size=VOCAB_SIZE).length.tolist() == [2]
+
+
+def after(seen_tokens: int) -> Phase15Cache | None:
+    """A cache that has seen tokens."""
+    if not seen_tokens:
+        return None
+    cache = Phase15Cache(Phase15Config())
+    cache.seen_tokens = seen_tokens
+    return cache
 
 
 @pytest.mark.parametrize(
@@ -110,9 +140,11 @@ def test_a_row_of_labels_alone_keeps_its_first_token_as_the_query():
 def test_what_is_refused_is_named(ids, mask, query_lengths, seen_tokens, message):
     mask, query_lengths = (None if given is None else torch.tensor(given) for given in (mask, query_lengths))
     with pytest.raises(ValueError, match=message):
-        left_align(torch.tensor(ids), mask, query_lengths, VOCAB_SIZE, seen_tokens)
+        Rows.from_batch(torch.tensor(ids), mask, query_lengths, vocab_size=VOCAB_SIZE, cache=after(seen_tokens))
 
 
 def test_a_mask_may_cover_what_came_before():
-    rows = left_align(torch.tensor([[7, 8]]), torch.tensor([[0, 1, 1, 0, 1]]), torch.tensor([0]), VOCAB_SIZE, 3)
+    ids = torch.tensor([[7, 8]])
+    mask = torch.tensor([[0, 1, 1, 0, 1]])
+    rows = Rows.from_batch(ids, mask, torch.tensor([0]), vocab_size=VOCAB_SIZE, cache=after(3))
     assert rows.input_ids[0, 0] == 8 and rows.length.tolist() == [1] and rows.prediction.tolist() == [[-1, 0]]
