@@ -166,7 +166,7 @@ def stage_1(medquad, tmp_path_factory):
 def test_stage_1_on_real_data(stage_1):
     trainer, losses, moved, _ = stage_1
     assert len(losses) == 3 and losses[0] < 4 and losses[-1] < losses[0] - 0.02
-    names = {name for name, _ in trainer.model.named_parameters() if name.startswith("hypernet.")}
+    names = {name for name, _ in trainer.model.named_parameters() if name.startswith("model.hypernet.")}
     assert moved == names
     template = trainer.processing_class.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
     record = trainer.train_dataset[0]
@@ -183,7 +183,7 @@ def test_stage_2_on_real_data_then_save_and_reload(stage_1, medquad, tmp_path):
     with torch.enable_grad():
         trainer, losses, moved = train(medquad, str(tmp_path), f"--model_name_or_path={folder}", "--stage=full")
     assert losses[0] < losses_1[0] and losses[-1] < losses[0] - 0.2
-    assert moved == {name for name, _ in trainer.model.named_parameters()} | {"llm.lm_head.weight"}
+    assert moved == {name for name, _ in trainer.model.named_parameters()} | {"model.llm.lm_head.weight"}
     ids = torch.tensor(trainer.train_dataset[0]["input_ids"])[None]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)
@@ -233,4 +233,4 @@ def test_facts_are_known_in_context_and_lost_behind_the_window(medquad, tmp_path
     assert at["rows"]["full_context"]["right"] < completed["full_context"], "it has words of its own"
     trainer.train()
     changed = {name for name, weight in model.state_dict().items() if not torch.equal(before[name], weight)}
-    assert changed and all(name.startswith("hypernet.") for name in changed)
+    assert changed and all(name.startswith("model.hypernet.") for name in changed)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .cache_phase15 import Phase15Cache
 
@@ -191,6 +192,18 @@ def query_lengths_from_labels(labels: torch.LongTensor, attention_mask: torch.Te
     return tokens_before_labels(labels.masked_fill(~mask, IGNORED).gather(1, order), mask.sum(dim=1))
 
 
+def add_query_lengths(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """
+    Adds the default `query_lengths` to a call with labels. A forward pre-hook of the head: TRL's SFTTrainer replaces
+    the head's `forward` by a function that keeps the labels and calls the body, which needs to know the queries.
+    """
+    is_replaced = "forward" in vars(model)
+    if is_replaced and kwargs.get("labels") is not None and kwargs.get("query_lengths") is None:
+        query_lengths = query_lengths_from_labels(kwargs["labels"], kwargs.get("attention_mask"))
+        kwargs = {**kwargs, "query_lengths": query_lengths}
+    return args, kwargs
+
+
 def check_arguments(kwargs: dict):
     """Raises a ValueError for an argument of other models that cannot be honoured, and drops those that are None."""
     for name, reason in UNSUPPORTED_ARGUMENTS.items():
@@ -250,4 +263,4 @@ def check_queries(length: torch.LongTensor, query_length: torch.LongTensor, shor
         )
 
 
-__all__ = ["IGNORED", "Rows", "check_arguments", "check_ids", "query_lengths_from_labels"]
+__all__ = ["IGNORED", "Rows", "add_query_lengths", "check_arguments", "check_ids", "query_lengths_from_labels"]

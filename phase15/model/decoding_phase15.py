@@ -31,6 +31,7 @@ from transformers.generation import (
 )
 from transformers.utils import logging
 
+from .batch_phase15 import add_query_lengths
 from .compat_phase15 import CACHE_NAME
 
 
@@ -327,6 +328,12 @@ def unsupported_reason(
     return next((reason for reason, applies in reasons.items() if applies), None) or unsupported_model(model)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Returns whether somebody's hook would be skipped by a recorded graph; the head's own has nothing to do there."""
+    pre_hooks = [hook for hook in module._forward_pre_hooks.values() if hook is not add_query_lengths]
+    return bool(module._forward_hooks or pre_hooks or hasattr(module, "_hf_hook"))
+
+
 def unsupported_model(model) -> str | None:
     """Names one thing about a model that forbids static buffers, or None."""
     rope = getattr(model.config.text_config, "rope_parameters", None) or {}
@@ -335,7 +342,7 @@ def unsupported_model(model) -> str | None:
         "a model in training mode": model.training,
         "quantised weights": getattr(model, "is_quantized", False),
         "PEFT adapters that are not merged": any(type(m).__module__.startswith("peft.") for m in modules),
-        "forward hooks": any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in modules),
+        "forward hooks": any(map(has_hooks, modules)),
         "weights on several devices": len({parameter.device for parameter in parameters}) > 1,
         "sharded weights": any(type(p) not in (nn.Parameter, torch.Tensor) for p in parameters),
         "autocast": torch.is_autocast_enabled(parameters[0].device.type),

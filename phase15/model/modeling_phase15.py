@@ -33,7 +33,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple, logging
 
 from .base_phase15 import check_sizes, load_base, rename_earlier_weights
-from .batch_phase15 import IGNORED, Rows, check_arguments, query_lengths_from_labels
+from .batch_phase15 import IGNORED, Rows, add_query_lengths, check_arguments
 from .cache_phase15 import Phase15Cache, check_cache
 from .compat_phase15 import CACHE_NAME, one_cache, with_cache_alias
 from .configuration_phase15 import Phase15Config, auto_map
@@ -459,18 +459,6 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
     def decode(self, cache: Phase15Cache, tokens: torch.Tensor, **kwargs):
         """Calls the LLM on more tokens of the open chunk; returns as `predict`."""
         return self.predict(cache.soft_prompt, tokens, cache.llm_cache, cache.chunk.shape[1], **kwargs)
-
-
-def add_query_lengths(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """
-    Adds the default `query_lengths` to a call with labels. A forward pre-hook of the head: TRL's SFTTrainer replaces
-    the head's `forward` by a function that keeps the labels and calls the body, which needs to know the queries.
-    """
-    is_replaced = "forward" in vars(model)
-    if is_replaced and kwargs.get("labels") is not None and kwargs.get("query_lengths") is None:
-        query_lengths = query_lengths_from_labels(kwargs["labels"], kwargs.get("attention_mask"))
-        kwargs = {**kwargs, "query_lengths": query_lengths}
-    return args, kwargs
 
 
 class Phase15ForCausalLM(Phase15PreTrainedModel, Phase15GenerationMixin):

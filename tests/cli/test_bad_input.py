@@ -147,7 +147,7 @@ def swollen(state: dict):
 
 
 def damaged(state: dict):
-    state["llm.model.norm.weight"].fill_(float("nan"))
+    state["model.llm.model.norm.weight"].fill_(float("nan"))
 
 
 class Case(NamedTuple):
@@ -326,14 +326,17 @@ CASES = {
         "eval_sft.py", EVAL, "model.safetensors", "cannot be read", build=bytes_of("model", lambda b: b[:-9])
     ),
     "evaluate without Δ": command(
-        "eval_sft.py", EVAL, "hypernet.alpha is missing", build=weights("model", lambda w: w.pop("hypernet.alpha"))
+        "eval_sft.py",
+        EVAL,
+        "model.hypernet.alpha is missing",
+        build=weights("model", lambda w: w.pop("model.hypernet.alpha")),
     ),
     "evaluate without an output layer": command(
         "eval_sft.py",
         EVAL,
         MODEL_ERROR,
-        "llm.lm_head.weight is missing",
-        build=weights("model", lambda w: w.pop("llm.lm_head.weight")),
+        "model.llm.lm_head.weight is missing",
+        build=weights("model", lambda w: w.pop("model.llm.lm_head.weight")),
     ),
     "evaluate a cut base": command(
         "eval_sft.py",

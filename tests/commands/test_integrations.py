@@ -168,7 +168,7 @@ def test_the_pipeline_does_not_alarm_its_user(saved, caplog):
 
 
 LORA = {
-    "the LLM, and the HyperNetwork whole": {"target_modules": r"llm\..*_proj", "modules_to_save": ["hypernet"]},
+    "the LLM, and the HyperNetwork whole": {"target_modules": r".*llm\..*_proj", "modules_to_save": ["hypernet"]},
     "all-linear": {"target_modules": "all-linear"},
     "all-linear, and the HyperNetwork whole": {"target_modules": "all-linear", "modules_to_save": ["hypernet"]},
 }
@@ -194,7 +194,7 @@ def train(model, ids) -> list[float]:
 def test_an_adapter_is_trained_saved_loaded_and_merged(kind, saved, model, ids, tmp_path):
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, **LORA[kind]))
     names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
-    whole = [name for name in names if "hypernet.modules_to_save.default." in name]
+    whole = [name for name in names if "model.hypernet.modules_to_save.default." in name]
     assert bool(whole) is ("modules_to_save" in LORA[kind])
     assert any("hypernet" in name and "lora_A" in name for name in names) is (kind == "all-linear")
     assert len([name for name in names if ".llm." in name and "lora_A" in name]) == 7 * LLM_SIZES["num_hidden_layers"]
@@ -351,7 +351,7 @@ def test_sft_trainer_saves_a_model_that_travels(sft, saved, model, ids, tmp_path
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert losses[2] < losses[1] < losses[0] and not torch.is_autocast_enabled("cpu")
     same = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
-    assert same == {"hypernet.embedding_scale"}
+    assert same == {"model.hypernet.embedding_scale"}
     trainer.save_model(tmp_path / "model")
     expected = load(saved)  # the trained one stays under the trainer's autocast
     expected.load_state_dict(model.state_dict())

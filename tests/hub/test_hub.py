@@ -127,9 +127,9 @@ def test_a_saved_folder_holds_code_safetensors_and_auto_map(generations, kind, p
     assert generation_config["eos_token_id"] == [58, 59]
     with safe_open(saved / "model.safetensors", "pt") as file:
         names = set(file.keys())
-        assert ("llm.lm_head.weight" in names) is (kind == "untied")
-        assert names | {"llm.lm_head.weight"} == set(models[kind].state_dict())
-        assert torch.equal(file.get_tensor("hypernet.alpha"), models[kind].hypernet.alpha)
+        assert ("model.llm.lm_head.weight" in names) is (kind == "untied")
+        assert names | {"model.llm.lm_head.weight"} == set(models[kind].state_dict())
+        assert torch.equal(file.get_tensor("model.hypernet.alpha"), models[kind].hypernet.alpha)
         assert file.metadata()["format"] == "pt"
 
 
@@ -146,10 +146,10 @@ def test_weights_that_a_folder_lacks_are_reported(generations, tmp_path):
     folder, _ = generations
     shutil.copytree(folder / "first" / "tied", tmp_path, dirs_exist_ok=True)
     weights = load_file(tmp_path / "model.safetensors")
-    del weights["hypernet.alpha"], weights["hypernet.norm.weight"]
+    del weights["model.hypernet.alpha"], weights["model.hypernet.norm.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     _, info = Phase15ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert set(info["missing_keys"]) == {"hypernet.alpha", "hypernet.norm.weight"}
+    assert set(info["missing_keys"]) == {"model.hypernet.alpha", "model.hypernet.norm.weight"}
 
 
 def test_sharded_files(generations, tmp_path):

@@ -222,7 +222,7 @@ def models(shells, folder, answers_here, chat_tokenizer) -> dict[str, Path]:
         shutil.copytree(folder / "first", folder / name)
         weights = load_file(folder / name / "model.safetensors")
         for tensor, value in tensors.items():
-            weights[f"hypernet.{tensor}"].fill_(value)
+            weights[f"model.hypernet.{tensor}"].fill_(value)
         save_file(weights, folder / name / "model.safetensors", {"format": "pt"})
         return folder / name
 

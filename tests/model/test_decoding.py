@@ -356,7 +356,7 @@ def test_models_that_forbid_it_are_named(tiny):
     tiny.config.text_config.rope_parameters["rope_type"] = "dynamic"
     refused("RoPE of type 'dynamic'")
     tiny.config.text_config.rope_parameters["rope_type"] = "default"
-    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=r"llm\..*_proj", modules_to_save=["hypernet"])
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=r".*llm\..*_proj", modules_to_save=["hypernet"])
     adapted = get_peft_model(tiny, lora).eval()
     refused("PEFT adapters that are not merged")
     merged = adapted.merge_and_unload().eval()

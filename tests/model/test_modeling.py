@@ -131,11 +131,11 @@ def test_bptt_chunks_stops_the_gradient(tiny):
 
     def query_gradient(bptt_chunks):
         loss = tiny(ids, labels=labels, query_lengths=torch.tensor([5]), bptt_chunks=bptt_chunks).loss
-        return gradients(tiny, loss)["llm.model.embed_tokens.weight"][query].abs().sum()
+        return gradients(tiny, loss)["model.llm.model.embed_tokens.weight"][query].abs().sum()
 
     assert query_gradient(None) > 1e-3 and query_gradient(3) > 1e-3
     assert query_gradient(1) == 0 and query_gradient(2) == 0
-    assert gradients(tiny, tiny(ids, labels=labels, bptt_chunks=1).loss)["hypernet.alpha"].any()
+    assert gradients(tiny, tiny(ids, labels=labels, bptt_chunks=1).loss)["model.hypernet.alpha"].any()
 
 
 def test_padding_of_any_side_gives_the_same_loss_and_gradients(tiny):
@@ -537,7 +537,7 @@ def test_a_frozen_half_still_lets_the_other_learn(tiny, frozen):
     enable_checkpointing(tiny)
     batch, _, _ = make_batch()
     got = gradients(tiny, tiny(**batch).loss)
-    assert {name.split(".")[0] for name in got} == {"llm", "hypernet"} - {frozen}
+    assert {name.split(".")[1] for name in got} == {"llm", "hypernet"} - {frozen}
     assert all(gradient.any() for gradient in got.values())
 
 
@@ -594,7 +594,7 @@ def test_device_map_never_splits_the_hypernet(tiny):
         device_map = infer_auto_device_map(
             tiny, {"cpu": total * share // 10, "disk": total}, no_split_module_classes=list(tiny._no_split_modules)
         )
-        assert len(device_map) > 1 and not [name for name in device_map if name.startswith("hypernet.")]
+        assert len(device_map) > 1 and not [name for name in device_map if name.startswith("model.hypernet.")]
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -673,10 +673,10 @@ def test_from_pretrained_behaves_as_the_librarys(tiny, tmp_path):
     loaded, info = Phase15ForCausalLM.from_pretrained(pretrained_model_name_or_path=tmp_path, output_loading_info=True)
     assert torch.equal(loaded.hypernet.alpha, tiny.hypernet.alpha) and not any(info.values())
     weights = load_file(path)
-    del weights["hypernet.alpha"]
+    del weights["model.hypernet.alpha"]
     save_file(weights | {"more": torch.ones(1)}, path, {"format": "pt"})
     loaded, info = Phase15ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert set(info["missing_keys"]) == {"hypernet.alpha"} and set(info["unexpected_keys"]) == {"more"}
+    assert set(info["missing_keys"]) == {"model.hypernet.alpha"} and set(info["unexpected_keys"]) == {"more"}
     assert not loaded.hypernet.alpha.any()
 
 

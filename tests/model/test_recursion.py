@@ -155,7 +155,7 @@ def test_other_numbers_of_layers_are_read(layers, bases):
     model.llm.model.norm.register_forward_pre_hook(lambda module, arguments: expected.append(arguments[0]))
     with torch.no_grad():
         read = model.read(model.empty_soft_prompt(2), tokens, length).embeds
-        actual = model.first_layers(tokens, QUERY)
+        actual = model.model.first_layers(tokens, QUERY)
         for segment in tokens.split(QUERY, dim=1):
             model.llm.model(inputs_embeds=segment)
         if not layers:
@@ -173,9 +173,9 @@ def test_a_layer_that_is_read_keeps_its_sliding_window(bases):
     model = Phase15ForCausalLM.from_base(bases["mistral"], **SIZES | {"max_query_length": 40})
     tokens = torch.randn(1, 40, 32)
     with torch.no_grad():
-        (states,) = model.first_layers(tokens, 40)
+        (states,) = model.model.first_layers(tokens, 40)
         for changed, seen in ((11, False), (12, True)):
-            (others,) = model.first_layers(tokens + F.one_hot(torch.tensor(changed), 40)[:, None], 40)
+            (others,) = model.model.first_layers(tokens + F.one_hot(torch.tensor(changed), 40)[:, None], 40)
             assert torch.equal(states[0, -1], others[0, -1]) is not seen
 
 
@@ -184,11 +184,11 @@ def test_the_layers_read_are_those_of_the_llm(tiny):
     assert not any("first_layers" in name for name in [*tiny.state_dict(), *dict(tiny.named_modules())])
     copied, tokens = copy.deepcopy(tiny), torch.randn(1, QUERY, 32)
     with torch.no_grad():
-        (before,) = tiny.first_layers(tokens, QUERY)
+        (before,) = tiny.model.first_layers(tokens, QUERY)
         copied.llm.model.layers[0].mlp.up_proj.weight.mul_(2)
-        assert torch.equal(tiny.first_layers(tokens, QUERY)[0], before)
-        assert not torch.allclose(copied.first_layers(tokens, QUERY)[0], before)
-        assert copied.bfloat16().first_layers(tokens.bfloat16(), QUERY)[0].dtype is torch.bfloat16
+        assert torch.equal(tiny.model.first_layers(tokens, QUERY)[0], before)
+        assert not torch.allclose(copied.model.first_layers(tokens, QUERY)[0], before)
+        assert copied.bfloat16().model.first_layers(tokens.bfloat16(), QUERY)[0].dtype is torch.bfloat16
 
 
 def test_hypernet_layers_equal_the_equations(tiny):

@@ -106,7 +106,7 @@ def test_what_a_baseline_trains(baseline, llm, recipe, tmp_path):
     moved = changed(before, trainer.model.state_dict())
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     expected = {
-        "window": {name for name in before if name.startswith("llm.")},
+        "window": {name for name in before if name.startswith("model.llm.")},
         "full_context": set(llm.state_dict()),
         "prompt_tuning": {"prompt_encoder.default.embedding.weight"},
         "lora": {name for name in before if ".lora_" in name},
@@ -206,7 +206,7 @@ def test_what_a_baseline_leaves(baseline, llm, recipe, tmp_path, capfd):
     assert f"| {label(name)} | {row['loss']:.4f} |" in output
     assert bool(re.search(r"^A: ", output, re.M)) == (baseline == "window")
     if baseline == "window":
-        assert not load_file(f"{folder}/model.safetensors")["hypernet.alpha"].any()
+        assert not load_file(f"{folder}/model.safetensors")["model.hypernet.alpha"].any()
         arguments, run = PushArguments(model_dir=folder, repo_id="me/window"), read_run(Path(folder))
         card = model_card(arguments, run, model, trainer.processing_class, []).text
         assert f"| {label(name)} | {row['loss']:.4f} |" in card and "as a baseline of" in card

@@ -117,8 +117,8 @@ def test_what_a_stage_trains(stage, recipe, tmp_path):
     before = state(trainer.model)
     trainer.train()
     moved = changed(before, trainer.model.state_dict())
-    hypernet = {name for name in before if name.startswith("hypernet.")} - {"hypernet.embedding_scale"}
-    llm = {name for name in before if name.startswith("llm.")}
+    hypernet = {name for name in before if name.startswith("model.hypernet.")} - {"model.hypernet.embedding_scale"}
+    llm = {name for name in before if name.startswith("model.llm.")}
     assert llm and hypernet and moved == (hypernet if stage == "hypernet" else hypernet | llm)
 
 
@@ -162,7 +162,7 @@ def test_lora(recipe, tmp_path, capfd):
     main(trainer, *rest)
     moved = changed(before, trainer.model.state_dict())
     lora = {name for name in before if "lora_" in name}
-    hypernet = {name for name in before if "hypernet.modules_to_save" in name and "embedding_scale" not in name}
+    hypernet = {name for name in before if "model.hypernet.modules_to_save" in name and "embedding_scale" not in name}
     assert len(hypernet) == len(list(trainer.model.get_base_model().hypernet.original_module.parameters()))
     assert len(lora) == 2 * 7 * LLM_SIZES["num_hidden_layers"] and moved == lora | hypernet
 
@@ -507,7 +507,7 @@ def test_a_killed_run_resumes_bit_for_bit(killed_run, tmp_path):
     assert losses_of(resumed["log_history"]) == losses_of(whole.state.log_history)
     assert len(losses_of(resumed["log_history"])) == 60
     saved, expected = load_file(folder / "model.safetensors"), state(whole.model)
-    assert set(expected) - set(saved) == {"llm.lm_head.weight"} and not changed(saved, expected)
+    assert set(expected) - set(saved) == {"model.llm.lm_head.weight"} and not changed(saved, expected)
 
 
 def test_what_a_run_leaves_and_says(killed_run):
@@ -751,7 +751,7 @@ def test_a_recipe_names_the_one_before_it(two_runs, capsys):
     assert (last["seed"], before["seed"], last["model_name_or_path"]) == (7, 7, str(folder / "base"))
     assert (last["stage"], before["baseline"]) == ("hypernet", "full_context") and "after" not in last
     base, model = (load_file(path / "model.safetensors") for path in (folder / "base", folder))
-    assert all(torch.equal(model[f"llm.{name}"], weight) for name, weight in base.items())
+    assert all(torch.equal(model[f"model.llm.{name}"], weight) for name, weight in base.items())
     results = json.loads((folder / "results.json").read_text())
     assert [at["distance"] for at in results["recall"]] == [2, 4] and (folder / "recall.png").is_file()
     said = capsys.readouterr().out

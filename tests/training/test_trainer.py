@@ -94,7 +94,7 @@ def test_optimizer_groups(tiny, tmp_path):
     groups = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     expected = {}
     for name, parameter in tiny.named_parameters():
-        rate = 3.0 if name == "hypernet.alpha" else 0.5 if name.startswith("hypernet.") else 0.2
+        rate = 3.0 if name == "model.hypernet.alpha" else 0.5 if name.startswith("model.hypernet.") else 0.2
         expected[id(parameter)] = (rate, 0.0 if "norm" in name or "alpha" in name else 0.1)
     expected.pop(id(tiny.llm.lm_head.weight))
     assert groups == expected
@@ -205,7 +205,7 @@ def test_bptt_chunks_reach_the_training_form(tiny, tmp_path):
     settings = {"optim": "sgd", "max_grad_norm": 0, "lr_scheduler_type": "constant", **RATES}
     before = state(tiny)
     trainer_of(tiny, tmp_path, records().select([3]), bptt_chunks=2, **settings).train()
-    step = before["hypernet.alpha"] - tiny.hypernet.alpha
+    step = before["model.hypernet.alpha"] - tiny.hypernet.alpha
     assert_close(step, 3 * expected.hypernet.alpha.grad, atol=2e-5, rtol=2e-3)
 
 
