@@ -173,10 +173,6 @@ class Phase15Config(PreTrainedConfig):
         self.auto_map = auto_map(*(self.architectures or ())[:1])
         self.check()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Overrides the library to write the version of this code."""
-        return {**super().to_dict(), "phase15_version": VERSION}
-
     def check(self):
         """Raises a ValueError for a field that no model can have: here, and where a model is made of the config."""
         for name in POSITIVE:

@@ -36,7 +36,7 @@ from .base_phase15 import check_sizes, load_base, rename_earlier_weights
 from .batch_phase15 import IGNORED, Rows, add_query_lengths, check_arguments
 from .cache_phase15 import Phase15Cache, check_cache
 from .compat_phase15 import CACHE_NAME, one_cache, with_cache_alias
-from .configuration_phase15 import Phase15Config, auto_map
+from .configuration_phase15 import VERSION, Phase15Config, auto_map
 from .generation_phase15 import Phase15GenerationMixin, supported_settings
 from .recursion_phase15 import (
     HyperNetwork,
@@ -125,6 +125,7 @@ class Phase15PreTrainedModel(PreTrainedModel):
         """
         self.config.auto_map = auto_map(type(self).__name__)
         self.config.hypernet_digest = formula_digest(self.hypernet)
+        self.config.phase15_version = VERSION
         if self.can_generate():
             # At loading the library drops foreign settings from a generation config that is marked as made of a
             # model's config: a new one is not marked.
