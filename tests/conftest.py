@@ -33,6 +33,7 @@ QUICK = {
     "test_records",
     "test_reliability",
     "test_tables",
+    "test_tokenizer",
     "test_batch",
     "test_runs",
 }

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from phase15.commands.evaluate import EvaluationArguments
 from phase15.commands.evaluate import main as evaluate
 from phase15.commands.train import main, prepare
-from phase15.evaluation.losses import label
+from phase15.evaluation.losses import display_label
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 
 
@@ -526,14 +526,14 @@ def test_the_card_shows_what_eval_sft_measured(story, models):
     card = files["README.md"].decode().split("\n---\n", 1)[1]  # behind the metadata, which YAML escapes
     assert f"on {evaluation['evaluated']} (" in card and "held out of this run" not in card
     for name, row in evaluation["validation"].items():
-        name = "`baseline: a¦<b>`" if "a|<b>" in name else label(name)
+        name = "`baseline: a¦<b>`" if "a|<b>" in name else display_label(name)
         low, high = row["interval"]
         assert f"\n| {name} | {row['loss']:.4f} | [{low:.4f}, {high:.4f}] | " in card
     assert "| the model | " in card and "/3 (" in card and "a|<b>" not in card
     for name, result in evaluation["context_recovery"].items():
         number = result["gap" if result["recovery"] is None else "recovery"]
         number = f"{number:.4f} nats" if result["recovery"] is None else f"{number:.1%}"
-        assert re.search(rf"\n- context recovery, {re.escape(label(name))}: .*{re.escape(number)}", card)
+        assert re.search(rf"\n- context recovery, {re.escape(display_label(name))}: .*{re.escape(number)}", card)
     assert "](loss_by_chunk.png)" in card
 
 
@@ -542,7 +542,7 @@ def test_without_it_the_card_shows_the_runs_own_table(story, shells, models):
     card, results = files["README.md"].decode(), json.loads((models["third"] / "results.json").read_text())
     assert "evaluation.json" not in files and "2 validation records of data.jsonl, held out of this run" in card
     for name, row in results["validation"].items():
-        assert f"\n| {label(name)} | {row['loss']:.4f} |\n" in card
+        assert f"\n| {display_label(name)} | {row['loss']:.4f} |\n" in card
     assert "\n- context recovery, same LLM: " in card
 
 
