@@ -38,7 +38,7 @@ def open_records(
         name (`str`): a JSONL, JSON, CSV or Parquet file; a pattern of several ("data/*.jsonl"), which are read in the
             order of their names; a Hub id; or "facts" or "python-docstrings", which every machine has.
         config (`str`, *optional*): configuration of a Hub data set. Files have none.
-        split (`str`): split of a Hub data set. Files have "train" alone.
+        split (`str`): split of a Hub data set. Files have only "train".
         streaming (`bool`): do not download the files of a Hub data set.
         facts (`FactsArguments`, *optional*): of the data set "facts".
         seed (`int`): of the data set "facts".

@@ -211,7 +211,7 @@ def explain_write_errors(output_dir: Path, unfinished: Path | None = None):
         elif type(error) is RuntimeError:
             if "PytorchStreamWriter" not in reason and "inline_container" not in reason:
                 raise  # not about the disk
-            reason = "torch failed, and does not say why"
+            reason = "torch failed without a reason"
         if unfinished is not None:
             shutil.rmtree(unfinished, ignore_errors=True)
         disk = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())

@@ -18,8 +18,8 @@ from transformers import GenerationConfig
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 
 
-CODE = [f"{name}_phase15.py" for name in "compat configuration decoding generation modeling recursion".split()]
 ROOT = Path(__file__).parents[2]
+CODE = [path.name for path in (ROOT / "phase15" / "model").glob("*_phase15.py")]
 BASE_OF = {"untied": "llama", "tied": "llama-tied"}
 CLASSES = ["AutoModelForCausalLM", "AutoModel"]
 

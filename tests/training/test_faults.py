@@ -36,8 +36,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from phase15 import loading
 from phase15.cli.files import write_text
+from phase15.commands import train as train_command
 from phase15.commands.train import main, prepare
-from phase15.hub import runs
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 from phase15.training.checkpoints import (
     MANIFEST,
@@ -156,7 +156,7 @@ def work(recipe: Path, log: Path, prepare_process):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     # slow, and done in the runs of the real command
-    runs.answer_in_new_process = lambda folder, query, max_new_tokens: query
+    train_command.answer_in_new_process = lambda folder, query, max_new_tokens: query
     if prepare_process is not None:
         function, *arguments = prepare_process
         function(*arguments)
@@ -265,7 +265,7 @@ def kills() -> list[tuple]:
     """
     moments = [("call", target, name, 1 + number % 2, die_writing) for number, (name, target) in enumerate(SAVING)]
     moments[-1] = (*moments[-1][:-1], die)  # the manifest is not half written, but not moved to its place
-    moments.append(("call", "phase15.trainer.rotate_checkpoints", "run", 2, die))
+    moments.append(("call", "phase15.training.trainer.rotate_checkpoints", "run", 2, die))
     moments.append(("call", "shutil.rmtree", r"checkpoint-\d+", 1, die_removing))
     moments += [("clock",)] * 6 + [("command", "optimizer.pt"), ("command", "trainer_state.json")]
     random.Random(1).shuffle(moments)
