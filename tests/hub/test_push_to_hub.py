@@ -33,25 +33,15 @@ FILES = {
     "README.md",
     "chat_template.jinja",
     "config.json",
-    "configuration_phase15.py",
     "evaluation.json",
     "generation_config.json",
     "loss_by_chunk.png",
-    "compat_phase15.py",
-    "decoding_phase15.py",
-    "generation_phase15.py",
-    "continuous_batching_phase15.py",
-    "requests_phase15.py",
-    "modeling_phase15.py",
-    "recursion_phase15.py",
-    "batch_phase15.py",
-    "base_phase15.py",
     "recipe.yaml",
     "tokenizer.json",
     "tokenizer_config.json",
     "training_curve.png",
 }
-
+FILES |= {path.name for path in (ROOT / "phase15" / "model").glob("*_phase15.py")}
 RUN = ("evaluation.json", "loss_by_chunk.png", "recipe.yaml", "results.json", "training_curve.png")
 
 # Runs the script once per line of its input, in a copy of itself: importing torch for each would take minutes.

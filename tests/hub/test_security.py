@@ -43,6 +43,8 @@ def folder(tiny, tmp_path, monkeypatch) -> Path:
         monkeypatch.setattr(mapping, "_extra_content", {})
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(tmp_path / "modules")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)  # an earlier test's package looks for modules in its own folder
     monkeypatch.setattr("sys.stdin", open("/dev/null"))
     return tmp_path / "model"
 
