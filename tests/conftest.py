@@ -33,6 +33,11 @@ QUICK = {
     "test_records",
     "test_reliability",
     "test_tables",
+    "test_recovery",
+    "test_plots",
+    "test_cards",
+    "test_answers",
+    "test_tokenizer",
     "test_batch",
     "test_runs",
 }

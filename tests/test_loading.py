@@ -1,17 +1,32 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""The commands' one loader: kinds of models, and weights that do not fit."""
+"""The loader of all commands: a name resolved once, kinds of models, and weights that do not fit."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from reference import SIZES
+from reference import SIZES, VOCAB
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from phase15.loading import ADAPTER, CAUSAL_LM, PHASE15, check_kind, kind_of, load_any, load_strictly
+from phase15.loading import (
+    ADAPTER,
+    CAUSAL_LM,
+    PHASE15,
+    check_kind,
+    load_any,
+    load_phase15,
+    load_served,
+    load_strictly,
+    load_tokenizer,
+    read_vocab_size,
+    resolve_source,
+)
 from phase15.model.base_phase15 import split_gguf
+from phase15.model.configuration_phase15 import Phase15Config
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 
 
@@ -28,16 +43,60 @@ def folders(tiny, bases, tmp_path) -> dict[str, str]:
 
 
 def test_kinds(folders, tmp_path):
-    assert {kind_of(folder) for folder in folders.values()} == set(folders)
     for kind, folder in folders.items():
-        assert kind_of(folder) == kind
+        source = resolve_source(folder)
+        assert (source.kind, source.folder, source.gguf_file, str(source)) == (kind, folder, None, folder)
+        assert (source.config is not None) == (kind == PHASE15)
     (tmp_path / "model.GGUF").write_bytes(b"GGUF")
-    assert kind_of(tmp_path / "model.GGUF") == CAUSAL_LM
+    source = resolve_source(tmp_path / "model.GGUF")
+    assert (source.kind, source.folder, source.gguf_file) == (CAUSAL_LM, str(tmp_path), "model.GGUF")
     with pytest.raises(ValueError, match=r"none\.gguf: no such file"):
-        kind_of(tmp_path / "none.gguf")
+        resolve_source(tmp_path / "none.gguf")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no model"):
-        kind_of(tmp_path / "empty")
+        resolve_source(tmp_path / "empty")
+
+
+def test_a_bad_config_is_named_with_its_folder(folders):
+    path = Path(folders[PHASE15], "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chunk_length": 0}))
+    with pytest.raises(ValueError, match=rf"^{folders[PHASE15]}: `chunk_length` is 0"):
+        resolve_source(folders[PHASE15])
+
+
+def test_a_source_is_resolved_once(folders, chat_tokenizer, monkeypatch):
+    """The config of a Phase15 model is read by its source, and by nothing that takes the source."""
+    chat_tokenizer.save_pretrained(folders[PHASE15])
+    source = resolve_source(folders[PHASE15])
+    assert resolve_source(source) is source and check_kind(source) is source
+    reads = []
+    read = Phase15Config.get_config_dict.__func__
+    monkeypatch.setattr(
+        Phase15Config,
+        "get_config_dict",
+        classmethod(lambda cls, *args, **kwargs: (reads.append(args), read(cls, *args, **kwargs))[1]),
+    )
+    model, tokenizer = load_phase15(source)
+    assert load_any(source).config.to_dict() == model.config.to_dict()
+    assert load_served(source)[0].config.to_dict() == model.config.to_dict()
+    assert load_tokenizer(source).get_vocab() == tokenizer.get_vocab() == chat_tokenizer.get_vocab()
+    assert read_vocab_size(source) == model.config.text_config.vocab_size
+    assert not reads
+    assert load_any(folders[PHASE15]).config.to_dict() == model.config.to_dict() and len(reads) == 1
+
+
+def test_a_models_config_is_not_that_of_its_source(folders):
+    """Or whoever changes the model's would change what is loaded next."""
+    source = resolve_source(folders[PHASE15])
+    load_any(source).config.chunk_length = 1
+    assert load_any(source).config.chunk_length == source.config.chunk_length == SIZES["chunk_length"]
+
+
+def test_the_vocabulary_is_read_from_the_config(folders, bases):
+    sizes = {read_vocab_size(folders[kind], bases["llama"]) for kind in (PHASE15, ADAPTER, CAUSAL_LM)}
+    assert sizes == {VOCAB}
+    with pytest.raises(ValueError, match="adapts .*phase15, but that is a Phase15 model, where a causal LM was"):
+        read_vocab_size(folders[ADAPTER], folders[PHASE15])
 
 
 def test_another_kind_is_refused(folders):
@@ -59,7 +118,8 @@ def test_the_gguf_split(tmp_path):
 @pytest.mark.parametrize("kind", [PHASE15, CAUSAL_LM])
 def test_weights_that_do_not_fit_are_refused(kind, folders):
     """The library would go on with random ones."""
-    folder, load = folders[kind], Phase15ForCausalLM.from_pretrained if kind == PHASE15 else from_base
+    folder = folders[kind]
+    load = Phase15ForCausalLM.from_pretrained if kind == PHASE15 else from_base
     path = f"{folder}/model.safetensors"
     whole = load_file(path)
     name = sorted(name for name in whole if "norm" in name)[0]

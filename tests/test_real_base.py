@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from phase15.commands import train as train_sft
-from phase15.data.records import texts_of
+from phase15.data.records import read_texts
 from phase15.evaluation.recall import recall
 from phase15.loading import load_phase15
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
@@ -224,7 +224,7 @@ def test_facts_are_known_in_context_and_lost_behind_the_window(medquad, tmp_path
     flags = ["--model_name_or_path", REAL_BASE, "--facts_text", str(medquad), "--output_dir", str(tmp_path / "run")]
     flags += ["--facts_records", "4"]
     trainer, *_ = train_sft.prepare([str(recipe), *flags, "--max_steps", "1", "--warmup_steps", "0", "--use_cpu"])
-    model, texts = trainer.model, texts_of(str(medquad))
+    model, texts = trainer.model, read_texts(str(medquad))
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     (at,) = recall(model, trainer.processing_class, [64], 4, num_chats=8, batch_size=8, texts=texts)
     completed = {name: row["completed"] for name, row in at["rows"].items()}

@@ -51,7 +51,7 @@ from phase15.cli.errors import one_line_errors
 from phase15.cli.files import check_output_dir, write_text
 from phase15.data.examples import Phase15Encoder, load_examples
 from phase15.data.facts import FACTS, FactsArguments
-from phase15.data.records import open_records, texts_of
+from phase15.data.records import open_records, read_texts
 from phase15.evaluation.answers import greedy_answers
 from phase15.evaluation.losses import (
     BASE,
@@ -62,17 +62,25 @@ from phase15.evaluation.losses import (
     Example,
     Losses,
     baseline_losses,
-    free_running,
-    label,
+    display_label,
+    measure_free_running,
+    measure_variants,
     no_delta,
-    variants,
 )
-from phase15.evaluation.plots import plot, plot_recall
+from phase15.evaluation.plots import plot_losses, plot_recall
 from phase15.evaluation.recall import recall
 from phase15.evaluation.recovery import BOOTSTRAP_SAMPLES, report
-from phase15.evaluation.tables import recall_table, table
-from phase15.hub.runs import held_out, read_run, same_records
-from phase15.loading import CAUSAL_LM, check_kind, load_any, load_tokenizer, vocab_size_of
+from phase15.evaluation.tables import losses_table, recall_table
+from phase15.hub.runs import find_differing_setting, read_held_out, read_run
+from phase15.loading import (
+    CAUSAL_LM,
+    Source,
+    check_kind,
+    load_any,
+    load_tokenizer,
+    read_vocab_size,
+    resolve_source,
+)
 from phase15.model.configuration_phase15 import Phase15Config
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 
@@ -144,37 +152,40 @@ class EvaluationArguments:
 
 def main(args: EvaluationArguments):
     """Measures everything, and then writes."""
-    others = check_models(args)
-    config = Phase15Config.from_pretrained(args.model_dir)
-    if args.chunk_length is None:
-        args.chunk_length = saved_chunk_length(args.model_dir)
-    config.check_chunk_length(args.chunk_length)
-    tokenizer = load_tokenizer(args.model_dir, config=config)
+    source, others = check_models(args)
+    config = source.config
+    length_choices = (args.chunk_length, read_generation_config(args.model_dir))
+    chunk_length = config.resolve_chunk_length(*length_choices)
+    tokenizer = load_tokenizer(source)
     if args.dataset == FACTS:
-        return measure_facts(args, tokenizer, config)
+        return measure_facts(args, source, tokenizer, chunk_length)
     examples, description, seed = validation_examples(args, tokenizer, config)
-    length = args.chunk_length or config.chunk_length
-    description += chunks_of(length, config)
+    description += describe_chunk_length(chunk_length, config)
     print(f"Evaluating {description}.")
     asked = examples[: args.generated_records]
     numbered = [example for example in asked if final_number(tokenizer.decode(example.answer)) is not None]
 
-    def answer(name: str, model: PreTrainedModel | PeftModel) -> list[list[int]]:
+    def answer(name: str, model: PreTrainedModel | PeftModel, chunk_length: int | None = None) -> list[list[int]]:
         queries = [example.query for example in numbered]
-        return greedy_answers(name, model, tokenizer, queries, args.batch_size, args.max_new_tokens)
+        return greedy_answers(
+            name, model, tokenizer, queries, args.batch_size, args.max_new_tokens, chunk_length=chunk_length
+        )
 
-    losses, free_losses, answers = measure_model(args, examples, asked, tokenizer, answer)
-    for name, folder in others.items():
-        other = load(args, folder)
-        losses[name] = baseline_losses(name, other, examples, args.batch_size, length)
-        answers[name] = answer(name, other)
+    losses, free_losses, answers = measure_model(args, source, examples, asked, tokenizer, answer, chunk_length)
+    for name, other_source in others.items():
+        other = load_any(other_source, args.dtype, others.get(BASE), args.device)
+        own_length = None
+        if isinstance(other, Phase15ForCausalLM):
+            own_length = other.config.resolve_chunk_length(*length_choices)
+        losses[name] = baseline_losses(name, other, examples, args.batch_size, chunk_length, own_length)
+        answers[name] = answer(name, other, own_length)
         del other  # before the next is loaded
     results = {
         "model": Path(args.model_dir).resolve().name,
         "dataset": Path(args.dataset).name if os.path.isabs(args.dataset) else args.dataset,
         "evaluated": description,
         "records": {"validation": len(examples), "generated": len(asked)},
-        "chunk_length": length,
+        "chunk_length": chunk_length,
         **report(losses, free_losses, args.bootstrap_samples, seed),
     }
     if numbered:
@@ -187,19 +198,20 @@ def main(args: EvaluationArguments):
     output_dir = Path(args.output_dir or args.model_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_text(output_dir / "evaluation.json", json.dumps(results, indent=2) + "\n")
-    plot(results["validation"], output_dir / "loss_by_chunk.png")
-    print(f"\n{table(results)}\n")
+    plot_losses(results["validation"], output_dir / "loss_by_chunk.png")
+    print(f"\n{losses_table(results)}\n")
 
 
-def measure_facts(args: EvaluationArguments, tokenizer: PreTrainedTokenizerBase, config: Phase15Config):
+def measure_facts(args: EvaluationArguments, source: Source, tokenizer: PreTrainedTokenizerBase, chunk_length: int):
     """Asks for facts at every distance, in chats that were drawn for it, instead of records that a run held out."""
-    run, recipes, defaults = held_out(args.model_dir) or {}, read_run(args.model_dir).recipes, FactsArguments()
-    texts = texts_of(args.facts_text or (recipes[0].get("facts_text") if recipes else None))
+    run, recipes, defaults = read_held_out(args.model_dir) or {}, read_run(args.model_dir).recipes, FactsArguments()
+    texts = read_texts(args.facts_text or (recipes[0].get("facts_text") if recipes else None))
     distances = args.facts_distances or run.get("facts_distances", defaults.facts_distances)
-    model = load(args, args.model_dir)
+    model = load_any(source, args.dtype, device=args.device)
     number, seed = run.get("facts_per_chat", defaults.facts_per_chat), 0 if args.seed is None else args.seed
     settings = {"num_chats": args.generated_records, "seed": seed, "batch_size": args.batch_size, "texts": texts}
-    how = chunks_of(model.config.chunk_length, config)
+    settings["chunk_length"] = chunk_length
+    how = describe_chunk_length(chunk_length, source.config)
     print(f"Asking for {number} facts in each of {args.generated_records} chats{how}.")
     measured = recall(model, tokenizer, sorted(set(distances)), number, **settings)
     output_dir = Path(args.output_dir or args.model_dir)
@@ -209,32 +221,26 @@ def measure_facts(args: EvaluationArguments, tokenizer: PreTrainedTokenizerBase,
     print(f"\n{recall_table(measured)}\n")
 
 
-def saved_chunk_length(folder: str) -> int | None:
-    """The length of a chunk with which `generate` speaks, where the folder's generation config chooses one."""
+def read_generation_config(folder: str) -> GenerationConfig | None:
+    """Returns the generation config of a folder, which may choose a chunk length; `None` if there is none."""
     try:
-        return getattr(GenerationConfig.from_pretrained(folder), "chunk_length", None)
-    except OSError:  # it has none
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:
         return None
 
 
-def chunks_of(length: int, config: Phase15Config) -> str:
-    """What to say of a length that is not that of training."""
-    if length == config.chunk_length:
+def describe_chunk_length(chunk_length: int, config: Phase15Config) -> str:
+    """Returns a note on a chunk length that is not that of training, else nothing."""
+    if chunk_length == config.chunk_length:
         return ""
-    return f"; with chunks of {length} tokens, not the {config.chunk_length} of training"
+    return f"; with chunks of {chunk_length} tokens, not the {config.chunk_length} of training"
 
 
-def load(args: EvaluationArguments, name: str) -> PreTrainedModel | PeftModel:
-    """A model; if it is a Phase15 model, with chunks of the length that is asked for."""
-    model = load_any(name, args.dtype, args.base, args.device)
-    if args.chunk_length is not None and isinstance(model, Phase15ForCausalLM):
-        model.config.check_chunk_length(args.chunk_length)
-        model.config.chunk_length = args.chunk_length
-    return model
-
-
-def check_models(args: EvaluationArguments) -> dict[str, str]:
-    """Refuses models that cannot be compared; returns the base and the baselines by the key of their row."""
+def check_models(args: EvaluationArguments) -> tuple[Source, dict[str, Source]]:
+    """
+    Raises a ValueError for models that cannot be compared. Returns the source of the model, and those of the base and
+    the baselines by the key of their row.
+    """
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:  # no such device, or not on this machine
@@ -243,30 +249,30 @@ def check_models(args: EvaluationArguments) -> dict[str, str]:
     for folder in (args.model_dir, *args.baselines):
         if not Path(folder).is_dir():
             raise ValueError(f"{folder}: no such folder.")
-    check_kind(args.model_dir)
+    source = check_kind(args.model_dir)
+    rows = {}
     if args.base:
-        check_kind(args.base, CAUSAL_LM)
-    rows, own = {BASE: args.base} if args.base else {}, held_out(args.model_dir)
+        rows[BASE] = check_kind(args.base, CAUSAL_LM)
+    own = read_held_out(args.model_dir)
     for folder in args.baselines:
         recipes = read_run(folder).recipes
         kind = recipes[0].get("baseline") if recipes else None
         name = f"baseline_{kind or Path(folder).resolve().name}"
         if name in rows:
-            raise ValueError(f"{rows[name]} and {folder} would both be called {label(name)!r}.")
-        rows[name] = folder
-        others = held_out(folder)
-        if own and others and (key := same_records(own, others)):
+            raise ValueError(f"{rows[name]} and {folder} would both be called {display_label(name)!r}.")
+        rows[name] = resolve_source(folder)
+        others = read_held_out(folder)
+        if own and others and (key := find_differing_setting(own, others)):
             raise ValueError(
                 f"{folder} did not hold out the records that {args.model_dir} did: its `{key}` was {others[key]!r}, "
                 f"not {own[key]!r}."
             )
-    expected = vocab_size_of(args.model_dir)
-    for folder in rows.values():
-        if (found := vocab_size_of(folder, args.base)) != expected:
-            raise ValueError(
-                f"{folder} has a vocabulary of {found} tokens, but {args.model_dir} has one of {expected}."
-            )
-    return rows
+    expected = read_vocab_size(source)
+    for other in rows.values():
+        size = read_vocab_size(other, rows.get(BASE))
+        if size != expected:
+            raise ValueError(f"{other} has a vocabulary of {size} tokens, but {source} has one of {expected}.")
+    return source, rows
 
 
 def validation_examples(
@@ -276,7 +282,7 @@ def validation_examples(
     The examples to evaluate, their description, and the seed. If the run that made the model read the same data, they
     are those that it held out, unless flags say otherwise.
     """
-    name, run = args.dataset, held_out(args.model_dir) or {}
+    name, run = args.dataset, read_held_out(args.model_dir) or {}
     if run.get("dataset_name") != Path(name).name:
         run = {}
     defaults = {"validation_split": 0.1, "shuffle_records": False, "seed": 42} | run
@@ -317,23 +323,35 @@ def validation_examples(
 
 def measure_model(
     args: EvaluationArguments,
+    source: Source,
     examples: list[Example],
     asked: list[Example],
     tokenizer: PreTrainedTokenizerBase,
-    answer: Callable[[str, PreTrainedModel], list[list[int]]],
+    answer: Callable[..., list[list[int]]],
+    chunk_length: int,
 ) -> tuple[dict[str, Losses], dict[str, Losses], dict[str, list[list[int]]]]:
     """The rows of the model's own LLM: losses, free-running losses, and answers."""
-    model = load(args, args.model_dir)
-    losses, free_losses = variants(model, examples, args.batch_size), {}
+    model = load_any(source, args.dtype, device=args.device)
+    losses = measure_variants(model, examples, args.batch_size, chunk_length)
+    free_losses = {}
     if asked:
-        length = model.config.chunk_length
-        longest = math.ceil(max(len(example.answer) for example in asked) / length) * length
+        num_chunks = math.ceil(max(len(example.answer) for example in asked) / chunk_length)
+        longest = num_chunks * chunk_length
         queries = [example.query for example in asked]
-        own = greedy_answers(FREE_RUNNING, model, tokenizer, queries, args.batch_size, longest, min_new_tokens=longest)
-        free_losses = free_running(model, asked, own, args.batch_size)
-    answers = {MODEL: answer(MODEL, model), FULL_CONTEXT: answer(FULL_CONTEXT, model.llm)}
+        own = greedy_answers(
+            FREE_RUNNING,
+            model,
+            tokenizer,
+            queries,
+            args.batch_size,
+            max_new_tokens=longest,
+            min_new_tokens=longest,
+            chunk_length=chunk_length,
+        )
+        free_losses = measure_free_running(model, asked, own, args.batch_size, chunk_length)
+    answers = {MODEL: answer(MODEL, model, chunk_length), FULL_CONTEXT: answer(FULL_CONTEXT, model.llm)}
     with no_delta(model):
-        answers[WINDOW] = answer(WINDOW, model)
+        answers[WINDOW] = answer(WINDOW, model, chunk_length)
     return losses, free_losses, answers
 
 

@@ -38,8 +38,8 @@ from transformers import HfArgumentParser
 
 from phase15.cli.errors import one_line_errors
 from phase15.cli.files import check_output_dir
-from phase15.hub.cards import is_as_signed, model_card, signed
-from phase15.hub.runs import answer_in_new_process, as_yaml, read_run, without_folders
+from phase15.hub.cards import is_unmodified, model_card, sign_card
+from phase15.hub.runs import answer_in_new_process, dump_yaml, read_run, strip_folders
 from phase15.loading import check_kind, load_phase15
 
 
@@ -125,16 +125,16 @@ def stage(args: PushArguments, folder: Path):
     run = read_run(source)
     if run.results and not run.recipes:
         raise ValueError(f"{source} holds results.json, but not the recipe.yaml that says of what.")
-    run = run._replace(recipes=[without_folders(recipe) for recipe in run.recipes])
+    run = run._replace(recipes=[strip_folders(recipe) for recipe in run.recipes])
     for recipes, name in ((run.recipes[:1], "recipe.yaml"), (run.recipes[1:], "recipes_before.yaml")):
         if recipes:
-            (folder / name).write_text(as_yaml(recipes), encoding="utf-8")
+            (folder / name).write_text(dump_yaml(recipes), encoding="utf-8")
     for name in (*PICTURES, "evaluation.json"):
         if (source / name).is_file():
             shutil.copy(source / name, folder / name)
     pictures = [name for name in PICTURES if (folder / name).is_file()]
     card = model_card(args, run, model, tokenizer, pictures)
-    (folder / "README.md").write_text(signed(str(card)), encoding="utf-8")
+    (folder / "README.md").write_text(sign_card(str(card)), encoding="utf-8")
 
     question, max_new_tokens = "What is a soft prompt?", 2 * model.config.chunk_length
     if tokenizer.chat_template is None:
@@ -214,7 +214,7 @@ def check_card(args: PushArguments, before: ModelInfo):
     """Refuses to replace a model card that somebody has edited on the Hub."""
     if any(sibling.rfilename == "README.md" for sibling in before.siblings):
         there = Path(hf_hub_download(args.repo_id, "README.md", revision=before.sha)).read_text("utf-8")
-        if not is_as_signed(there):
+        if not is_unmodified(there):
             raise ValueError(
                 f"README.md of {args.repo_id} is not as a push left it: somebody has edited it. "
                 "`--overwrite_card true` replaces it. Nothing was uploaded."

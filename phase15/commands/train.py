@@ -34,12 +34,12 @@ from phase15.cli.errors import one_line_errors
 from phase15.cli.files import write_text
 from phase15.data.examples import Phase15Stream, prepare_data
 from phase15.data.facts import Chat, fresh_chats
-from phase15.data.records import Phase15RecordError, open_records, texts_of
-from phase15.evaluation.plots import plot, plot_recall, plot_training
-from phase15.evaluation.recall import encoded, recall, show
+from phase15.data.records import Phase15RecordError, open_records, read_texts
+from phase15.evaluation.plots import plot_losses, plot_recall, plot_training
+from phase15.evaluation.recall import encode_chats, format_chat, recall
 from phase15.evaluation.recovery import compare, compare_baseline
-from phase15.evaluation.tables import recall_table, table
-from phase15.hub.runs import answer_in_new_process, check_same_run, held_out_by, read_run, save_recipe
+from phase15.evaluation.tables import losses_table, recall_table
+from phase15.hub.runs import answer_in_new_process, check_same_run, held_out_settings, read_run, save_recipe
 from phase15.training.arguments import (
     Phase15ModelArguments,
     Phase15TrainingArguments,
@@ -47,7 +47,12 @@ from phase15.training.arguments import (
     check_together,
     parse_args,
 )
-from phase15.training.checkpoints import Phase15CheckpointError, checkpoints_in, find_checkpoint, writing
+from phase15.training.checkpoints import (
+    Phase15CheckpointError,
+    explain_write_errors,
+    find_checkpoint,
+    list_checkpoints,
+)
 from phase15.training.compilation import compile_layers
 from phase15.training.distillation import DistillationTrainer, load_teacher
 from phase15.training.models import make_baseline, make_model
@@ -106,7 +111,7 @@ def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dic
         )
     except RuntimeError as error:  # of packages that `report_to` and others ask for
         raise ValueError(str(error)) from error
-    return trainer, model_args, recipe, held_out_by(data_args, training_args)
+    return trainer, model_args, recipe, held_out_settings(data_args, training_args)
 
 
 def check_not_finished(training_args: Phase15TrainingArguments):
@@ -150,7 +155,7 @@ def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments, recipe: dic
         else:
             model = trainer.save_final_model(merge_adapter=model_args.merge_adapter)
             if trainer.is_world_process_zero():
-                texts = texts_of(recipe.get("facts_text"))
+                texts = read_texts(recipe.get("facts_text"))
                 evaluate_and_report(trainer, model, model_args, result, held_out, texts)
                 show_what_it_says(trainer, model_args, held_out, texts)
     return not stop.has_stopped
@@ -161,10 +166,10 @@ def prepare_output(trainer: Phase15Trainer, recipe: dict) -> str | None:
     args, output_dir, found = trainer.args, Path(trainer.args.output_dir), [None]
     with errors_together("train_sft.py", Phase15CheckpointError):
         if trainer.is_world_process_zero():
-            with writing(output_dir):
+            with explain_write_errors(output_dir):
                 if (output_dir / "results.json").exists():  # overwrite_output_dir
                     logger.warning(f"{output_dir} holds a finished run, which is replaced (`overwrite_output_dir`).")
-                    for checkpoint in checkpoints_in(output_dir):
+                    for checkpoint in list_checkpoints(output_dir):
                         shutil.rmtree(checkpoint)
                     (output_dir / "results.json").unlink()  # last: it marks the checkpoints as another run's
                 found = [find_checkpoint(output_dir, args.resume_from_checkpoint)]
@@ -192,7 +197,7 @@ def is_same_run(trainer: Phase15Trainer, recipe: dict, checkpoint: Path) -> bool
         if not args.overwrite_output_dir or args.resume_from_checkpoint:
             raise Phase15CheckpointError(str(error)) from error
         logger.warning(f"Starting anew: {error}")
-        for other in checkpoints_in(Path(args.output_dir)):
+        for other in list_checkpoints(Path(args.output_dir)):
             shutil.rmtree(other)
         return False
     return True
@@ -208,7 +213,7 @@ def evaluate_and_report(
 ):
     """Compares the model with its controls, and writes results.json and the pictures."""
     args, output_dir = trainer.args, Path(trainer.args.output_dir)
-    with writing(output_dir):
+    with explain_write_errors(output_dir):
         plot_training(trainer.state.log_history, output_dir / "training_curve.png")
     if isinstance(trainer.train_dataset, Phase15Stream):  # records read, again in each pass
         num_training = trainer.state.global_step * trainer.get_total_train_batch_size(args)
@@ -231,8 +236,8 @@ def evaluate_and_report(
                 results |= compare_baseline(model, f"baseline_{name}", loader, trainer.config.chunk_length)
             else:
                 results |= compare(model, loader)
-        with writing(output_dir):
-            plot(results["validation"], output_dir / "loss_by_chunk.png")
+        with explain_write_errors(output_dir):
+            plot_losses(results["validation"], output_dir / "loss_by_chunk.png")
     if "facts_distances" in held_out:
         distances = {*held_out["facts_distances"]}
         if not model_args.baseline:
@@ -241,13 +246,13 @@ def evaluate_and_report(
         with trainer.accelerator.autocast():
             results["recall"] = recall(model, trainer.processing_class, sorted(distances), texts=texts, **settings)
         results["chat"] = chat_to_show(held_out, texts).messages[:-1]
-        with writing(output_dir):
+        with explain_write_errors(output_dir):
             plot_recall(results["recall"], output_dir / "recall.png")
-    with writing(output_dir):
+    with explain_write_errors(output_dir):
         (output_dir / "evaluation.json").unlink(missing_ok=True)  # of an earlier run's model
         write_text(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
     if results["validation"]:
-        print(f"\n{table(results)}\n")
+        print(f"\n{losses_table(results)}\n")
     if "recall" in results:
         print(f"\n{recall_table(results['recall'])}\n")
 
@@ -260,7 +265,7 @@ def chat_to_show(held_out: dict, texts: list[str] | None) -> Chat:
 def show_one_chat(trainer: Phase15Trainer, held_out: dict, texts: list[str] | None):
     """Prints a fresh chat at the longest distance, with the answers of the saved model in new processes."""
     chat = chat_to_show(held_out, texts)
-    (example,), tokenizer = encoded([chat], trainer.processing_class), trainer.processing_class
+    (example,), tokenizer = encode_chats([chat], trainer.processing_class), trainer.processing_class
 
     def say(no_delta: bool) -> str:
         output = answer_in_new_process(trainer.args.output_dir, example.query, 2 * len(example.answer), no_delta)
@@ -268,7 +273,7 @@ def show_one_chat(trainer: Phase15Trainer, held_out: dict, texts: list[str] | No
 
     with ThreadPoolExecutor() as pool:  # side by side: each takes seconds to import
         answers = pool.map(say, (False, True))
-    print(f"Saved to {trainer.args.output_dir}. Loaded in new processes:\n\n{show(chat, *answers)}")
+    print(f"Saved to {trainer.args.output_dir}. Loaded in new processes:\n\n{format_chat(chat, *answers)}")
 
 
 def show_what_it_says(

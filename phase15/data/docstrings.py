@@ -1,5 +1,5 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""The embedded default: questions answered by the standard library's docstrings, and a tokenizer trained on them."""
+"""The data set `python-docstrings`: questions answered by the standard library, so that every machine has it."""
 
 import ast
 import functools
@@ -10,31 +10,36 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-DOCSTRINGS = "python-docstrings"  # the name of the embedded data set
+DOCSTRINGS = "python-docstrings"  # the name of the data set
+LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages"}
+MIN_CHARACTERS = 40  # of an answer
+MAX_CHARACTERS = 1200
 
 
 @functools.cache
 def docstring_records() -> list[dict]:
-    """Questions answered by the docstrings of the public functions and classes in Python's standard library."""
+    """Returns questions answered by the docstrings of public functions and classes in the standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages"}
-    seen, records = set(), []
+    seen = set()
+    records = []
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
-        if left_out & set(parts) or any(part.startswith("_") and part != "__init__" for part in parts):
+        is_private = any(part.startswith("_") and part != "__init__" for part in parts)
+        if is_private or LEFT_OUT & set(parts):
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old escapes in the standard library
             tree = ast.parse(path.read_bytes())
         module = ".".join(part for part in parts if part != "__init__")
         for kind, name, docstring in _definitions(tree, module):
-            if 40 <= len(docstring) <= 1200 and docstring not in seen:
+            if MIN_CHARACTERS <= len(docstring) <= MAX_CHARACTERS and docstring not in seen:
                 seen.add(docstring)
                 records.append({"question": f"What is the {kind} {name} for?", "answer": docstring})
     return records
 
 
 def _definitions(node: ast.AST, prefix: str) -> Iterator[tuple[str, str, str]]:
+    """Yields kind, full name and docstring of each public function and class under a node."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and child.name[0] != "_":
             kind = "class" if isinstance(child, ast.ClassDef) else "function"

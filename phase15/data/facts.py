@@ -1,11 +1,11 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """
-The data set `facts`: chats in which somebody tells facts about themselves, then gives a text to read, then asks for
-the facts. Between facts and questions stand as many words as the chat's distance. Every token of them has to pass
-through the soft prompt before the first question comes.
+The data set `facts`: chats in which a user states facts about themselves, then gives a text to read, then asks for the
+facts. The distance of a chat is the number of words between facts and questions. All their tokens pass through the
+soft prompt before the first question comes.
 
-A greeting comes first, because the sinks keep the stream's first tokens whatever happens. Values and texts are drawn
-at random, so nothing but the chat itself says which value is right.
+A greeting comes first, because the sinks always keep the stream's first tokens. Values and texts are drawn at random,
+so only the chat itself determines which value is right.
 """
 
 import functools
@@ -25,15 +25,15 @@ COMMON_WORDS = 1000  # the text between has no others, so that a small vocabular
 
 
 class Kind(NamedTuple):
-    """A kind of fact: how it is told, asked for and answered, and the 16 values it can have."""
+    """A kind of fact: its statement, question and answer with a `{}` for the value, and the 16 values it can have."""
 
-    told: str
+    statement: str
     question: str
     answer: str
     values: list[str]
 
 
-KINDS = [
+FACT_KINDS = [
     Kind(
         "My dog is called {}.",
         "What is my dog called?",
@@ -83,17 +83,19 @@ class FactsArguments:
     facts_distances: list[int] = field(
         default_factory=lambda: [0, 32, 128, 512],
         metadata={
-            "help": "Of the data set facts: words between facts and questions. Over the records the distance grows "
+            "help": "Words between facts and questions in the data set facts. Over the records the distance grows "
             "from the first to the last; half of the records have an earlier one again."
         },
     )
-    facts_records: int = field(default=2000, metadata={"help": "How many records the data set facts has."})
-    facts_per_chat: int = field(default=4, metadata={"help": "Facts of each of them, at most one of each kind."})
+    facts_records: int = field(default=2000, metadata={"help": "Number of records of the data set facts."})
+    facts_per_chat: int = field(
+        default=4, metadata={"help": "Facts in each record of the data set facts, at most one of each kind."}
+    )
     facts_text: str | None = field(
         default=None,
         metadata={
-            "help": "What stands between facts and questions: a JSONL, JSON, CSV or Parquet file or a Hub id, of "
-            "whose records the longest text is taken; sentences of python-docstrings by default."
+            "help": "Text between facts and questions in the data set facts: a JSONL, JSON, CSV or Parquet file or a "
+            "Hub id, of whose records the longest text is taken; sentences of python-docstrings by default."
         },
     )
 
@@ -105,14 +107,14 @@ class FactsArguments:
             )
         if self.facts_records < 1:
             raise ValueError(f"`facts_records` is {self.facts_records}, but it must be 1 or more.")
-        if not 1 <= self.facts_per_chat <= len(KINDS):
-            raise ValueError(f"`facts_per_chat` is {self.facts_per_chat}, but it must be from 1 to {len(KINDS)}.")
+        if not 1 <= self.facts_per_chat <= len(FACT_KINDS):
+            raise ValueError(f"`facts_per_chat` is {self.facts_per_chat}, but it must be from 1 to {len(FACT_KINDS)}.")
 
 
 class Chat(NamedTuple):
     """A chat of the data set. `answers` has one sentence for each question, in their order; `values` their values."""
 
-    told: str
+    statements: str
     text: str
     questions: str
     answers: list[str]
@@ -120,75 +122,86 @@ class Chat(NamedTuple):
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """Its turns. The last, the assistant's, is the answer."""
-        turns = f"{GREETING} {self.told}", THANKS, f"{self.text} {self.questions}".strip(), " ".join(self.answers)
-        return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        """The turns of the chat. The last, of the assistant, is the answer."""
+        return [
+            {"role": "user", "content": f"{GREETING} {self.statements}"},
+            {"role": "assistant", "content": THANKS},
+            {"role": "user", "content": f"{self.text} {self.questions}".strip()},
+            {"role": "assistant", "content": " ".join(self.answers)},
+        ]
 
-    def num_right(self, said: str) -> int:
-        """How many of the answers a text says, each as the sentence of its own place."""
-        sentences = [sentence for sentence in re.split(r"(?<=\.)\s+", said.strip()) if sentence]
-        return sum(right == found for right, found in zip(self.answers, sentences, strict=False))
+    def count_right(self, text: str) -> int:
+        """Returns the number of answers in a text, each counted only as the sentence of its own position."""
+        sentences = [sentence for sentence in re.split(r"(?<=\.)\s+", text.strip()) if sentence]
+        return sum(expected == sentence for expected, sentence in zip(self.answers, sentences, strict=False))
 
 
 def draw_chat(draw: random.Random, distance: int, num_facts: int, texts: list[str]) -> Chat:
-    """A chat with so many words of texts between the facts and the questions."""
-    facts = [(kind, draw.choice(kind.values)) for kind in draw.sample(KINDS, num_facts)]
+    """Returns a chat with `distance` words of texts between the facts and the questions."""
+    facts = [(kind, draw.choice(kind.values)) for kind in draw.sample(FACT_KINDS, num_facts)]
     words = []
     while len(words) < distance:
         words += draw.choice(texts).split()
-    asked = draw.sample(facts, num_facts)
+    in_question_order = draw.sample(facts, num_facts)
     return Chat(
-        " ".join(kind.told.format(value) for kind, value in facts),
-        " ".join(words[:distance]),
-        " ".join(kind.question for kind, _ in asked),
-        [kind.answer.format(value) for kind, value in asked],
-        [value for _, value in asked],
+        statements=" ".join(kind.statement.format(value) for kind, value in facts),
+        text=" ".join(words[:distance]),
+        questions=" ".join(kind.question for kind, _ in in_question_order),
+        answers=[kind.answer.format(value) for kind, value in in_question_order],
+        values=[value for _, value in in_question_order],
     )
 
 
 def training_records(arguments: FactsArguments, seed: int, texts: list[str] | None = None) -> Iterator[dict]:
     """
-    The records of the data set: `messages`. The same arguments, seed and texts give the same records. The texts are
-    `plain_sentences` by default; the last tenth of them is left to `fresh_chats`.
+    Yields the records of the data set: `messages`. The same arguments, seed and texts give the same records. The texts
+    are `plain_sentences` by default; the last tenth of them is left to `fresh_chats`.
     """
-    draw, distances, texts = random.Random(seed), arguments.facts_distances, texts or plain_sentences()
-    texts = texts[: -num_fresh(texts)]
+    draw = random.Random(seed)
+    distances = arguments.facts_distances
+    texts = texts or plain_sentences()
+    texts = texts[: -count_fresh(texts)]
     for number in range(arguments.facts_records):
         if number % BLOCK == 0:
             longest = len(distances) * number // arguments.facts_records
-            distance = distances[longest] if draw.random() < 0.5 else draw.choice(distances[: longest + 1])
+            if draw.random() < 0.5:
+                distance = distances[longest]
+            else:
+                distance = draw.choice(distances[: longest + 1])
         yield {"messages": draw_chat(draw, distance, arguments.facts_per_chat, texts).messages}
 
 
 def fresh_chats(
     distance: int, number: int, num_facts: int, seed: int = 0, texts: list[str] | None = None
 ) -> list[Chat]:
-    """Chats of one distance, with texts that are in no training record."""
-    draw, texts = random.Random(f"fresh {seed} {distance}"), texts or plain_sentences()
-    return [draw_chat(draw, distance, num_facts, texts[-num_fresh(texts) :]) for _ in range(number)]
+    """Returns chats of one distance, with texts that no training record has."""
+    draw = random.Random(f"fresh {seed} {distance}")
+    texts = texts or plain_sentences()
+    texts = texts[-count_fresh(texts) :]
+    return [draw_chat(draw, distance, num_facts, texts) for _ in range(number)]
 
 
-def num_fresh(texts: list[str]) -> int:
-    """How many of the texts, the last, no training record has."""
+def count_fresh(texts: list[str]) -> int:
+    """Returns the number of texts, from the end, held out for evaluation."""
     return max(len(texts) // 10, 1)
 
 
 @functools.cache
 def plain_sentences() -> list[str]:
-    """Plain sentences of the docstrings of Python's standard library, in a fixed order at random."""
-    found = set()
+    """Returns plain sentences of the standard library's docstrings, shuffled once with a fixed seed."""
+    candidates = set()
     for record in docstring_records():
         for paragraph in re.split(r"\n\s*\n", record["answer"]):
             for sentence in re.split(r"(?<=[.!?])\s+", " ".join(paragraph.split())):
                 if re.fullmatch(r"[A-Z][A-Za-z' ,;-]+\.", sentence) and 6 <= len(sentence.split()) <= 30:
-                    found.add(sentence)
+                    candidates.add(sentence)
 
     def words(sentence: str) -> list[str]:
         return re.findall(r"[a-z']+", sentence.lower())
 
-    count = Counter(word for sentence in sorted(found) for word in words(sentence))
+    count = Counter(word for sentence in sorted(candidates) for word in words(sentence))  # sorted: ties keep an order
     common = {word for word, _ in count.most_common(COMMON_WORDS)}
-    sentences = sorted(sentence for sentence in found if common.issuperset(words(sentence)))
+    sentences = sorted(sentence for sentence in candidates if common.issuperset(words(sentence)))
     random.Random(0).shuffle(sentences)
     return sentences
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """
-Files and Hub ids to raw records, one after another. There is one reader for each type of file; whoever needs all
-records reads to the end.
+Reads raw records from files and Hub data sets, one after another. There is one reader for each type of file. Whoever
+needs all records reads to the end.
 """
 
 import csv
@@ -38,7 +38,7 @@ def open_records(
         name (`str`): a JSONL, JSON, CSV or Parquet file; a pattern of several ("data/*.jsonl"), which are read in the
             order of their names; a Hub id; or "facts" or "python-docstrings", which every machine has.
         config (`str`, *optional*): configuration of a Hub data set. Files have none.
-        split (`str`): split of a Hub data set. Files have "train" alone.
+        split (`str`): split of a Hub data set. Files have only "train".
         streaming (`bool`): do not download the files of a Hub data set.
         facts (`FactsArguments`, *optional*): of the data set "facts".
         seed (`int`): of the data set "facts".
@@ -54,28 +54,36 @@ def open_records(
     if name in EMBEDDED or suffix in READERS:
         check_no_parts(name, config, split)
     if name == FACTS:
-        sources = ((name, partial(_facts, facts or FactsArguments(), seed)),)
+        sources = [(name, partial(_facts_records, facts or FactsArguments(), seed))]
     elif name == DOCSTRINGS:
-        sources = ((name, docstring_records),)
+        sources = [(name, docstring_records)]
     elif suffix in READERS:
-        paths = [path for path in sorted(glob.glob(name, recursive=True)) if Path(path).is_file()]
-        paths = [name] if Path(name).is_file() else paths  # a name may hold glob characters itself
-        if not paths:
-            raise ValueError(f"{name}: no such file.")
-        for path in paths:
-            if not Path(path).stat().st_size:
-                raise ValueError(f"{path}: the file is empty.")
-        sources = tuple((path, partial(READERS[suffix], Path(path))) for path in paths)
+        sources = [(path, partial(READERS[suffix], Path(path))) for path in find_files(name)]
     elif Path(name).exists():
         raise ValueError(f"{name}: expected a file that ends in {', '.join(READERS)}, or the id of a Hub data set.")
     else:
-        sources = ((name, partial(_numbered, load_dataset(name, config, split=split, streaming=streaming))),)
-    # a tuple: `datasets` would take a list for shards, and read, shuffle and number each of them apart
-    return IterableDataset.from_generator(_rows, gen_kwargs={"sources": sources})
+        dataset = load_dataset(name, config, split=split, streaming=streaming)
+        sources = [(name, partial(_count_until_error, dataset))]
+    # `datasets` would take a list for shards, and read, shuffle and number each of them apart
+    return IterableDataset.from_generator(_iter_rows, gen_kwargs={"sources": tuple(sources)})
+
+
+def find_files(name: str) -> list[str]:
+    """Returns the paths of a name or a pattern, sorted; raises a ValueError for no file or an empty one."""
+    if Path(name).is_file():  # a name may hold glob characters itself
+        paths = [name]
+    else:
+        paths = [path for path in sorted(glob.glob(name, recursive=True)) if Path(path).is_file()]
+    if not paths:
+        raise ValueError(f"{name}: no such file.")
+    for path in paths:
+        if not Path(path).stat().st_size:
+            raise ValueError(f"{path}: the file is empty.")
+    return paths
 
 
 def check_no_parts(name: str, config: str | None, split: str):
-    """Raises a ValueError for parts of a data set that only the Hub's have."""
+    """Raises a ValueError for a configuration or a split, which only Hub data sets have."""
     if config is not None:
         raise ValueError(f"{name}: `dataset_config` is {config!r}, but only a Hub data set has configurations.")
     if split != "train":
@@ -84,46 +92,53 @@ def check_no_parts(name: str, config: str | None, split: str):
         )
 
 
-def _facts(facts: FactsArguments, seed: int) -> Iterator[dict]:
-    return training_records(facts, seed, texts_of(facts.facts_text))
+def _facts_records(facts: FactsArguments, seed: int) -> Iterator[dict]:
+    return training_records(facts, seed, read_texts(facts.facts_text))
 
 
-def texts_of(name: str | None) -> list[str] | None:
+def read_texts(name: str | None) -> list[str] | None:
     """
-    The longest text of each record of a data set, without line breaks.
+    Returns the longest text of each record of a data set, without line breaks; `None` without a name.
 
     Raises:
-        ValueError: when it has fewer than 2 texts. [`Phase15RecordError`] for a record that cannot be read.
+        ValueError: when the data set has fewer than 2 texts. [`Phase15RecordError`] for a record that cannot be read.
     """
     if name is None:
         return None
-    longest = (
-        max((value for value in row["fields"].values() if isinstance(value, str)), key=len, default="")
-        for row in open_records(name)
-    )
-    texts = [text for text in (" ".join(text.split()) for text in longest) if text]
+    texts = []
+    for row in open_records(name):
+        strings = [value for value in row["fields"].values() if isinstance(value, str)]
+        text = " ".join(max(strings, key=len, default="").split())
+        if text:
+            texts.append(text)
     if len(texts) < 2:
-        raise ValueError(f"{name}: 2 records with a text were expected, or more.")
+        raise ValueError(f"{name}: at least 2 records with a text were expected.")
     return texts
 
 
-def _rows(sources: tuple[tuple[str, Callable], ...]) -> Iterator[dict]:
-    numbers = itertools.count(1)
+def _iter_rows(sources: tuple[tuple[str, Callable], ...]) -> Iterator[dict]:
+    """Yields the rows of `open_records`, numbered over all sources."""
+    number = 0
     for name, read in sources:
         try:
-            for in_file, record in enumerate(read(), start=1):
-                yield {"fields": record, "number": next(numbers), "where": f"{name}, record {in_file}"}
+            for number_in_file, record in enumerate(read(), start=1):
+                number += 1
+                yield {"fields": record, "number": number, "where": f"{name}, record {number_in_file}"}
         except (ValueError, OSError) as error:
             raise Phase15RecordError(f"{name}: {error}") from error
 
 
 def _csv_records(path: Path) -> Iterator[dict[str, str]]:
-    """Every value is a string: 007 stays 007, and an answer may be NA."""
+    """Yields records whose values are all strings: 007 stays 007, and an answer may be NA."""
     with path.open(encoding="utf-8-sig", newline="") as file:
-        number, begin, reader = 0, 1, csv.DictReader(file, restval="", strict=True)
+        reader = csv.DictReader(file, restval="", strict=True)
+        number = 0
+        begin = 1  # the line at which the next record begins
         try:
-            if repeated := {name for name in reader.fieldnames or () if reader.fieldnames.count(name) > 1}:
-                raise ValueError(f"the header has the column {sorted(repeated)[0]!r} twice.")
+            names = reader.fieldnames or []
+            repeated = sorted(name for name in names if names.count(name) > 1)
+            if repeated:
+                raise ValueError(f"the header has the column {repeated[0]!r} twice.")
             begin = reader.line_num + 1
             for number, record in enumerate(reader, start=1):
                 if None in record:
@@ -143,13 +158,13 @@ def _csv_records(path: Path) -> Iterator[dict[str, str]]:
 
 
 def _json_records(path: Path) -> Iterator[dict]:
-    """A JSON Lines file, line by line, or the whole of a JSON file."""
+    """Yields the records of a JSON Lines file, line by line, or of a JSON file that is read whole."""
     with path.open("rb") as file:
         if path.suffix.lower() == ".jsonl":
             records = _json_lines(file)
         else:
-            records = _from_json(file.read(), "")
-            records = records if isinstance(records, list) else [records]
+            content = _parse_json(file.read(), "")
+            records = content if isinstance(content, list) else [content]
         number = 0
         for number, record in enumerate(records, start=1):
             if not isinstance(record, dict):
@@ -167,14 +182,17 @@ def _json_records(path: Path) -> Iterator[dict]:
 
 
 def _json_lines(file: Iterable[bytes]) -> Iterator:
-    lines = ((position, line) for position, line in enumerate(file, start=1) if line.strip())
-    for number, (position, line) in enumerate(lines, start=1):
-        yield _from_json(line, f"record {number} (line {position}) is ")
+    """Yields the value of each line that is not blank."""
+    number = 0
+    for position, line in enumerate(file, start=1):
+        if line.strip():
+            number += 1
+            yield _parse_json(line, f"record {number} (line {position}) is ")
 
 
-def _from_json(text: bytes, where: str):
+def _parse_json(text: bytes, where: str):
     try:
-        return json.loads(_decode(text, where), object_pairs_hook=partial(_object, where=where))
+        return json.loads(_decode(text, where), object_pairs_hook=partial(_unique_fields, where=where))
     except json.JSONDecodeError as error:
         position = f"column {error.colno}" if where else f"line {error.lineno}, column {error.colno}"
         raise ValueError(f"{where}not JSON: {error.msg}, {position}.") from error
@@ -182,13 +200,14 @@ def _from_json(text: bytes, where: str):
         raise ValueError(f"{where}not a record: it is nested too deeply.") from error
 
 
-def _object(pairs: list[tuple[str, object]], where: str) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _unique_fields(pairs: list[tuple[str, object]], where: str) -> dict:
+    """Returns the fields of a JSON object. `json` would keep the last of two with one name."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{where}not a record: it has the field {twice!r} twice.")
-    return found
+    return fields
 
 
 def _decode(text: bytes, where: str) -> str:
@@ -205,11 +224,12 @@ def _parquet_records(path: Path) -> Iterator[dict]:
             raise ValueError(f"two columns have the same name: {', '.join(file.schema_arrow.names)}.")
         features = Features.from_arrow_schema(file.schema_arrow)  # decodes JSON columns, as pyarrow does not
         batches = (batch.to_pylist() for batch in file.iter_batches(1000))
-        yield from _numbered(features.decode_example(record) for batch in batches for record in batch)
+        records = itertools.chain.from_iterable(batches)
+        yield from _count_until_error(map(features.decode_example, records))
 
 
-def _numbered(records: Iterable[dict]) -> Iterator[dict]:
-    """Yields the records until one cannot be read."""
+def _count_until_error(records: Iterable[dict]) -> Iterator[dict]:
+    """Yields the records; an error of reading names the number of the first record that is lost."""
     number = 0
     try:
         for record in records:
@@ -223,4 +243,4 @@ EMBEDDED = (FACTS, DOCSTRINGS)
 READERS = {".jsonl": _json_records, ".json": _json_records, ".csv": _csv_records, ".parquet": _parquet_records}
 
 
-__all__ = ["EMBEDDED", "READERS", "Phase15RecordError", "open_records", "texts_of"]
+__all__ = ["EMBEDDED", "READERS", "Phase15RecordError", "open_records", "read_texts"]

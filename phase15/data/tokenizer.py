@@ -1,6 +1,7 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""The embedded default: questions answered by the standard library's docstrings, and a tokenizer trained on them."""
+"""The tokenizer of a new model: byte-level BPE, trained on the records of its data set."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 from transformers import PreTrainedTokenizerFast
@@ -12,20 +13,21 @@ CHAT_TEMPLATE = (
 )
 
 
-def texts_of(value, name: str = "") -> Iterator[str]:
-    """The strings of a record at any depth, messages for example; roles are no text."""
+def iter_strings(value) -> Iterator[str]:
+    """Yields the strings of a record at any depth, such as those of its messages, without their roles."""
     if isinstance(value, str):
-        yield from () if name == "role" else (value,)
+        yield value
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from texts_of(item, key)
+            if key != "role":
+                yield from iter_strings(item)
     elif isinstance(value, list):
         for item in value:
-            yield from texts_of(item)
+            yield from iter_strings(item)
 
 
 def train_tokenizer(records: Iterable[dict], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a chat template, trained on the strings of records."""
+    """Returns a byte-level BPE tokenizer with a chat template, trained on the strings of records."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -35,7 +37,8 @@ def train_tokenizer(records: Iterable[dict], vocab_size: int) -> PreTrainedToken
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator((text for record in records for text in texts_of(record)), trainer)
+    texts = itertools.chain.from_iterable(map(iter_strings, records))
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|end|>",

@@ -1,5 +1,8 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""Loss by example and chunk for any model, its controls, and context recovery with bootstrap intervals."""
+"""
+Losses by example and by chunk: of a Phase15 model, of its controls, and of any causal LM with full context. All
+figures of an evaluation are sums of these.
+"""
 
 import re
 from collections.abc import Callable, Iterator
@@ -18,14 +21,20 @@ from phase15.model.recursion_phase15 import HyperNetwork, SoftPrompt
 
 
 # Keys of the rows of results.json and evaluation.json.
-MODEL, WINDOW, FULL_CONTEXT = "model", "window", "full_context"
+MODEL = "model"
+WINDOW = "window"
 FIRST_SOFT_PROMPT = "first_soft_prompt"
-SHUFFLED_SOFT_PROMPT, SHUFFLED_DELTA = "shuffled_soft_prompt", "shuffled_delta"
+SHUFFLED_SOFT_PROMPT = "shuffled_soft_prompt"
+SHUFFLED_DELTA = "shuffled_delta"
+FULL_CONTEXT = "full_context"
 BASE = "base_full_context"  # untrained
-BASELINE_WINDOW, BASELINE_FULL_CONTEXT = "baseline_window", "baseline_full_context"
+BASELINE_WINDOW = "baseline_window"
+BASELINE_FULL_CONTEXT = "baseline_full_context"
 # Keys of the context recoveries.
-SAME_LLM, NOT_CARRIED = "same_llm", "same_llm_shuffled_delta"
-FREE_RUNNING, OWN_BASELINES = "free_running", "baselines"
+SAME_LLM = "same_llm"
+NOT_CARRIED = "same_llm_shuffled_delta"
+FREE_RUNNING = "free_running"
+OWN_BASELINES = "baselines"
 LABELS = {
     MODEL: "the model",
     WINDOW: "Δ = 0",
@@ -41,8 +50,8 @@ LABELS = {
 }
 
 
-def label(key: str) -> str:
-    """The text that is shown for a key. A baseline's is the name of its kind or folder."""
+def display_label(key: str) -> str:
+    """Returns the text that is shown for a key. A baseline is shown by the name of its kind or folder."""
     return LABELS.get(key) or re.sub("^baseline_", "baseline: ", key)
 
 
@@ -55,104 +64,153 @@ class Example(NamedTuple):
 
 class Losses(NamedTuple):
     """
-    The losses by example and chunk. All intervals come from here.
+    Losses by example and bin; a bin is a chunk of the answer unless a function is given another `bin_size`.
 
-    nats (`torch.DoubleTensor` of shape `(num_examples, num_chunks)`): cross-entropy, summed over the chunk's tokens.
-    tokens (`torch.LongTensor` of shape `(num_examples, num_chunks)`): their number, 0 behind the end of the answer.
+    nats (`torch.DoubleTensor` of shape `(num_examples, num_bins)`): cross-entropy, summed over the tokens of a bin.
+    tokens (`torch.LongTensor` of shape `(num_examples, num_bins)`): tokens of a bin, 0 after the end of the answer.
     """
 
     nats: torch.Tensor
     tokens: torch.Tensor
 
 
-def variants(model: Phase15ForCausalLM, examples: list[Example], batch_size: int) -> dict[str, Losses]:
-    """The rows that share the model's LLM. A single example cannot be shuffled, and has no shuffled rows."""
+def measure_variants(
+    model: Phase15ForCausalLM, examples: list[Example], batch_size: int, chunk_length: int
+) -> dict[str, Losses]:
+    """
+    Measures the rows that share the model's LLM, in evaluation mode. A single example cannot be shuffled, so it has no
+    shuffled rows.
+
+    Args:
+        model (`Phase15ForCausalLM`): the model.
+        examples (`list[Example]`): queries and reference answers.
+        batch_size (`int`): examples at a time.
+        chunk_length (`int`): answer tokens between two steps of the soft prompt.
+
+    Returns:
+        `dict[str, Losses]`: the losses by chunk of each row.
+    """
     model.eval()
 
-    def behind(name: str, histories: list[Example]) -> Losses:
-        return measure(name, batch_size, lambda *batch: phase15_losses(model, *batch), examples, histories)
+    def score(batch: list[Example], histories: list[Example]) -> Losses:
+        return phase15_losses(model, batch, histories, chunk_length)
 
-    losses = {MODEL: behind(MODEL, examples)}
+    def score_with_shuffled_delta(batch: list[Example], others: list[Example]) -> Losses:
+        return shuffled_delta_losses(model, batch, others, chunk_length)
+
+    def score_with_full_context(batch: list[Example]) -> Losses:
+        return llm_losses(model.llm, batch, chunk_length)
+
+    losses = {MODEL: measure(MODEL, batch_size, score, examples, examples)}
     with no_delta(model):
-        losses[WINDOW] = behind(WINDOW, examples)
-    unanswered = [example._replace(answer=[]) for example in examples]
-    losses[FIRST_SOFT_PROMPT] = behind(FIRST_SOFT_PROMPT, unanswered)
+        losses[WINDOW] = measure(WINDOW, batch_size, score, examples, examples)
+    unanswered = [example._replace(answer=[]) for example in examples]  # their soft prompts stay at sp_0
+    losses[FIRST_SOFT_PROMPT] = measure(FIRST_SOFT_PROMPT, batch_size, score, examples, unanswered)
     if len(examples) > 1:
         others = examples[1:] + examples[:1]
-        losses[SHUFFLED_SOFT_PROMPT] = behind(SHUFFLED_SOFT_PROMPT, others)
-        losses[SHUFFLED_DELTA] = measure(
-            SHUFFLED_DELTA, batch_size, lambda *batch: shuffled_delta_losses(model, *batch), examples, others
-        )
-    losses[FULL_CONTEXT] = measure(
-        FULL_CONTEXT, batch_size, lambda batch: llm_losses(model.llm, batch, model.config.chunk_length), examples
-    )
+        losses[SHUFFLED_SOFT_PROMPT] = measure(SHUFFLED_SOFT_PROMPT, batch_size, score, examples, others)
+        losses[SHUFFLED_DELTA] = measure(SHUFFLED_DELTA, batch_size, score_with_shuffled_delta, examples, others)
+    losses[FULL_CONTEXT] = measure(FULL_CONTEXT, batch_size, score_with_full_context, examples)
     return losses
 
 
-def free_running(
-    model: Phase15ForCausalLM, examples: list[Example], answers: list[list[int]], batch_size: int
+def measure_free_running(
+    model: Phase15ForCausalLM, examples: list[Example], answers: list[list[int]], batch_size: int, chunk_length: int
 ) -> dict[str, Losses]:
-    """Scores each chunk of the references behind the model's own answers, which are at least as long."""
+    """Scores each chunk of the references after the model's own answers, which are at least as long."""
     histories = [Example(example.query, answer) for example, answer in zip(examples, answers, strict=True)]
 
-    def behind_phase15(*batch) -> Losses:
-        return phase15_losses(model, *batch)
+    def score(batch: list[Example], histories: list[Example]) -> Losses:
+        return phase15_losses(model, batch, histories, chunk_length)
 
-    def behind_llm(batch: list[Example], histories: list[Example]) -> Losses:
-        return llm_losses_behind(model.llm, batch, histories, model.config.chunk_length)
+    def score_with_full_context(batch: list[Example], histories: list[Example]) -> Losses:
+        return llm_losses_given(model.llm, batch, histories, chunk_length)
 
-    losses = {MODEL: measure(MODEL, batch_size, behind_phase15, examples, histories)}
+    losses = {MODEL: measure(MODEL, batch_size, score, examples, histories)}
     with no_delta(model):
-        losses[WINDOW] = measure(WINDOW, batch_size, behind_phase15, examples, histories)
-    losses[FULL_CONTEXT] = measure(FULL_CONTEXT, batch_size, behind_llm, examples, histories)
+        losses[WINDOW] = measure(WINDOW, batch_size, score, examples, histories)
+    losses[FULL_CONTEXT] = measure(FULL_CONTEXT, batch_size, score_with_full_context, examples, histories)
     return losses
+
+
+def baseline_losses(
+    name: str,
+    baseline: PreTrainedModel | PeftModel,
+    examples: list[Example],
+    batch_size: int,
+    bin_size: int,
+    chunk_length: int | None = None,
+) -> Losses:
+    """
+    Measures a Phase15 baseline with its soft prompt, any other baseline with full context.
+
+    Args:
+        name (`str`): the key of the row.
+        baseline (`PreTrainedModel` or `PeftModel`): the model.
+        examples (`list[Example]`): queries and reference answers.
+        batch_size (`int`): examples at a time.
+        bin_size (`int`): answer tokens of a bin: the chunk length of the evaluated model, so that rows are comparable.
+        chunk_length (`int`, *optional*): the chunk length of a Phase15 baseline; its config's by default.
+    """
+    if not isinstance(baseline, Phase15ForCausalLM):
+        return measure(name, batch_size, lambda batch: llm_losses(baseline, batch, bin_size), examples)
+    chunk_length = baseline.config.resolve_chunk_length(chunk_length)
+
+    def score(batch: list[Example]) -> Losses:
+        return phase15_losses(baseline, batch, batch, chunk_length, bin_size)
+
+    return measure(name, batch_size, score, examples)
 
 
 @torch.no_grad()
-def measure(name: str, batch_size: int, losses_of: Callable[..., Losses], *lists: list[Example]) -> Losses:
-    """Calls `losses_of` on batches of parallel lists, with a progress bar."""
+def measure(name: str, batch_size: int, score_batch: Callable[..., Losses], *lists: list[Example]) -> Losses:
+    """Returns the losses of all examples: `score_batch` on batches of parallel lists, with a progress bar."""
     starts = range(0, len(lists[0]), batch_size)
-    starts = tqdm(starts, desc=label(name), disable=len(starts) == 1)
-    parts = [losses_of(*(rows[start : start + batch_size] for rows in lists)) for start in starts]
-    num_chunks = max(part.nats.shape[1] for part in parts)
-    parts = [[F.pad(values, (0, num_chunks - values.shape[1])) for values in part] for part in parts]
-    losses = Losses(*map(torch.cat, zip(*parts, strict=True)))
-    if not torch.isfinite(losses.nats).all():
-        index = int((~torch.isfinite(losses.nats).all(dim=1)).nonzero()[0])
+    parts = []
+    for start in tqdm(starts, desc=display_label(name), disable=len(starts) == 1):
+        batch = [examples[start : start + batch_size] for examples in lists]
+        parts.append(score_batch(*batch))
+    num_bins = max(part.nats.shape[1] for part in parts)  # batches with shorter answers have fewer
+    nats = torch.cat([F.pad(part.nats, (0, num_bins - part.nats.shape[1])) for part in parts])
+    tokens = torch.cat([F.pad(part.tokens, (0, num_bins - part.tokens.shape[1])) for part in parts])
+    is_finite = torch.isfinite(nats).all(dim=1)
+    if not is_finite.all():
+        index = int((~is_finite).nonzero()[0])
         raise FloatingPointError(
-            f"{label(name)}: the loss of validation record {index + 1} is not finite; the weights are damaged, or too "
-            "large for their dtype."
+            f"{display_label(name)}: the loss of validation record {index + 1} is not finite; the weights are "
+            "damaged, or too large for their dtype."
         )
-    return losses
+    return Losses(nats, tokens)
 
 
 @contextmanager
 def no_delta(model: Phase15ForCausalLM) -> Iterator[None]:
-    """Sets Δ to exactly zero: only the window of `carry` is left."""
+    """Sets Δ to exactly zero while the block runs: only the window of `carry` is left."""
     alphas = [module.alpha for module in model.modules() if isinstance(module, HyperNetwork)]
-    kept = [alpha.detach().clone() for alpha in alphas]
+    saved = [alpha.detach().clone() for alpha in alphas]
     for alpha in alphas:
         alpha.data.zero_()
     try:
         yield
     finally:
-        for alpha, value in zip(alphas, kept, strict=True):
+        for alpha, value in zip(alphas, saved, strict=True):
             alpha.data.copy_(value)
 
 
-def pad(rows: list[list[int]], device: torch.device) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Token ids `(batch_size, longest)`, padded on the right, and the lengths `(batch_size,)`."""
+def pad_right(rows: list[list[int]], device: torch.device) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Returns token ids `(batch_size, longest)`, padded on the right, and the lengths `(batch_size,)`."""
     ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
-    return ids.to(device), torch.tensor([len(row) for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return ids.to(device), lengths
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
-    """In nats, of each target `(num_targets,)`."""
+    """Returns the loss in nats of each target, of shape `(num_targets,)`."""
     return F.cross_entropy(logits.float(), targets, reduction="none").double()
 
 
 def misses(logits: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
-    """1 for each target `(num_targets,)` that is not the most likely token, 0 for the others."""
+    """Returns 1 for each target that is not the most likely token, else 0, of shape `(num_targets,)`."""
     return (logits.argmax(dim=-1) != targets).double()
 
 
@@ -160,124 +218,143 @@ def phase15_losses(
     model: Phase15ForCausalLM,
     examples: list[Example],
     histories: list[Example],
-    chunk_length: int | None = None,
+    chunk_length: int,
+    bin_size: int | None = None,
     score: Callable = cross_entropy,
 ) -> Losses:
     """
-    Scores chunk c of each example behind sp_c of its history: the example itself, or another text. Where a history has
-    fewer chunks, its last soft prompt is used. `chunk_length` divides the result; the default is the model's own.
+    Scores chunk c of each example given sp_c of its history: the example itself, or another text. If a history has
+    fewer chunks, its last soft prompt is used.
+
+    Args:
+        model (`Phase15ForCausalLM`): the model.
+        examples (`list[Example]`): the answers that are scored.
+        histories (`list[Example]`): the texts that the soft prompts have read, one for each example.
+        chunk_length (`int`): answer tokens between two steps of the soft prompt.
+        bin_size (`int`, *optional*): answer tokens of a bin of the result; `chunk_length` by default.
+        score (`Callable`): the score of each target, from logits `(num_targets, vocab_size)` and targets.
     """
-    length, embed = model.config.chunk_length, model.get_input_embeddings()
-    (query, query_length), (history, history_length), (answer, answer_length) = (
-        pad(rows, model.device)
-        for rows in ([h.query for h in histories], [h.answer for h in histories], [r.answer for r in examples])
-    )
+    embed = model.get_input_embeddings()
+    query, query_length = pad_right([history.query for history in histories], model.device)
+    history, history_length = pad_right([history.answer for history in histories], model.device)
+    answer, answer_length = pad_right([example.answer for example in examples], model.device)
     soft_prompt = model.read(model.empty_soft_prompt(len(examples)), query, query_length)
     losses = torch.zeros(answer.shape, dtype=torch.float64, device=model.device)
-    for start in range(0, answer.shape[1], length):
-        chunk, has_chunk = answer[:, start : start + length], answer_length > start
-        seen = SoftPrompt(*(state[has_chunk] for state in soft_prompt))
-        hidden_states, _ = model.predict(seen, embed(chunk[has_chunk, :-1]))
-        is_target = torch.arange(start, start + chunk.shape[1], device=model.device) < answer_length[:, None]  # (B, K)
-        logits = model.get_output_embeddings()(hidden_states[is_target[has_chunk]])
-        losses[:, start : start + length][is_target] = score(logits, chunk[is_target])
-        goes_on = history_length > start + length
+    for start in range(0, answer.shape[1], chunk_length):
+        chunk = answer[:, start : start + chunk_length]  # (B, K)
+        position = torch.arange(start, start + chunk.shape[1], device=model.device)
+        is_target = position < answer_length[:, None]  # (B, K)
+        # the LLM runs only on rows whose answer reaches this chunk
+        has_chunk = answer_length > start
+        soft_prompt_seen = SoftPrompt(*(state[has_chunk] for state in soft_prompt))
+        hidden_states, _ = model.predict(soft_prompt_seen, embed(chunk[has_chunk, :-1]))
+        logits = model.get_output_embeddings()(hidden_states[is_target[has_chunk]])  # (num_targets, V)
+        # the slice is a view, so that the assignment writes into `losses`
+        losses[:, start : start + chunk_length][is_target] = score(logits, chunk[is_target])
+        # a history steps after each chunk except its last; a token length of 0 leaves a row as it is
+        goes_on = history_length > start + chunk_length
         if goes_on.any():
-            soft_prompt = model.step(soft_prompt, embed(history[:, start : start + length]), goes_on * length)
-    return by_chunk(losses, answer_length, chunk_length or length)
+            tokens = embed(history[:, start : start + chunk_length])
+            soft_prompt = model.step(soft_prompt, tokens, goes_on * chunk_length)
+    return sum_bins(losses, answer_length, bin_size or chunk_length)
 
 
 def shuffled_delta_losses(
     model: Phase15ForCausalLM,
     examples: list[Example],
     others: list[Example],
-    chunk_length: int | None = None,
+    chunk_length: int,
+    bin_size: int | None = None,
     score: Callable = cross_entropy,
 ) -> Losses:
     """
-    Scores each example behind its own window, but with the Δ of another example at every step. The recursion of the
-    other runs beside it; after its end, Δ is computed from its last soft prompt and no token.
+    Scores each example given its own window, but with the Δ of another example at every step. The recursion of the
+    other example runs beside it. After its end, Δ is computed from its last soft prompt and no token. The arguments
+    are those of [`phase15_losses`].
     """
 
     def use_the_other_delta(module, inputs, delta: torch.Tensor) -> torch.Tensor:
-        return delta[len(examples) :].repeat(2, 1, 1)
+        return delta[len(examples) :].repeat(2, 1, 1)  # the second half of the batch holds the others
 
+    both = examples + others
     hook = model.hypernet.register_forward_hook(use_the_other_delta)
     try:
-        losses = phase15_losses(model, examples + others, examples + others, chunk_length, score)
+        losses = phase15_losses(model, both, both, chunk_length, bin_size, score)
     finally:
         hook.remove()
-    return Losses(*(values[: len(examples)] for values in losses))
+    return Losses(losses.nats[: len(examples)], losses.tokens[: len(examples)])
 
 
 def llm_losses(
-    llm: PreTrainedModel | PeftModel, examples: list[Example], chunk_length: int = 16, score: Callable = cross_entropy
+    llm: PreTrainedModel | PeftModel, examples: list[Example], bin_size: int, score: Callable = cross_entropy
 ) -> Losses:
-    """Scores answers with a causal LM that sees the query and the answer so far."""
-    ids, length = pad([example.query + example.answer for example in examples], llm.device)
+    """Scores answers with a causal LM that sees the query and the answer so far, by bins of `bin_size` tokens."""
+    ids, length = pad_right([example.query + example.answer for example in examples], llm.device)
     query_length = torch.tensor([len(example.query) for example in examples], device=llm.device)
     position = torch.arange(ids.shape[1], device=llm.device)
-    first = int(query_length.min())  # position of the first target
-    kept = ids.shape[1] - first + 1  # counted from the end, since adapters put virtual tokens in front
     mask = (position < length[:, None]).long()
-    logits = llm(input_ids=ids, attention_mask=mask, logits_to_keep=kept, use_cache=False).logits[:, :-1]
-    is_target = (position >= query_length[:, None]) & (position < length[:, None])
+    # logits from the column before the first target on, counted from the end: adapters put virtual tokens in front
+    first = int(query_length.min())
+    num_columns = ids.shape[1] - first + 1
+    outputs = llm(input_ids=ids, attention_mask=mask, logits_to_keep=num_columns, use_cache=False)
+    logits = outputs.logits[:, :-1]  # (B, T - first, V); the last column predicts nothing
+    is_target = (position >= query_length[:, None]) & (position < length[:, None])  # (B, T)
     losses = torch.zeros(ids.shape, dtype=torch.float64, device=llm.device)
     losses[is_target] = score(logits[is_target[:, first:]], ids[is_target])
+    # left-align the answers; `sum_bins` ignores the clamped columns after an answer's end
     answer_length = length - query_length
-    answer = query_length[:, None] + torch.arange(int(answer_length.max()), device=llm.device)
-    return by_chunk(losses.gather(1, answer.clamp(max=ids.shape[1] - 1)), answer_length, chunk_length)
+    column = query_length[:, None] + torch.arange(int(answer_length.max()), device=llm.device)
+    losses = losses.gather(1, column.clamp(max=ids.shape[1] - 1))
+    return sum_bins(losses, answer_length, bin_size)
+
+
+def llm_losses_given(
+    llm: PreTrainedModel, examples: list[Example], histories: list[Example], chunk_length: int
+) -> Losses:
+    """Scores chunk c of each example with a causal LM, given the query and the first c chunks of a history."""
+    parts = []
+    for start in range(0, max(len(example.answer) for example in examples), chunk_length):
+        chunks = [
+            Example(history.query + history.answer[:start], example.answer[start : start + chunk_length])
+            for example, history in zip(examples, histories, strict=True)
+        ]
+        parts.append(llm_losses(llm, chunks, bin_size=chunk_length))
+    nats = torch.cat([part.nats for part in parts], dim=1)
+    tokens = torch.cat([part.tokens for part in parts], dim=1)
+    return Losses(nats, tokens)
 
 
 def sums_by_chunk(
-    logits: torch.Tensor, targets: torch.LongTensor, chunk_length: int
+    logits: torch.Tensor, targets: torch.LongTensor, bin_size: int
 ) -> tuple[torch.Tensor, torch.LongTensor]:
     """
-    Cross-entropy of an ordinary causal LM, by the index of the chunk that each answer token would be in.
+    Sums the cross-entropy of an ordinary causal LM by the index of the chunk that each answer token would be in.
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size, num_columns, vocab_size)`): all columns with a target.
         targets (`torch.LongTensor` of shape `(batch_size, num_columns)`): the tokens that they predict, -100 for none.
-        chunk_length (`int`): answer tokens of a chunk.
+        bin_size (`int`): answer tokens of a bin.
 
     Returns:
-        sums in nats and numbers of answer tokens, each of shape `(num_chunks,)`.
+        sums in nats and numbers of answer tokens, each of shape `(num_bins,)`.
     """
     is_target = targets != -100
     losses = F.cross_entropy(logits[is_target].float(), targets[is_target], reduction="none")
-    chunk = ((is_target.cumsum(dim=1) - 1) // chunk_length)[is_target]
-    return losses.new_zeros(int(chunk.max()) + 1).index_add_(0, chunk, losses), torch.bincount(chunk)
+    # the n-th target of a row is in bin n // bin_size
+    index = ((is_target.cumsum(dim=1) - 1) // bin_size)[is_target]
+    sums = losses.new_zeros(int(index.max()) + 1).index_add_(0, index, losses)
+    return sums, torch.bincount(index)
 
 
-def llm_losses_behind(
-    llm: PreTrainedModel, examples: list[Example], histories: list[Example], chunk_length: int
-) -> Losses:
-    """Scores chunk c of each example with a causal LM behind the query and the first c chunks of a history."""
-    parts = []
-    for start in range(0, max(len(example.answer) for example in examples), chunk_length):
-        chunk = [
-            Example(history.query + history.answer[:start], example.answer[start : start + chunk_length])
-            for example, history in zip(examples, histories, strict=True)
-        ]
-        parts.append(llm_losses(llm, chunk, chunk_length))
-    return Losses(*(torch.cat(kind, dim=1) for kind in zip(*parts, strict=True)))
-
-
-def by_chunk(losses: torch.Tensor, answer_length: torch.LongTensor, chunk_length: int) -> Losses:
-    """Sums over chunks of losses `(batch_size, longest)` that are left-aligned; none behind an answer's end."""
+def sum_bins(losses: torch.Tensor, answer_length: torch.LongTensor, bin_size: int) -> Losses:
+    """Sums left-aligned losses `(batch_size, longest)` over bins, without columns after an answer's end."""
     is_target = torch.arange(losses.shape[1], device=losses.device) < answer_length[:, None]
-    kinds = (losses * is_target, is_target.long())
-    padding = (0, -losses.shape[1] % chunk_length)
-    return Losses(*(F.pad(values, padding).unflatten(1, (-1, chunk_length)).sum(2).cpu() for values in kinds))
+    padding = (0, -losses.shape[1] % bin_size)  # up to a whole number of bins
 
+    def sums(values: torch.Tensor) -> torch.Tensor:
+        return F.pad(values, padding).unflatten(1, (-1, bin_size)).sum(dim=2).cpu()
 
-def baseline_losses(
-    name: str, baseline: PreTrainedModel | PeftModel, examples: list[Example], batch_size: int, chunk_length: int
-) -> Losses:
-    """Measures a Phase15 baseline as such, any other with full context, by the chunks of the evaluated model."""
-    if isinstance(baseline, Phase15ForCausalLM):
-        return measure(name, batch_size, lambda batch: phase15_losses(baseline, batch, batch, chunk_length), examples)
-    return measure(name, batch_size, lambda batch: llm_losses(baseline, batch, chunk_length), examples)
+    return Losses(sums(losses * is_target), sums(is_target.long()))
 
 
 __all__ = [
@@ -297,15 +374,16 @@ __all__ = [
     "Example",
     "Losses",
     "baseline_losses",
-    "free_running",
-    "label",
+    "cross_entropy",
+    "display_label",
     "llm_losses",
     "measure",
+    "measure_free_running",
+    "measure_variants",
     "misses",
     "no_delta",
-    "pad",
+    "pad_right",
     "phase15_losses",
     "shuffled_delta_losses",
     "sums_by_chunk",
-    "variants",
 ]

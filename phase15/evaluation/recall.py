@@ -1,9 +1,10 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""How many facts of the data set `facts` a model answers, by the distance between the facts and the questions."""
+"""The share of facts of the data set `facts` that a model answers, by the distance between facts and questions."""
 
-import itertools
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import NamedTuple
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ from phase15.evaluation.losses import (
     WINDOW,
     Example,
     Losses,
+    cross_entropy,
     llm_losses,
     measure,
     misses,
@@ -26,6 +28,14 @@ from phase15.evaluation.losses import (
     shuffled_delta_losses,
 )
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
+
+
+class Variant(NamedTuple):
+    """A row of the measurement."""
+
+    model: PreTrainedModel  # generates the answers
+    context: AbstractContextManager  # in which it generates them
+    score_batch: Callable[[list[Example], Callable], Losses]  # scores a batch of references, by answer token
 
 
 def recall(
@@ -37,88 +47,119 @@ def recall(
     seed: int = 0,
     batch_size: int = 64,
     texts: list[str] | None = None,
+    chunk_length: int | None = None,
 ) -> list[dict]:
     """
-    Asks a model for facts in fresh chats.
+    Measures how many facts a model answers in fresh chats.
 
     Args:
         model (`PreTrainedModel`): a Phase15 model, measured with its controls, or a causal LM.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer, with a chat template.
         distances (`list[int]`): words between facts and questions.
         facts_per_chat (`int`): facts of a chat.
-        num_chats (`int`): chats at each distance; 2 or more.
+        num_chats (`int`): chats at each distance, at least 2.
         seed (`int`): of the chats.
-        batch_size (`int`): chats at a time; a few more where one would be left alone, with nothing to shuffle it with.
-        texts (`list[str]`, *optional*): what stands between facts and questions; only the last tenth is used.
+        batch_size (`int`): chats at a time. A batch grows by one chat that would be left to a batch of its own, since
+            a single chat cannot be shuffled.
+        texts (`list[str]`, *optional*): the text between facts and questions; only the last tenth is used.
+        chunk_length (`int`, *optional*): the chunk length of a Phase15 model; its config's by default.
 
     Returns:
         `list[dict]`: for each distance `distance`; `chunk_length`, of a Phase15 model; `tokens`, the mean number of
-        tokens between facts and questions; `facts`, how many were asked for; and `rows`, by the keys of evaluation.py,
-        with `right`, the share of them in the greedy answer; `completed`, the share of their values that are the most
-        likely behind the reference answer up to them, as an LLM may know a fact and say it in words of its own; and
+        tokens between facts and questions; `facts`, the number of questions; and `rows`, by the keys of losses.py,
+        with `right`, the share of facts in the greedy answer; `completed`, the share of values that are the most
+        likely tokens after the reference answer up to them, since an LLM may know a fact and phrase it otherwise; and
         `nats` per token of the reference.
     """
     model.eval()
-    batch_size = next(size for size in itertools.count(max(batch_size, 2)) if num_chats % size != 1)
-    return [
-        at_distance(
-            model, tokenizer, distance, fresh_chats(distance, num_chats, facts_per_chat, seed, texts), batch_size
-        )
-        for distance in tqdm(distances, desc="Asking for facts")
-    ]
-
-
-def at_distance(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, distance: int, chats: list[Chat], batch_size: int
-) -> dict:
-    """The rows of one distance."""
-    examples, number = encoded(chats, tokenizer), sum(len(chat.answers) for chat in chats)
-    places = [value_tokens(chat, example.answer, tokenizer) for chat, example in zip(chats, examples, strict=True)]
-    longest = max(len(example.answer) for example in examples)
-    result = {}
-    for name, (answering, context, losses_of) in variants_of(model).items():
-        with context:
-            queries = [example.query for example in examples]
-            said = greedy_answers(name, answering, tokenizer, queries, batch_size, longest)
-        nats, tokens = (values.sum().item() for values in measure(name, batch_size, losses_of, examples))
-        missed = measure(name, batch_size, lambda batch, of=losses_of: of(batch, 1, misses), examples).nats
-        right = sum(chat.num_right(tokenizer.decode(ids)) for chat, ids in zip(chats, said, strict=True))
-        completed = sum(not missed[row, place].any() for row, of_chat in enumerate(places) for place in of_chat)
-        result[name] = {"right": right / number, "completed": completed / number, "nats": nats / tokens}
-    num_tokens = [len(tokenizer(chat.text, add_special_tokens=False)["input_ids"]) for chat in chats]
-    tokens = sum(num_tokens) / len(chats)
-    measured = {"distance": distance, "tokens": tokens, "facts": number, "rows": result}
     if isinstance(model, Phase15ForCausalLM):
-        measured["chunk_length"] = model.config.chunk_length
+        chunk_length = model.config.resolve_chunk_length(chunk_length)
+    else:
+        chunk_length = None
+    batch_size = max(batch_size, 2)
+    while num_chats % batch_size == 1:
+        batch_size += 1
+    measured = []
+    for distance in tqdm(distances, desc="Asking for facts"):
+        chats = fresh_chats(distance, num_chats, facts_per_chat, seed, texts)
+        measured.append(measure_distance(model, tokenizer, distance, chats, batch_size, chunk_length))
     return measured
 
 
-def variants_of(model: PreTrainedModel) -> dict[str, tuple]:
-    """By key: the model that answers, the context in which it does, and what scores a batch of references."""
+def measure_distance(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    distance: int,
+    chats: list[Chat],
+    batch_size: int,
+    chunk_length: int | None,
+) -> dict:
+    """Returns the measurement of one distance."""
+    examples = encode_chats(chats, tokenizer)
+    queries = [example.query for example in examples]
+    longest = max(len(example.answer) for example in examples)
+    num_facts = sum(len(chat.answers) for chat in chats)
+    values = [find_values(chat, example.answer, tokenizer) for chat, example in zip(chats, examples, strict=True)]
+    rows = {}
+    for name, variant in make_variants(model, chunk_length).items():
+        with variant.context:
+            answers = greedy_answers(
+                name, variant.model, tokenizer, queries, batch_size, longest, chunk_length=chunk_length
+            )
+        num_right = 0
+        for chat, answer in zip(chats, answers, strict=True):
+            num_right += chat.count_right(tokenizer.decode(answer))
+        losses = measure(name, batch_size, partial(variant.score_batch, score=cross_entropy), examples)
+        missed = measure(name, batch_size, partial(variant.score_batch, score=misses), examples).nats  # (B, longest)
+        num_completed = 0
+        for row, chat_values in zip(missed, values, strict=True):
+            num_completed += sum(not row[positions].any() for positions in chat_values)
+        rows[name] = {
+            "right": num_right / num_facts,
+            "completed": num_completed / num_facts,
+            "nats": losses.nats.sum().item() / losses.tokens.sum().item(),
+        }
+    num_tokens = sum(len(tokenizer(chat.text, add_special_tokens=False)["input_ids"]) for chat in chats)
+    result = {"distance": distance, "tokens": num_tokens / len(chats), "facts": num_facts, "rows": rows}
+    if chunk_length is not None:
+        result["chunk_length"] = chunk_length
+    return result
+
+
+def make_variants(model: PreTrainedModel, chunk_length: int | None) -> dict[str, Variant]:
+    """Returns the rows of a model by their keys: a Phase15 model and its controls, or any other model."""
     if not isinstance(model, Phase15ForCausalLM):
-        return {FULL_CONTEXT: (model, nullcontext(), partial(llm_losses, model))}
+        return {FULL_CONTEXT: full_context_variant(model)}
 
-    def losses(batch: list[Example], *settings) -> Losses:
-        return phase15_losses(model, batch, batch, *settings)
+    def score_batch(batch: list[Example], score: Callable) -> Losses:
+        return phase15_losses(model, batch, batch, chunk_length, bin_size=1, score=score)
 
-    def without_delta(batch: list[Example], *settings) -> Losses:
+    def without_delta(batch: list[Example], score: Callable) -> Losses:
         with no_delta(model):
-            return losses(batch, *settings)
+            return score_batch(batch, score)
 
-    def shuffled(batch: list[Example], *settings) -> Losses:
-        return shuffled_delta_losses(model, batch, batch[1:] + batch[:1], *settings)
+    def with_shuffled_delta(batch: list[Example], score: Callable) -> Losses:
+        others = batch[1:] + batch[:1]
+        return shuffled_delta_losses(model, batch, others, chunk_length, bin_size=1, score=score)
 
     return {
-        MODEL: (model, nullcontext(), losses),
-        WINDOW: (model, no_delta(model), without_delta),
-        SHUFFLED_DELTA: (model, shuffled_delta(model), shuffled),
-        FULL_CONTEXT: (model.llm, nullcontext(), partial(llm_losses, model.llm)),
+        MODEL: Variant(model, nullcontext(), score_batch),
+        WINDOW: Variant(model, no_delta(model), without_delta),
+        SHUFFLED_DELTA: Variant(model, shuffled_delta(model), with_shuffled_delta),
+        FULL_CONTEXT: full_context_variant(model.llm),
     }
+
+
+def full_context_variant(llm: PreTrainedModel) -> Variant:
+    def score_batch(batch: list[Example], score: Callable) -> Losses:
+        return llm_losses(llm, batch, bin_size=1, score=score)
+
+    return Variant(llm, nullcontext(), score_batch)
 
 
 @contextmanager
 def shuffled_delta(model: Phase15ForCausalLM):
-    """Gives each row of a batch the Δ of the next row, at every step."""
+    """Gives each row of a batch the Δ of the next row at every step, while the block runs."""
     hook = model.hypernet.register_forward_hook(lambda module, inputs, delta: delta.roll(-1, dims=0))
     try:
         yield
@@ -126,41 +167,57 @@ def shuffled_delta(model: Phase15ForCausalLM):
         hook.remove()
 
 
-def encoded(chats: list[Chat], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """The token ids of each chat: what is before the answer, and the answer."""
+def encode_chats(chats: list[Chat], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Returns the token ids of each chat: all turns before the answer, and the answer."""
     records = [
         {"fields": {"messages": chat.messages}, "number": number, "where": f"facts, chat {number}"}
         for number, chat in enumerate(chats, start=1)
     ]
     encoder = Phase15Encoder(records, tokenizer, max_answer_length=10_000, source="facts")
-    rows = [encoder(record) for record in records]
-    return [Example(row["input_ids"][: row["query_length"]], row["input_ids"][row["query_length"] :]) for row in rows]
+    examples = []
+    for record in records:
+        row = encoder(record)
+        query_length = row["query_length"]
+        examples.append(Example(row["input_ids"][:query_length], row["input_ids"][query_length:]))
+    return examples
 
 
-def value_tokens(chat: Chat, answer: list[int], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Of each value of a chat the positions of its tokens in the reference answer."""
+def find_values(chat: Chat, answer: list[int], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Returns, for each value of a chat, the positions of its tokens in the reference answer."""
+    text = tokenizer.decode(answer)
+    # character at which each token ends; it begins where the one before ends
     ends = [len(tokenizer.decode(answer[: number + 1])) for number in range(len(answer))]
-    found, start = [], 0
+    begins = [0, *ends[:-1]]
+    positions = []
+    search_from = 0
     for sentence, value in zip(chat.answers, chat.values, strict=True):
-        end = tokenizer.decode(answer).index(sentence, start) + sentence.rindex(value) + len(value)
-        begins = [0, *ends[:-1]]
-        found.append([place for place, stop in enumerate(ends) if stop > end - len(value) and begins[place] < end])
-        start = end
-    return found
+        value_begin = text.index(sentence, search_from) + sentence.rindex(value)
+        value_end = value_begin + len(value)
+        overlaps = [begin < value_end and end > value_begin for begin, end in zip(begins, ends, strict=True)]
+        positions.append([position for position, is_value in enumerate(overlaps) if is_value])
+        search_from = value_end
+    return positions
 
 
-def in_short(text: str) -> str:
-    """The first words of a text, and how many it has."""
+def shorten(text: str) -> str:
+    """Returns the first words of a long text, and its number of words."""
     words = text.split()
-    return text if len(words) < 12 else f"{' '.join(words[:5])} [… {len(words)} words …]"
+    if len(words) < 12:
+        return text
+    return f"{' '.join(words[:5])} [… {len(words)} words …]"
 
 
-def show(chat: Chat, answer: str, without_delta: str) -> str:
-    """A chat as lines of text, with what the model says, and what it says with Δ = 0."""
-    *before, _ = chat.messages
-    shortened = f"{in_short(chat.text)} {chat.questions}"
-    lines = [f"User:      {before[0]['content']}", f"Assistant: {before[1]['content']}", f"User:      {shortened}"]
-    return "\n".join([*lines, f"Assistant: {answer}", f"With Δ = 0: {without_delta}"])
+def format_chat(chat: Chat, answer: str, answer_without_delta: str) -> str:
+    """Returns a chat as lines of text, with the model's answer and its answer with Δ = 0."""
+    first_turn, second_turn, *_ = chat.messages
+    lines = [
+        f"User:      {first_turn['content']}",
+        f"Assistant: {second_turn['content']}",
+        f"User:      {shorten(chat.text)} {chat.questions}",
+        f"Assistant: {answer}",
+        f"With Δ = 0: {answer_without_delta}",
+    ]
+    return "\n".join(lines)
 
 
-__all__ = ["encoded", "recall", "show"]
+__all__ = ["encode_chats", "format_chat", "recall"]

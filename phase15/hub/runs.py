@@ -1,5 +1,5 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""The files that a run leaves in its folder and reads back, and the check of the folder in a new process."""
+"""The files of a run: recipe, results, the records that it held out; and the test of its folder in a new process."""
 
 import json
 import math
@@ -28,46 +28,8 @@ HELD_OUT = (  # the settings that decide which records a run holds out
     "streaming",
     "max_validation_records",
 )
-OF_FACTS = tuple(f.name for f in fields(FactsArguments))  # these too, of the data set `facts`
-
-
-def held_out_by(data_args, training_args) -> dict:
-    """The settings of `HELD_OUT`, for results.json. Files are named without their folders."""
-    settings = {**vars(data_args), "seed": training_args.seed}
-    names = HELD_OUT + OF_FACTS if settings["dataset_name"] == FACTS else HELD_OUT
-    for name in {"dataset_name", "facts_text"} & {*names}:
-        settings[name] = settings[name] and Path(settings[name]).name
-    return {name: settings[name] for name in names}
-
-
-def held_out(folder: str | Path) -> dict | None:
-    """The settings that decided which records the run of a folder held out; None if no run made the folder."""
-    run = read_run(folder)
-    if run.results.get("held_out"):
-        return run.results["held_out"]
-    return before_held_out(run.recipes[0]) if run.recipes else None
-
-
-def before_held_out(recipe: dict) -> dict:
-    """The same from the recipe of a run that did not write it down: before 2026-11-26, with the defaults of then."""
-    defaults = dict.fromkeys(HELD_OUT) | {"dataset_train_split": "train", "validation_split": 0.1, "seed": 42}
-    defaults |= {"shuffle_records": False, "streaming": False}
-    settings = {name: recipe.get(name, default) for name, default in defaults.items()}
-    return settings | {"dataset_name": Path(str(settings["dataset_name"])).name}
-
-
-def same_records(first: dict, second: dict) -> str | None:
-    """The first setting in which two runs held out other records, or None."""
-    left_out = set()
-    if not first["shuffle_records"] and OF_FACTS[0] not in first:
-        left_out.add("seed")
-    if not first["streaming"]:
-        left_out.add("max_validation_records")
-    names = [name for name in HELD_OUT + OF_FACTS if name not in left_out]
-    return next((name for name in names if first.get(name) != second.get(name)), None)
-
-
-# What may differ where a run resumes: it changes no step, or only how many there are.
+FACTS_FIELDS = tuple(f.name for f in fields(FactsArguments))  # these decide too, for the data set `facts`
+# Settings that may differ when a run resumes, since they do not change a step, or only the number of steps.
 MAY_CHANGE = re.compile(
     r"(logging|save|eval|hub|log|report|dataloader(?!_drop_last)|ddp|include|trackio)_.*|output_dir|overwrite_output_dir|run_name|"
     r"resume_from_checkpoint|disable_tqdm|report_to|per_device_eval_batch_size|merge_adapter|use_cpu|compile_layers|"
@@ -75,87 +37,7 @@ MAY_CHANGE = re.compile(
     r"greater_is_better|project|do_.*|torch_empty_cache_steps|skip_memory_metrics|"
     r"hypernet_signed_alpha"  # Phase15Trainer compares it with the checkpoint's own
 )
-BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
-
-
-def check_same_run(recipe: dict, checkpoint: Path, output_dir: Path, processes: int):
-    """
-    Raises a ValueError if a checkpoint is of a run with another recipe, unless what differs changes none of its steps.
-    A larger `max_steps` or `num_train_epochs` goes on with the run. The batch of a process may change with the number
-    of processes.
-    """
-    runs = read_run(checkpoint.parent).recipes
-    if not runs:  # nobody knows
-        return
-    before = runs[0]
-    names = {name for name in before.keys() | recipe.keys() if not MAY_CHANGE.fullmatch(name)}
-    differing = {name for name in names if plain(before.get(name)) != plain(recipe.get(name))}
-    for name in ("max_steps", "num_train_epochs"):
-        if name in before and name in recipe and 0 < before[name] < recipe[name]:
-            differing.discard(name)
-    if differing & set(BATCH):
-        processes_before = len(list(checkpoint.glob("rng_state*.pth")))
-        batch, batch_before = (
-            count * math.prod(values.get(name, default) for name, default in zip(BATCH, (8, 1), strict=True))
-            for count, values in ((processes, recipe), (processes_before, before))
-        )
-        differing -= set(BATCH) if batch == batch_before else set()
-    if differing:
-        changes = ", ".join(f"`{name}` was {before.get(name)} and is {recipe.get(name)}" for name in sorted(differing))
-        way_out = (
-            "give another --output_dir, or --overwrite_output_dir true to start anew"
-            if checkpoint.parent.resolve() == output_dir.resolve()
-            else "give the checkpoint as --model_name_or_path to train its model further"
-        )
-        raise ValueError(f"{checkpoint} is of another run: {changes}; {way_out}.")
-
-
-def plain(value):
-    """A value of a recipe, for comparison: "./x.jsonl" is "x.jsonl"."""
-    return os.path.normpath(value) if isinstance(value, str) else value
-
-
-def save_recipe(recipe: dict, output_dir: Path):
-    """Writes `recipe.yaml`, and `recipes_before.yaml` if the model that the run starts from has a recipe itself."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_text(output_dir / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
-    if start := recipe.get("model_name_or_path"):
-        before = [Path(start, name) for name in ("recipes_before.yaml", "recipe.yaml")]
-        if before := [path.read_text("utf-8") for path in before if path.is_file()]:
-            write_text(output_dir / "recipes_before.yaml", "---\n".join(before))
-
-
-class Run(NamedTuple):
-    """The files that train_sft.py and eval_sft.py left in a folder; empty where they did not run."""
-
-    recipes: list[dict]  # of this run and of those before it, this one first
-    results: dict
-    evaluation: dict
-
-
-def read_run(folder: str | Path) -> Run:
-    """Reads the files of a run. Names are today's, whenever the run was."""
-    folder = Path(folder)
-    recipes = read_documents(folder / "recipe.yaml", {"dataset_name"})
-    recipes += read_documents(folder / "recipes_before.yaml", {"dataset_name"})
-    for recipe in recipes:
-        if "rival" in recipe:  # its name before 2026-11-26
-            recipe["baseline"] = recipe.pop("rival")
-    results = read_documents(folder / "results.json", {"train", "steps", "records", "validation"})
-    keys = {"dataset", "evaluated", "records", "validation", "context_recovery"}
-    evaluation = read_documents(folder / "evaluation.json", keys, "eval_sft.py")
-    return Run(recipes, *({} if not found else with_keys(found[0]) for found in (results, evaluation)))
-
-
-def read_documents(path: Path, keys: set[str], script: str = "train_sft.py") -> list[dict]:
-    """The documents of a YAML file (JSON is YAML), none if it is not there; each must have the keys."""
-    documents = read_yaml(path) if path.is_file() else []
-    for document in documents:
-        if not isinstance(document, dict) or not keys <= set(document):
-            raise ValueError(f"{path} was not written by {script}, which writes {', '.join(sorted(keys))}.")
-    return documents
-
-
+BATCH_DEFAULTS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # as in TrainingArguments
 # The keys of results.json and evaluation.json, by their names before 2026-11-26.
 OLD_KEYS = {
     "the model": "model",
@@ -171,26 +53,166 @@ OLD_KEYS = {
     "rivals fine-tuned on their own": "baselines",
     "own_words": "free_running",
 }
+OLD_BASELINE_PREFIX = "rival: "
+BLOCKS = ("validation", "own_words", "free_running", "context_recovery", "exact_match")  # whose rows have such keys
 
 
-def with_keys(results: dict) -> dict:
-    """Results with today's keys."""
+class Run(NamedTuple):
+    """The files that train_sft.py and eval_sft.py left in a folder; empty if they did not run."""
 
-    def key(name: str) -> str:
-        return f"baseline_{name[len('rival: ') :]}" if name.startswith("rival: ") else OLD_KEYS.get(name, name)
+    recipes: list[dict]  # of this run and of those before it, this one first
+    results: dict
+    evaluation: dict
 
-    blocks = ("validation", "own_words", "free_running", "context_recovery", "exact_match")
-    return {
-        OLD_KEYS.get(block, block): {key(name): row for name, row in rows.items()} if block in blocks else rows
-        for block, rows in results.items()
-    }
+
+def held_out_settings(data_args, training_args) -> dict:
+    """Returns the settings that decide which records a run holds out, for results.json, without folders of files."""
+    settings = {**vars(data_args), "seed": training_args.seed}
+    names = HELD_OUT
+    if settings["dataset_name"] == FACTS:
+        names += FACTS_FIELDS
+    for name in ("dataset_name", "facts_text"):
+        if name in names and settings[name]:
+            settings[name] = Path(settings[name]).name
+    return {name: settings[name] for name in names}
+
+
+def read_held_out(folder: str | Path) -> dict | None:
+    """Returns the settings that decided which records a folder's run held out; `None` for a folder without a run."""
+    run = read_run(folder)
+    if run.results.get("held_out"):
+        return run.results["held_out"]
+    if run.recipes:
+        return infer_held_out(run.recipes[0])
+    return None
+
+
+def infer_held_out(recipe: dict) -> dict:
+    """Returns the settings of a run before 2026-11-26, which did not save them, with the defaults of that time."""
+    defaults = dict.fromkeys(HELD_OUT)
+    defaults |= {"dataset_train_split": "train", "validation_split": 0.1, "seed": 42}
+    defaults |= {"shuffle_records": False, "streaming": False}
+    settings = {name: recipe.get(name, default) for name, default in defaults.items()}
+    settings["dataset_name"] = Path(str(settings["dataset_name"])).name
+    return settings
+
+
+def find_differing_setting(first: dict, second: dict) -> str | None:
+    """Returns the first setting by which two runs held out different records, or `None`."""
+    ignored = set()
+    if not first["shuffle_records"] and FACTS_FIELDS[0] not in first:
+        ignored.add("seed")
+    if not first["streaming"]:
+        ignored.add("max_validation_records")
+    for name in HELD_OUT + FACTS_FIELDS:
+        if name not in ignored and first.get(name) != second.get(name):
+            return name
+    return None
+
+
+def check_same_run(recipe: dict, checkpoint: Path, output_dir: Path, processes: int):
+    """
+    Raises a ValueError if a checkpoint is of a run with another recipe, unless what differs changes none of its steps.
+    A larger `max_steps` or `num_train_epochs` goes on with the run. The batch of a process may change with the number
+    of processes.
+    """
+    recipes = read_run(checkpoint.parent).recipes
+    if not recipes:  # a folder without a recipe, so nothing to compare
+        return
+    before = recipes[0]
+    names = {name for name in before.keys() | recipe.keys() if not MAY_CHANGE.fullmatch(name)}
+    differing = {name for name in names if normalize(before.get(name)) != normalize(recipe.get(name))}
+    for name in ("max_steps", "num_train_epochs"):
+        if name in before and name in recipe and 0 < before[name] < recipe[name]:
+            differing.discard(name)
+    if not differing.isdisjoint(BATCH_DEFAULTS):
+        processes_before = len(list(checkpoint.glob("rng_state*.pth")))  # Trainer saves one for each process
+        if global_batch_size(recipe, processes) == global_batch_size(before, processes_before):
+            differing -= set(BATCH_DEFAULTS)
+    if differing:
+        changes = ", ".join(f"`{name}` was {before.get(name)} and is {recipe.get(name)}" for name in sorted(differing))
+        if checkpoint.parent.resolve() == output_dir.resolve():
+            fix = "give another --output_dir, or --overwrite_output_dir true to start anew"
+        else:
+            fix = "give the checkpoint as --model_name_or_path to train its model further"
+        raise ValueError(f"{checkpoint} is of another run: {changes}; {fix}.")
+
+
+def global_batch_size(recipe: dict, processes: int) -> int:
+    """Returns the number of records of one step over all processes."""
+    factors = [recipe.get(name, default) for name, default in BATCH_DEFAULTS.items()]
+    return processes * math.prod(factors)
+
+
+def normalize(value):
+    """Returns a value of a recipe for comparison: "./x.jsonl" is "x.jsonl"."""
+    return os.path.normpath(value) if isinstance(value, str) else value
+
+
+def save_recipe(recipe: dict, output_dir: Path):
+    """Writes `recipe.yaml`, and `recipes_before.yaml` if the model that the run starts from has a recipe itself."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_text(output_dir / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+    start = recipe.get("model_name_or_path")
+    if not start:
+        return
+    paths = [Path(start, name) for name in ("recipes_before.yaml", "recipe.yaml")]
+    texts = [path.read_text("utf-8") for path in paths if path.is_file()]
+    if texts:
+        write_text(output_dir / "recipes_before.yaml", "---\n".join(texts))
+
+
+def read_run(folder: str | Path) -> Run:
+    """Reads the files of a run, with the current keys whenever the run was."""
+    folder = Path(folder)
+    recipes = read_documents(folder / "recipe.yaml", {"dataset_name"})
+    recipes += read_documents(folder / "recipes_before.yaml", {"dataset_name"})
+    for recipe in recipes:
+        if "rival" in recipe:  # its name before 2026-11-26
+            recipe["baseline"] = recipe.pop("rival")
+    results = read_documents(folder / "results.json", {"train", "steps", "records", "validation"})
+    keys = {"dataset", "evaluated", "records", "validation", "context_recovery"}
+    evaluation = read_documents(folder / "evaluation.json", keys, "eval_sft.py")
+    return Run(
+        recipes,
+        results=rename_old_keys(results[0]) if results else {},
+        evaluation=rename_old_keys(evaluation[0]) if evaluation else {},
+    )
+
+
+def read_documents(path: Path, keys: set[str], script: str = "train_sft.py") -> list[dict]:
+    """Returns the documents of a YAML file (JSON is YAML), none if it is missing; each must have the keys."""
+    documents = read_yaml(path) if path.is_file() else []
+    for document in documents:
+        if not isinstance(document, dict) or not keys <= set(document):
+            raise ValueError(f"{path} was not written by {script}, which writes {', '.join(sorted(keys))}.")
+    return documents
+
+
+def rename_old_keys(results: dict) -> dict:
+    """Returns results with the current keys."""
+
+    def rename(key: str) -> str:
+        if key.startswith(OLD_BASELINE_PREFIX):
+            return "baseline_" + key.removeprefix(OLD_BASELINE_PREFIX)
+        return OLD_KEYS.get(key, key)
+
+    renamed = {}
+    for name, value in results.items():
+        if name in BLOCKS:
+            value = {rename(key): row for key, row in value.items()}
+        renamed[OLD_KEYS.get(name, name)] = value
+    return renamed
 
 
 LOAD_AND_ANSWER = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder, query, max_new_tokens, no_delta = sys.argv[1], torch.tensor([json.loads(sys.argv[2])]), *map(int, sys.argv[3:])
+folder = sys.argv[1]
+query = torch.tensor([json.loads(sys.argv[2])])
+max_new_tokens = int(sys.argv[3])
+no_delta = bool(int(sys.argv[4]))
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 assert torch.isfinite(model(query).logits).all(), "the logits are not finite"
@@ -207,14 +229,14 @@ def answer_in_new_process(
     folder: str | Path, query: list[int], max_new_tokens: int, no_delta: bool = False
 ) -> list[int]:
     """
-    The greedy answer of a saved model in a new process that knows nothing of this repository: in another folder, with
-    an empty module cache and no network.
+    Returns the greedy answer of a saved model in a new process that knows nothing of this repository: in another
+    folder, with an empty module cache and no network.
 
     Args:
-        folder (`str` or `Path`): where the model, its code and its tokenizer are.
+        folder (`str` or `Path`): the folder of the model, its code and its tokenizer.
         query (`list[int]`): token ids.
-        max_new_tokens (`int`): tokens of the answer, at most.
-        no_delta (`bool`): answer with Δ = 0, behind the window alone.
+        max_new_tokens (`int`): maximum number of tokens of the answer.
+        no_delta (`bool`): answer with Δ = 0, with only the window.
 
     Returns:
         `list[int]`: the answer's token ids.
@@ -223,29 +245,35 @@ def answer_in_new_process(
         ValueError: if the folder cannot be loaded or does not answer, with the last line of the process's error.
     """
     root = Path(__file__).resolve().parents[2]
-    python_path = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    python_path = os.pathsep.join(path for path in paths if path and Path(path).resolve() != root)
     with TemporaryDirectory() as elsewhere:
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(path for path in python_path if Path(path).resolve() != root),
+            "PYTHONPATH": python_path,
             "HF_MODULES_CACHE": elsewhere,
             "HF_HUB_OFFLINE": "1",
         }
         arguments = [str(Path(folder).resolve()), json.dumps(query), str(max_new_tokens), str(int(no_delta))]
         command = [sys.executable, "-c", LOAD_AND_ANSWER, *arguments]
-        done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        result = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
+    if result.returncode:
+        reason = (result.stderr.strip() or f"exit code {result.returncode}").splitlines()[-1]
         raise ValueError(f"{folder} cannot be loaded and used in a new process: {reason}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(result.stdout.splitlines()[-1])
 
 
-def without_folders(recipe: dict) -> dict:
-    """A recipe with the last part of absolute paths alone: the rest is private, and of no use elsewhere."""
-    return {k: Path(v).name if isinstance(v, str) and Path(v).is_absolute() else v for k, v in recipe.items()}
+def strip_folders(recipe: dict) -> dict:
+    """Returns a recipe with only the last part of absolute paths: the rest is private, and of no use elsewhere."""
+    stripped = {}
+    for name, value in recipe.items():
+        if isinstance(value, str) and Path(value).is_absolute():
+            value = Path(value).name
+        stripped[name] = value
+    return stripped
 
 
-def as_yaml(documents: list[dict]) -> str:
-    """Readable YAML: letters of any script as they are, invisible characters as escapes."""
+def dump_yaml(documents: list[dict]) -> str:
+    """Returns readable YAML: letters of any script unchanged, invisible characters as escapes."""
     text = yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True)
     if text.replace("\n", "").isprintable():
         return text
@@ -255,12 +283,12 @@ def as_yaml(documents: list[dict]) -> str:
 __all__ = [
     "Run",
     "answer_in_new_process",
-    "as_yaml",
     "check_same_run",
-    "held_out",
-    "held_out_by",
+    "dump_yaml",
+    "find_differing_setting",
+    "held_out_settings",
+    "read_held_out",
     "read_run",
-    "same_records",
     "save_recipe",
-    "without_folders",
+    "strip_folders",
 ]

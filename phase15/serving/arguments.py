@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from phase15.loading import QUICKSTART
+from phase15.loading import QUICKSTART_FOLDER
 
 
 @dataclass
@@ -14,7 +14,7 @@ class Phase15ServerArguments:
 
     host: str = field(default="127.0.0.1", metadata={"help": "0.0.0.0 lets other machines in."})
     port: int = field(default=8000, metadata={"help": "With serve.py 0 takes a free one, which the log names."})
-    model_dir: str = field(default=QUICKSTART, metadata={"help": "Folder or Hub id of a Phase15 model."})
+    model_dir: str = field(default=QUICKSTART_FOLDER, metadata={"help": "Folder or Hub id of a Phase15 model."})
     revision: str | None = field(default=None, metadata={"help": "Of a model on the Hub."})
     dtype: str = field(default="auto", metadata={"help": "Of the weights: auto, float32, bfloat16."})
     device: str | None = field(default=None, metadata={"help": "Default: cuda if there is one, else cpu."})

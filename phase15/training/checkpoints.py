@@ -28,24 +28,26 @@ class Phase15CheckpointError(ValueError):
 
 
 def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_manifest(folder: Path):
-    """Completes a checkpoint. If one of its files is lost or changes later, it is a torn one."""
+    """Completes a checkpoint: one whose files are later lost or changed is recognised as torn."""
     files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or path == folder / MANIFEST:
+            continue
         sync(path)
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
     write_text(folder / MANIFEST, json.dumps(files, indent=2) + "\n")
 
 
-def problem_of(folder: Path, contents: bool = True) -> str | None:
-    """Why a checkpoint is torn, or `None` for a complete one. Without `contents`, only sizes are checked."""
+def find_problem(folder: Path, contents: bool = True) -> str | None:
+    """
+    Returns the reason why a checkpoint is torn, or `None` for a complete one. Without `contents`, only the sizes of
+    the files are checked.
+    """
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
@@ -57,55 +59,67 @@ def problem_of(folder: Path, contents: bool = True) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if (found := path.stat().st_size) != size:
-            return f"{name} has {found} bytes instead of {size}"
+        actual_size = path.stat().st_size
+        if actual_size != size:
+            return f"{name} has {actual_size} bytes instead of {size}"
         if contents and sha256(path) != digest:
             return f"{name} is not what was saved"
     return None
 
 
-def checkpoints_in(output_dir: Path) -> list[Path]:
-    """All checkpoints, newest first."""
-    numbered = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("checkpoint-*")]
-    return [path for match, path in sorted(numbered, key=lambda x: -int(x[0][1]) if x[0] else 0) if match]
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Returns all checkpoints, newest first."""
+    steps = {}
+    for path in output_dir.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match:
+            steps[path] = int(match[1])
+    return sorted(steps, key=steps.get, reverse=True)
 
 
 def last_complete(output_dir: Path) -> Path | None:
-    """The newest complete checkpoint, by the sizes of its files."""
-    return next((path for path in checkpoints_in(output_dir) if not problem_of(path, contents=False)), None)
+    """Returns the newest complete checkpoint, by the sizes of its files."""
+    for path in list_checkpoints(output_dir):
+        if find_problem(path, contents=False) is None:
+            return path
+    return None
 
 
 def find_checkpoint(output_dir: Path, named: str | None = None) -> Path | None:
     """
-    The checkpoint to resume from: the one that was named, or the newest complete one of a run. Torn ones are reported
-    and removed, so that no rotation keeps one in a complete one's place.
+    Returns the checkpoint to resume from: the named one, or the newest complete one of a run. Torn checkpoints are
+    reported and removed, so that the rotation does not keep one in place of a complete one.
 
     Raises:
-        Phase15CheckpointError: if the one that was named is torn, or one cannot be read or may not be loaded.
+        Phase15CheckpointError: if the named checkpoint is torn, or one cannot be read or may not be loaded.
     """
     try:
-        found = find_complete(output_dir, named)
+        checkpoint = find_complete(output_dir, named)
     except OSError as error:
         raise Phase15CheckpointError(f"cannot resume: {error}.") from error
-    if found is not None:
-        check_safe(found)
-    return found
+    if checkpoint is not None:
+        check_safe(checkpoint)
+    return checkpoint
 
 
 def find_complete(output_dir: Path, named: str | None) -> Path | None:
-    """Finds a checkpoint as `find_checkpoint` does, without the check of its contents."""
+    """Returns the checkpoint of `find_checkpoint`, without checking that it is safe to load."""
+    complete = None
     if named is not None:
-        if problem := problem_of(Path(named)):
+        complete = Path(named)
+        problem = find_problem(complete)
+        if problem:
             raise Phase15CheckpointError(f"cannot resume from {named}: {problem}.")
-    found = named and Path(named)
-    for folder in checkpoints_in(output_dir):
-        # checks all bytes of the one in use, and the sizes of the others: an earlier removal may have been cut short
-        if problem := problem_of(folder, contents=found is None):
+    for folder in list_checkpoints(output_dir):
+        # All bytes are checked only until a complete checkpoint is found. Sizes are checked of every checkpoint, since
+        # an earlier removal may have been cut short.
+        problem = find_problem(folder, contents=complete is None)
+        if problem:
             logger.warning(f"Removing the torn checkpoint {folder}: {problem}.")
             shutil.rmtree(folder)
-        elif found is None:
-            found = folder
-    return found
+        elif complete is None:
+            complete = folder
+    return complete
 
 
 class MetadataUnpickler(pickle.Unpickler):
@@ -155,14 +169,14 @@ def check_safe(folder: Path):
 
 
 @contextmanager
-def loading(folder: str):
+def load_tensors_only(folder: str):
     """
-    While this is open, torch loads tensors and plain values only. torch.distributed.checkpoint would load the plain
-    values among its shards as pickles, which can run code.
+    Makes torch load only tensors and plain values while the block runs. torch.distributed.checkpoint would load the
+    plain values among its shards as pickles, which can run code.
 
     Raises:
-        Phase15CheckpointError: if shards cannot be loaded, as when they hold code. `writing` reports errors of
-            saving.
+        Phase15CheckpointError: if shards cannot be loaded, as when they hold code. `explain_write_errors` reports
+            errors of saving.
     """
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
@@ -181,9 +195,9 @@ def loading(folder: str):
 
 
 @contextmanager
-def writing(output_dir: Path, half: Path | None = None):
+def explain_write_errors(output_dir: Path, unfinished: Path | None = None):
     """
-    For a block that writes into `half`. The folder is removed if the block fails.
+    Explains errors of a block that writes into `output_dir`. The folder `unfinished` is removed if the block fails.
 
     Raises:
         Phase15CheckpointError: if something cannot be written, as on a full disk.
@@ -197,31 +211,33 @@ def writing(output_dir: Path, half: Path | None = None):
         elif type(error) is RuntimeError:
             if "PytorchStreamWriter" not in reason and "inline_container" not in reason:
                 raise  # not about the disk
-            reason = "torch failed, and does not say why"
-        if half is not None:
-            shutil.rmtree(half, ignore_errors=True)
+            reason = "torch failed without a reason"
+        if unfinished is not None:
+            shutil.rmtree(unfinished, ignore_errors=True)
         disk = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
         free = shutil.disk_usage(disk).free / 2**20
         raise Phase15CheckpointError(
-            f"{half or output_dir} could not be written: {reason} ({free:,.0f} MiB are free there). Once it can be, "
-            f"the same command {goes_on(output_dir)}."
+            f"{unfinished or output_dir} could not be written: {reason} ({free:,.0f} MiB are free there). Once it can "
+            f"be, the same command {describe_restart(output_dir)}."
         ) from error
 
 
-def goes_on(output_dir: Path) -> str:
-    """The effect of the same command, given again."""
+def describe_restart(output_dir: Path) -> str:
+    """Returns the effect of the same command, given again, for messages."""
     if (output_dir / "results.json").exists():
         return "has nothing left to do: the run is finished"
     last = last_complete(output_dir)
-    return f"goes on from {last}, which is complete" if last else "starts again: no checkpoint is complete"
+    if last is None:
+        return "starts again: no checkpoint is complete"
+    return f"goes on from {last}, which is complete"
 
 
 __all__ = [
     "Phase15CheckpointError",
-    "checkpoints_in",
+    "describe_restart",
+    "explain_write_errors",
     "find_checkpoint",
-    "goes_on",
-    "loading",
+    "list_checkpoints",
+    "load_tensors_only",
     "write_manifest",
-    "writing",
 ]

@@ -1,5 +1,5 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""Compiled training. It needs torch and transformers alone, as the benchmarks do."""
+"""Compiled layers for training. The benchmarks import this file too, so it needs only torch and transformers."""
 
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer

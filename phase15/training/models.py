@@ -1,5 +1,5 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""Any folder, Hub id or .gguf file to a model and its tokenizer, strictly; baselines, LoRA, compiled layers."""
+"""The models that a run trains: a Phase15 model, new or loaded, ready for its stage; and the baselines made of it."""
 
 import json
 from dataclasses import fields
@@ -20,8 +20,11 @@ from phase15.model.modeling_phase15 import Phase15ForCausalLM
 from phase15.training.arguments import Phase15ModelArguments
 
 
+DEFAULT_VOCAB_SIZE = 2048  # of a new tokenizer
+
+
 def make_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM, PreTrainedTokenizerBase]:
-    """The model that `args` describe, ready for its stage, and its tokenizer."""
+    """Returns the model that `args` describe, ready for its stage, and its tokenizer."""
     if args.model_name_or_path is None:
         model, tokenizer = new_model(args, records)
     else:
@@ -34,7 +37,7 @@ def make_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM
 
 
 def new_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM, PreTrainedTokenizerBase]:
-    """A model with random weights of the size of `base_config`, and a tokenizer trained on the records."""
+    """Returns a model with random weights of the size of `base_config`, and a tokenizer trained on the records."""
     if not args.base_config:
         raise ValueError(
             "`model_name_or_path` is missing: a base LLM or a Phase15 model (or `base_config` for a new one)."
@@ -44,14 +47,15 @@ def new_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM,
     except ValueError as error:
         raise ValueError(f"`base_config` is not JSON: {error}") from error
     check_base_config(base_config)
-    tokenizer = train_tokenizer((record["fields"] for record in records), base_config.get("vocab_size", 2048))
+    texts = (record["fields"] for record in records)
+    tokenizer = train_tokenizer(texts, base_config.get("vocab_size", DEFAULT_VOCAB_SIZE))
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     text_config = LlamaConfig(**base_config | ids | {"vocab_size": len(tokenizer)})
     return Phase15ForCausalLM(Phase15Config(text_config=text_config, **args.config_fields)), tokenizer
 
 
 def check_base_config(base_config: dict):
-    """Refuses unknown fields: LlamaConfig would accept and ignore them."""
+    """Raises a ValueError for unknown fields, which LlamaConfig would accept and ignore."""
     if not isinstance(base_config, dict):
         raise ValueError(
             f"`base_config` is a {type(base_config).__name__}, but fields of a LlamaConfig were expected."
@@ -60,7 +64,8 @@ def check_base_config(base_config: dict):
     for name in base_config:
         if name not in names:
             raise ValueError(f"`base_config`: unknown field {name!r}{did_you_mean(name, names)}")
-    if not isinstance(size := base_config.get("vocab_size", 2048), int) or size < 1:
+    size = base_config.get("vocab_size", DEFAULT_VOCAB_SIZE)
+    if not isinstance(size, int) or size < 1:
         raise ValueError(f"`base_config`: `vocab_size` is {size!r}, but it must be a positive integer.")
 
 
@@ -71,11 +76,11 @@ def lora_config(args: Phase15ModelArguments, **kwargs) -> LoraConfig:
 
 
 def make_baseline(model: Phase15ForCausalLM, args: Phase15ModelArguments) -> PreTrainedModel | PeftModel:
-    """The baseline that `args` ask for, made of the weights of `model`."""
+    """Returns the baseline that `args.baseline` names, made of the weights of `model`."""
     if args.baseline == "window":
         model.hypernet.requires_grad_(False)
         model.hypernet.alpha.data.zero_()
-        # α = 0 makes Δ zero: skip the computation
+        # α = 0 makes Δ zero, so its computation is skipped
         model.hypernet.forward = lambda carried, *_: torch.zeros_like(carried.embeds)
         return model
     if args.baseline == "full_context":

@@ -1,5 +1,5 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""How a run ends: at the next step on SIGTERM or Ctrl-C, and on several processes together."""
+"""The ends of a run: at the next step on SIGTERM or Ctrl-C, and on all processes together."""
 
 import atexit
 import os
@@ -16,11 +16,11 @@ from transformers.trainer_utils import SaveStrategy
 
 from phase15.cli.errors import INPUT_ERRORS, line_of
 from phase15.cli.help import print_any_text
-from phase15.training.checkpoints import goes_on
+from phase15.training.checkpoints import describe_restart
 
 
 class Stopped(KeyboardInterrupt):
-    """The run ends here, between two things that it writes."""
+    """Ends a run outside of training, where no step can be lost."""
 
 
 class StopOnSignal(TrainerCallback):
@@ -54,25 +54,28 @@ class StopOnSignal(TrainerCallback):
     def handle(self, number, frame):
         if os.getpid() != self.process:  # a data loader's worker, which ends with the run
             return
-        again, self.signal = self.signal, signal.Signals(number).name
+        is_second = self.signal is not None
+        self.signal = signal.Signals(number).name
         if not self.is_training:
             raise Stopped
-        if again and number == signal.SIGINT:
+        if is_second and number == signal.SIGINT:
             raise KeyboardInterrupt
 
     def report(self) -> str:
         after = f" after step {self.trainer.state.global_step}" if self.has_stopped else ""
         return (
             f"Stopped by {self.signal or 'a signal'}{after}. The same command "
-            f"{goes_on(Path(self.trainer.args.output_dir))}."
+            f"{describe_restart(Path(self.trainer.args.output_dir))}."
         )
 
     def agree(self) -> bool:
-        """Whether a signal has come to any process."""
-        accelerator, came = self.trainer.accelerator, self.signal is not None
+        """Returns `True` if any process has received a signal. All processes must call this."""
+        accelerator = self.trainer.accelerator
+        is_signalled = self.signal is not None
         if accelerator.num_processes > 1 and not self.has_stopped:
-            came = bool(accelerator.reduce(torch.tensor(float(came), device=accelerator.device), "sum"))
-        self.has_stopped = self.has_stopped or came
+            signalled = torch.tensor(float(is_signalled), device=accelerator.device)
+            is_signalled = bool(accelerator.reduce(signalled, "sum"))
+        self.has_stopped = self.has_stopped or is_signalled
         return self.has_stopped
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -81,7 +84,7 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.agree():
             control.should_training_stop = True
-            # at the end of an epoch, save after its evaluation
+            # at the end of an epoch, `on_epoch_end` saves after the evaluation
             control.should_save |= state.epoch % 1 > 0 or args.save_strategy == SaveStrategy.BEST
 
     def on_evaluate(self, args, state, control, **kwargs):
@@ -104,8 +107,9 @@ class StopOnSignal(TrainerCallback):
 
 @contextmanager
 def errors_together(program: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Ends all processes in one line if one of them has an error of some kinds, by default `INPUT_ERRORS`."""
-    caught, problem = kinds or INPUT_ERRORS, None
+    """Ends all processes with one line if one of them has an error of some kinds, by default `INPUT_ERRORS`."""
+    caught = kinds or INPUT_ERRORS
+    problem = None
     print_any_text()
     try:
         yield

@@ -13,45 +13,65 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from peft import PromptTuningConfig, get_peft_model
-from test_losses import ANSWERS, QUERIES, ROWS, Tokenizer, arguments, close, home, naive, naive_greedy, records  # noqa: F401
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from reference import LLM_SIZES, SIZES, randomise_alpha
+from test_losses import ROWS, Tokenizer, close, naive
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from phase15.commands import evaluate as eval_sft
 from phase15.commands.train import prepare
 from phase15.evaluation import losses as evaluation
 from phase15.evaluation import recovery
-from phase15.evaluation.answers import greedy_answers
 from phase15.evaluation.losses import Example
 from phase15.evaluation.recall import recall
 from phase15.model.configuration_phase15 import Phase15Config
+from phase15.model.modeling_phase15 import Phase15ForCausalLM
 
 
-def test_an_answer_ends_before_its_end_token(tiny):
-    query = records()[2].query
-    whole = naive_greedy(tiny, query, 8, -1)
-    end = whole[3]
-    (answer,) = greedy_answers("", tiny, Tokenizer(end), [query], 2, 8)
-    assert answer == whole[: whole.index(end)]
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, chat_tokenizer) -> Path:
+    """A base, a model of it, a baseline of each kind, and 40 records."""
+    home = tmp_path_factory.mktemp("home")
+    sizes = LLM_SIZES | {"vocab_size": len(chat_tokenizer), "max_position_embeddings": 128}
+    sizes |= {"eos_token_id": chat_tokenizer.eos_token_id}
+
+    def save(name: str, model, **recipe):
+        model.save_pretrained(home / name)
+        chat_tokenizer.save_pretrained(home / name)
+        if recipe:
+            (home / name / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    torch.manual_seed(0)
+    save("base", AutoModelForCausalLM.from_config(LlamaConfig(**sizes)))
+    save("small", AutoModelForCausalLM.from_config(LlamaConfig(**sizes | {"vocab_size": 64})))
+    torch.manual_seed(1)
+    model = randomise_alpha(Phase15ForCausalLM.from_base(str(home / "base"), **SIZES))
+    run = {"dataset_name": str(home / "data.jsonl"), "validation_split": 0.25}
+    save("model", model, **run)
+    model.hypernet.alpha.data.zero_()
+    save("window", model, baseline="window", **run)
+    torch.manual_seed(2)
+    save("other", AutoModelForCausalLM.from_config(LlamaConfig(**sizes)), baseline="full_context", **run)
+    adapters = {
+        "lora": LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False, target_modules=["q_proj"]),
+        "tuned": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    }
+    for name, config in adapters.items():
+        save(name, get_peft_model(AutoModelForCausalLM.from_pretrained(home / "base"), config))
+    (home / "tuned" / "recipe.yaml").write_text(yaml.safe_dump({"rival": "prompt_tuning", **run}))  # its old name
+    (home / "unknown").mkdir()
+    lines = [
+        {"question": f"Why is {i}?", "answer": "Blue light scatters. " * (1 + i % 3) + f"#### {i}"} for i in range(40)
+    ]
+    (home / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return home
 
 
-@pytest.mark.parametrize("kind", ["LLM", "prompt tuning"])
-@torch.no_grad()
-def test_answers_do_not_depend_on_the_batch(kind, bases):
-    """Though queries of other lengths are padded, and an adapter may put virtual tokens in front of that."""
-    base, queries = AutoModelForCausalLM.from_pretrained(bases["llama"]), [record.query for record in records()]
-    model, virtual = base, torch.zeros(0, base.config.hidden_size)
-    if kind == "prompt tuning":
-        model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
-        model.prompt_encoder["default"].embedding.weight.normal_(generator=torch.Generator().manual_seed(0))
-        virtual = model.get_prompt(1)[0]
-    for query, answer in zip(queries, greedy_answers("", model, Tokenizer(59), queries, 3, 6), strict=True):
-        ids = list(query)
-        while len(ids) < len(query) + 6 and ids[-1] != 59:
-            embeds = torch.cat([virtual, base.get_input_embeddings()(torch.tensor(ids))])
-            ids.append(int(base(inputs_embeds=embeds[None]).logits[0, -1].argmax()))
-        assert answer == [token for token in ids[len(query) :] if token != 59]
+def arguments(home: Path, folder: Path, **flags) -> eval_sft.EvaluationArguments:
+    defaults = {"dataset": str(home / "data.jsonl"), "output_dir": str(folder), "generated_records": 3}
+    defaults |= {"max_new_tokens": 6, "batch_size": 3, "bootstrap_samples": 50, "device": "cpu"}
+    return eval_sft.EvaluationArguments(**{"model_dir": str(home / "model"), **defaults, **flags})
 
 
 @pytest.mark.parametrize(
@@ -123,7 +143,7 @@ def test_the_command_writes_and_prints_every_row(evaluated, home):
         assert (
             low < row["loss"] < high and row["tokens_by_chunk"] == results["validation"]["window"]["tokens_by_chunk"]
         )
-        assert f"| {evaluation.label(name)} | {row['loss']:.4f} | [{low:.4f}, {high:.4f}] |" in said
+        assert f"| {evaluation.display_label(name)} | {row['loss']:.4f} | [{low:.4f}, {high:.4f}] |" in said
     assert list(results["context_recovery"]) == [
         "same_llm",
         "same_llm_shuffled_delta",
@@ -131,7 +151,7 @@ def test_the_command_writes_and_prints_every_row(evaluated, home):
         "baselines",
     ]
     for name in results["context_recovery"]:
-        assert f"- context recovery, {evaluation.label(name)}: " in said
+        assert f"- context recovery, {evaluation.display_label(name)}: " in said
     assert list(results["free_running"]) == ["model", "window", "full_context"]
     assert {name for name, match in results["exact_match"].items() if match["records"] == 3} == {*rows} - {
         "first_soft_prompt",

@@ -122,7 +122,7 @@ def test_a_csv_file_holds_text(chat_tokenizer, tmp_path):
     assert answers == ["7", "NA", "None", "007"]
 
 
-def texts_of(row, tokenizer) -> tuple[str, str]:
+def decode_parts(row, tokenizer) -> tuple[str, str]:
     ids, length = row["input_ids"], row["query_length"]
     return tokenizer.decode(ids[:length]), tokenizer.decode(ids[length:])
 
@@ -150,10 +150,10 @@ def test_tools_and_calls_are_rendered(as_text, chat_tokenizer):
     tools = json.dumps(TOOLS) if as_text else TOOLS
     row = encoded([{"messages": turns, "tools": tools}], tokenizer)[0]
     expected = "<look_up><|user|>Hello<|end|>\n<|assistant|>", '[{"word": "sky"}]<|end|>'
-    assert texts_of(row, tokenizer) == expected
+    assert decode_parts(row, tokenizer) == expected
     turns[1]["content"] = "I look it up."
     row = encoded([{"prompt": turns[:1], "completion": turns[1:], "tools": tools}], tokenizer)[0]
-    assert texts_of(row, tokenizer)[1] == 'I look it up.[{"word": "sky"}]<|end|>'
+    assert decode_parts(row, tokenizer)[1] == 'I look it up.[{"word": "sky"}]<|end|>'
 
 
 @pytest.mark.parametrize("name", ["tool_calls", "reasoning_content", "thinking", "tools"])
@@ -190,7 +190,7 @@ def test_a_system_column_is_a_turn(case, chat_tokenizer):
             encoded([record], chat_tokenizer)
         name = "messages" if case == "messages" else "prompt"
         record[name] = record[name][1:]
-    query, answer = texts_of(encoded([record], chat_tokenizer)[0], chat_tokenizer)
+    query, answer = decode_parts(encoded([record], chat_tokenizer)[0], chat_tokenizer)
     expected = CASES[case][1].removeprefix("<|system|>\nBe brief.<|end|>\n")
     assert (query, answer) == (f"<|system|>\nBe kind.<|end|>\n{expected}", f"{ANSWER}<|end|>")
 
@@ -198,7 +198,7 @@ def test_a_system_column_is_a_turn(case, chat_tokenizer):
 def test_variables_of_the_template(chat_tokenizer):
     tokenizer = with_template(chat_tokenizer, "{{ mood }}" + chat_tokenizer.chat_template)
     record = {**CASES["messages"][0], "chat_template_kwargs": {"mood": "calm", "other": None}}
-    assert texts_of(encoded([record], tokenizer)[0], tokenizer)[0] == "calm" + CHAT
+    assert decode_parts(encoded([record], tokenizer)[0], tokenizer)[0] == "calm" + CHAT
     record["chat_template_kwargs"] = {"add_generation_prompt": False}
     with pytest.raises(Phase15RecordError, match="`chat_template_kwargs` must be variables"):
         encoded([record], tokenizer)
@@ -207,7 +207,7 @@ def test_variables_of_the_template(chat_tokenizer):
 def test_an_answer_of_weight_0_is_refused(chat_tokenizer):
     turns = [TURNS[1], TURNS[2] | {"weight": 0}, TURNS[3], TURNS[4] | {"weight": 1}]
     row = encoded([{"messages": turns}], chat_tokenizer)[0]
-    assert texts_of(row, chat_tokenizer) == (CHAT.partition("<|end|>\n")[2], f"{ANSWER}<|end|>")
+    assert decode_parts(row, chat_tokenizer) == (CHAT.partition("<|end|>\n")[2], f"{ANSWER}<|end|>")
     with pytest.raises(Phase15RecordError, match="`weight` of 0"):
         encoded([{"messages": turns[:2]}], chat_tokenizer)
 
@@ -221,7 +221,7 @@ THINKS = (  # as DeepSeek-R1's: the generation prompt opens the tag, and earlier
 @pytest.mark.parametrize("content", ["<think>\nEasy.\n</think>\nBlue.", "Easy.\n</think>\nBlue.", "Blue."])
 def test_a_thought_is_opened_once(content, chat_tokenizer):
     tokenizer = with_template(chat_tokenizer, THINKS)
-    query, answer = texts_of(encoded([{"question": QUESTION, "answer": content}], tokenizer)[0], tokenizer)
+    query, answer = decode_parts(encoded([{"question": QUESTION, "answer": content}], tokenizer)[0], tokenizer)
     assert query == f"<|user|>{QUESTION}<|end|><|assistant|><think>\n"
     assert answer == content.removeprefix("<think>\n") + "<|end|>"
 
@@ -240,15 +240,15 @@ def test_no_text_is_taken_for_a_tag(chat_tokenizer):
     """The query ends in what the answer begins with, but that is the answer's own."""
     template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
     tokenizer = with_template(chat_tokenizer, template)
-    assert texts_of(encoded([{"question": "a", "answer": ":b"}], tokenizer)[0], tokenizer) == ("A:", ":b<|end|>")
+    assert decode_parts(encoded([{"question": "a", "answer": ":b"}], tokenizer)[0], tokenizer) == ("A:", ":b<|end|>")
 
 
 @pytest.mark.parametrize("end", ["<|end|>", "<|end|>\n", ""])
 def test_an_answer_ends_once(end, chat_tokenizer):
     row = encoded([{"prompt": "The sky is", "completion": f" blue.{end}"}], chat_tokenizer)[0]
-    assert texts_of(row, chat_tokenizer) == ("The sky is", " blue.<|end|>")
+    assert decode_parts(row, chat_tokenizer) == ("The sky is", " blue.<|end|>")
     row = encoded([{"prompt": "a", "completion": "b<|end|>c"}], chat_tokenizer)[0]
-    assert texts_of(row, chat_tokenizer)[1] == "b<|end|>c<|end|>"  # an end within is the data's
+    assert decode_parts(row, chat_tokenizer)[1] == "b<|end|>c<|end|>"  # an end within is the data's
 
 
 @pytest.fixture(scope="module")

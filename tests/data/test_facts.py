@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from phase15.data.facts import BLOCK, KINDS, Chat, FactsArguments, fresh_chats, plain_sentences, training_records
-from phase15.data.records import open_records, texts_of
+from phase15.data.facts import BLOCK, FACT_KINDS, Chat, FactsArguments, fresh_chats, plain_sentences, training_records
+from phase15.data.records import open_records, read_texts
 
 
 def chats(seed: int = 0, **arguments) -> list[list[dict]]:
@@ -15,9 +15,9 @@ def chats(seed: int = 0, **arguments) -> list[list[dict]]:
 
 def num_words(messages: list[dict]) -> int:
     """Words between the facts and the questions."""
-    questions = sum(messages[2]["content"].count(kind.question) for kind in KINDS)
+    questions = sum(messages[2]["content"].count(kind.question) for kind in FACT_KINDS)
     asked = messages[2]["content"]
-    for kind in KINDS:
+    for kind in FACT_KINDS:
         asked = asked.replace(kind.question, "")
     assert questions == messages[3]["content"].count(".")
     return len(asked.split())
@@ -27,10 +27,10 @@ def test_answers_are_what_was_told():
     for messages in chats(facts_records=200):
         assert [turn["role"] for turn in messages] == ["user", "assistant"] * 2
         told, (asked, answer) = messages[0]["content"], (turn["content"] for turn in messages[2:])
-        at = {asked.index(kind.question): kind for kind in KINDS if kind.question in asked}
+        at = {asked.index(kind.question): kind for kind in FACT_KINDS if kind.question in asked}
         expected = []
         for _, kind in sorted(at.items()):  # in the order of the questions
-            (value,) = [value for value in kind.values if kind.told.format(value) in told]
+            (value,) = [value for value in kind.values if kind.statement.format(value) in told]
             expected.append(kind.answer.format(value))
         assert len(expected) == 4 and answer == " ".join(expected)
 
@@ -54,10 +54,10 @@ def test_the_distance_grows_over_the_records():
 
 def test_every_value_is_as_likely_as_the_others():
     """So a guess is right one time in 16."""
-    assert all(len(set(kind.values)) == 16 for kind in KINDS)
+    assert all(len(set(kind.values)) == 16 for kind in FACT_KINDS)
     told = " ".join(messages[0]["content"] for messages in chats(facts_records=4800))
-    for kind in KINDS:
-        counts = [told.count(kind.told.format(value)) for value in kind.values]
+    for kind in FACT_KINDS:
+        counts = [told.count(kind.statement.format(value)) for value in kind.values]
         assert 130 < min(counts) and max(counts) < 270, "about 200 each"
 
 
@@ -75,8 +75,8 @@ def test_text_of_a_file_stands_between(tmp_path):
     path = tmp_path / "text.jsonl"
     rows = [{"query": "Why?", "answer": f"Because {number}\n\nit is."} for number in range(20)]
     path.write_text("".join(f"{json.dumps(row)}\n" for row in [*rows, {"n": 1}]))
-    texts = texts_of(str(path))
-    assert texts == [f"Because {number} it is." for number in range(20)] and texts_of(None) is None
+    texts = read_texts(str(path))
+    assert texts == [f"Because {number} it is." for number in range(20)] and read_texts(None) is None
     facts = FactsArguments(facts_records=200, facts_distances=[8], facts_text=str(path))
     rows = list(open_records("facts", facts=facts, seed=3))
     assert [row["fields"] for row in rows] == list(training_records(facts, 3, texts))
@@ -107,7 +107,7 @@ def test_a_file_without_text_is_refused(text, tmp_path):
 )
 def test_each_answer_counts_in_its_place(said, right):
     chat = Chat("", "", "", ["You live in Oslo.", "You play the cello."], ["Oslo", "cello"])
-    assert chat.num_right(said) == right
+    assert chat.count_right(said) == right
 
 
 @pytest.mark.parametrize(

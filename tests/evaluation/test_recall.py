@@ -3,7 +3,7 @@
 How many facts a model answers, against row-by-row references; and the quickstart's model, which has to remember over
 512 words what its window has long lost.
 
-    python -m pytest -s tests/evaluation/test_recall.py        trains the quickstart if outputs/quickstart is not its run
+    python -m pytest -s tests/evaluation/test_recall.py     trains the quickstart unless outputs/quickstart is its run
 """
 
 import copy
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from phase15.data.facts import fresh_chats
-from phase15.evaluation.recall import encoded, in_short, recall, show
+from phase15.evaluation.recall import encode_chats, format_chat, recall, shorten
 from phase15.hub.runs import read_run
 from phase15.loading import load_phase15
 from phase15.training.arguments import parse_args
@@ -39,7 +39,7 @@ def nats(model, examples) -> float:
 @torch.no_grad()
 def test_losses_are_those_of_forward(talker):
     model, tokenizer = talker
-    examples = encoded(fresh_chats(5, 3, 2), tokenizer)
+    examples = encode_chats(fresh_chats(5, 3, 2), tokenizer)
     window = copy.deepcopy(model)
     window.hypernet.alpha.zero_()
     (at,) = recall(model, tokenizer, [5], 2, num_chats=3)
@@ -53,11 +53,11 @@ def test_losses_are_those_of_forward(talker):
     assert alone["rows"] == {"full_context": at["rows"]["full_context"]}
 
 
-def test_values_are_completed_behind_the_reference(talker):
+def test_values_are_completed_after_the_reference(talker):
     """Chat by chat, with `forward`. A random model knows no value, so this one has learned one chat by heart."""
     model, tokenizer = copy.deepcopy(talker[0]), talker[1]
     chats = fresh_chats(5, 3, 2)
-    examples = encoded(chats, tokenizer)
+    examples = encode_chats(chats, tokenizer)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
 
     def forward(asked, query, answer):
@@ -91,15 +91,15 @@ def test_answers_are_generated_under_each_control(talker, monkeypatch):
     said = {}
 
     def count(chat, text):
-        said.setdefault(chat.told, []).append(text)
+        said.setdefault(chat.statements, []).append(text)
         return len(text) > 0
 
-    monkeypatch.setattr("phase15.facts.Chat.num_right", count)
+    monkeypatch.setattr("phase15.data.facts.Chat.count_right", count)
     (at,) = recall(model, tokenizer, [5], 2, num_chats=3)
     window = copy.deepcopy(model)
     window.hypernet.alpha.data.zero_()
     chats = fresh_chats(5, 3, 2)
-    examples = encoded(chats, tokenizer)
+    examples = encode_chats(chats, tokenizer)
     longest = max(len(example.answer) for example in examples)
     for index, (chat, example) in enumerate(zip(chats, examples, strict=True)):
         ids = torch.tensor([example.query])
@@ -108,7 +108,7 @@ def test_answers_are_generated_under_each_control(talker, monkeypatch):
             output = answering.generate(ids, attention_mask=torch.ones_like(ids), **settings, pad_token_id=0)
             answer = output[0, len(example.query) :].tolist()
             answer = answer[: answer.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in answer else answer
-            assert said[chat.told][place] == tokenizer.decode(answer), (index, place)
+            assert said[chat.statements][place] == tokenizer.decode(answer), (index, place)
     assert at["rows"]["model"]["right"] == 3 / 6
 
 
@@ -125,10 +125,10 @@ def test_no_chat_is_left_alone(talker):
 def test_what_is_shown(talker):
     _, tokenizer = talker
     (chat,) = fresh_chats(40, 1, 2)
-    lines = show(chat, "all", "nothing").splitlines()
-    assert lines[0].endswith(chat.told) and lines[2].endswith(chat.questions) and "[… 40 words …]" in lines[2]
+    lines = format_chat(chat, "all", "nothing").splitlines()
+    assert lines[0].endswith(chat.statements) and lines[2].endswith(chat.questions) and "[… 40 words …]" in lines[2]
     assert lines[3:] == ["Assistant: all", "With Δ = 0: nothing"]
-    assert in_short("a b c") == "a b c"
+    assert shorten("a b c") == "a b c"
 
 
 @pytest.mark.slow

@@ -3,10 +3,9 @@
 
 import pytest
 import torch
-from test_losses import full_context, losses_of, mixed, window  # noqa: F401
+from test_recovery import full_context, losses_of, mixed, window  # noqa: F401
 
-from phase15.evaluation import recovery
-from phase15.evaluation import tables as reports
+from phase15.evaluation import recovery, tables
 
 
 @pytest.mark.parametrize("gap", ["none", "negative", "not sure", "rounding"])
@@ -20,14 +19,16 @@ def test_no_recovery_where_full_context_is_not_better(gap, window, full_context)
     result = recovery.context_recovery(window, mixed(window, full_context, 0.5), full_context)
     assert result["recovery"] is None and result["interval"] is None
     assert (result["gap"] > 0) == (gap in ("not sure", "rounding"))
-    (line,) = reports.recovery_lines({"context_recovery": {"same_llm": result}})
+    (line,) = tables.recovery_lines({"context_recovery": {"same_llm": result}})
     assert "undefined: full context is not better than the window" in line and "%," not in line
 
 
 def test_the_table_keeps_what_a_folder_is_called_in_its_cell():
     row = {"loss": 1.0, "tokens_by_chunk": [1200], "interval": [0.5, 1.5]}
     match = {"correct": 1, "records": 8, "share": 0.125}
-    table = reports.table({"validation": {"baseline_a|b\n<b>": row}, "exact_match": {"baseline_a|b\n<b>": match}})
+    table = tables.losses_table(
+        {"validation": {"baseline_a|b\n<b>": row}, "exact_match": {"baseline_a|b\n<b>": match}}
+    )
     assert table.splitlines()[:3] == [
         "| validation, 1,200 answer tokens | nats per token | 95 % interval | exact match |",
         "|---|---|---|---|",

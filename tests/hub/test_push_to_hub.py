@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from phase15.commands.evaluate import EvaluationArguments
 from phase15.commands.evaluate import main as evaluate
 from phase15.commands.train import main, prepare
-from phase15.evaluation.losses import label
+from phase15.evaluation.losses import display_label
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 
 
@@ -33,25 +33,15 @@ FILES = {
     "README.md",
     "chat_template.jinja",
     "config.json",
-    "configuration_phase15.py",
     "evaluation.json",
     "generation_config.json",
     "loss_by_chunk.png",
-    "compat_phase15.py",
-    "decoding_phase15.py",
-    "generation_phase15.py",
-    "continuous_batching_phase15.py",
-    "requests_phase15.py",
-    "modeling_phase15.py",
-    "recursion_phase15.py",
-    "batch_phase15.py",
-    "base_phase15.py",
     "recipe.yaml",
     "tokenizer.json",
     "tokenizer_config.json",
     "training_curve.png",
 }
-
+FILES |= {path.name for path in (ROOT / "phase15" / "model").glob("*_phase15.py")}
 RUN = ("evaluation.json", "loss_by_chunk.png", "recipe.yaml", "results.json", "training_curve.png")
 
 # Runs the script once per line of its input, in a copy of itself: importing torch for each would take minutes.
@@ -62,8 +52,7 @@ import gc, json, os, runpy, sys, traceback
 script = sys.argv[1]
 sys.path[0] = os.path.dirname(script)
 sys.path.append(os.path.join(sys.path[0], "tests"))
-import push_to_hub  # imports everything that the script needs; each run executes the script again
-from phase15 import runs
+from phase15.commands import push  # imports everything that the script needs; each run executes the script again
 from reference import answer_here
 
 gc.freeze()  # so that forks share what there is
@@ -78,7 +67,7 @@ os.environ.update(run["environment"])
 for number, name in enumerate([os.devnull, *run["output"]]):
     os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
 if not run["load"]:
-    runs.answer_in_new_process = answer_here
+    push.answer_in_new_process = answer_here
 sys.argv, status = run["argv"], 0
 try:
     runpy.run_path(script, run_name="__main__")
@@ -526,14 +515,14 @@ def test_the_card_shows_what_eval_sft_measured(story, models):
     card = files["README.md"].decode().split("\n---\n", 1)[1]  # behind the metadata, which YAML escapes
     assert f"on {evaluation['evaluated']} (" in card and "held out of this run" not in card
     for name, row in evaluation["validation"].items():
-        name = "`baseline: a¦<b>`" if "a|<b>" in name else label(name)
+        name = "`baseline: a¦<b>`" if "a|<b>" in name else display_label(name)
         low, high = row["interval"]
         assert f"\n| {name} | {row['loss']:.4f} | [{low:.4f}, {high:.4f}] | " in card
     assert "| the model | " in card and "/3 (" in card and "a|<b>" not in card
     for name, result in evaluation["context_recovery"].items():
         number = result["gap" if result["recovery"] is None else "recovery"]
         number = f"{number:.4f} nats" if result["recovery"] is None else f"{number:.1%}"
-        assert re.search(rf"\n- context recovery, {re.escape(label(name))}: .*{re.escape(number)}", card)
+        assert re.search(rf"\n- context recovery, {re.escape(display_label(name))}: .*{re.escape(number)}", card)
     assert "](loss_by_chunk.png)" in card
 
 
@@ -542,7 +531,7 @@ def test_without_it_the_card_shows_the_runs_own_table(story, shells, models):
     card, results = files["README.md"].decode(), json.loads((models["third"] / "results.json").read_text())
     assert "evaluation.json" not in files and "2 validation records of data.jsonl, held out of this run" in card
     for name, row in results["validation"].items():
-        assert f"\n| {label(name)} | {row['loss']:.4f} |\n" in card
+        assert f"\n| {display_label(name)} | {row['loss']:.4f} |\n" in card
     assert "\n- context recovery, same LLM: " in card
 
 

@@ -9,15 +9,15 @@ import yaml
 
 from phase15.evaluation.losses import LABELS
 from phase15.hub.runs import (
+    FACTS_FIELDS,
     HELD_OUT,
-    OF_FACTS,
     OLD_KEYS,
-    held_out,
-    held_out_by,
+    find_differing_setting,
+    held_out_settings,
+    read_held_out,
     read_run,
-    same_records,
-    with_keys,
-    without_folders,
+    rename_old_keys,
+    strip_folders,
 )
 
 
@@ -32,41 +32,41 @@ def folder_of(tmp_path, recipe: dict | None = None, results: dict | None = None)
 
 def test_a_run_writes_down_the_records_it_held_out(tmp_path):
     data = SimpleNamespace(**dict.fromkeys(HELD_OUT, 1) | {"dataset_name": "/home/me/x.jsonl"})
-    written = held_out_by(data, SimpleNamespace(seed=7))
+    written = held_out_settings(data, SimpleNamespace(seed=7))
     assert set(written) == set(HELD_OUT) and written["seed"] == 7 and written["dataset_name"] == "x.jsonl"
-    assert held_out(folder_of(tmp_path, {"dataset_name": "y"}, {"held_out": written})) == written
+    assert read_held_out(folder_of(tmp_path, {"dataset_name": "y"}, {"held_out": written})) == written
 
 
 def test_earlier_runs_are_read_with_the_defaults_of_their_time(tmp_path):
     recipe = {"dataset_name": "/home/me/x.jsonl", "shuffle_records": True, "rival": "window"}
-    settings = held_out(folder_of(tmp_path, recipe, {}))
+    settings = read_held_out(folder_of(tmp_path, recipe, {}))
     assert (settings["dataset_name"], settings["validation_split"], settings["seed"]) == ("x.jsonl", 0.1, 42)
     assert settings["shuffle_records"] is True and settings["dataset_train_split"] == "train"
     assert read_run(tmp_path).recipes[0]["baseline"] == "window"
 
 
 def test_a_folder_without_a_run(tmp_path):
-    assert held_out(tmp_path) is None and read_run(tmp_path) == ([], {}, {})
+    assert read_held_out(tmp_path) is None and read_run(tmp_path) == ([], {}, {})
 
 
 def test_the_setting_that_differs_is_named():
     one = dict.fromkeys(HELD_OUT) | {"seed": 1, "shuffle_records": False, "max_validation_records": 3}
-    assert same_records(one, one | {"seed": 2, "max_validation_records": 4}) is None  # neither decides here
-    assert same_records(one, one | {"validation_split": 0.5}) == "validation_split"
+    assert find_differing_setting(one, one | {"seed": 2, "max_validation_records": 4}) is None  # neither decides here
+    assert find_differing_setting(one, one | {"validation_split": 0.5}) == "validation_split"
     shuffled = one | {"shuffle_records": True}
-    assert same_records(shuffled, shuffled | {"seed": 2}) == "seed"
+    assert find_differing_setting(shuffled, shuffled | {"seed": 2}) == "seed"
     streamed = one | {"streaming": True}
-    assert same_records(streamed, streamed | {"max_validation_records": 4}) == "max_validation_records"
+    assert find_differing_setting(streamed, streamed | {"max_validation_records": 4}) == "max_validation_records"
 
 
 def test_results_of_earlier_versions_get_todays_keys():
     old = {"validation": {"the model": 1, "Δ = 0": 2, "rival: lora": 3}, "own_words": {"full context": 4}, "seed": 5}
-    assert with_keys(old) == {
+    assert rename_old_keys(old) == {
         "validation": {"model": 1, "window": 2, "baseline_lora": 3},
         "free_running": {"full_context": 4},
         "seed": 5,
     }
-    assert with_keys(with_keys(old)) == with_keys(old)
+    assert rename_old_keys(rename_old_keys(old)) == rename_old_keys(old)
     assert set(LABELS) <= {*OLD_KEYS.values()}
 
 
@@ -78,15 +78,15 @@ def test_files_that_no_run_wrote_are_named(name, content, tmp_path):
 
 
 def test_folders_are_private():
-    assert without_folders({"a": "/home/me/x", "b": "me/x", "c": 3}) == {"a": "x", "b": "me/x", "c": 3}
+    assert strip_folders({"a": "/home/me/x", "b": "me/x", "c": 3}) == {"a": "x", "b": "me/x", "c": 3}
 
 
 def test_the_data_set_facts_is_known_by_its_whole_name():
     files = {"dataset_name": "facts", "facts_text": "folder/text.jsonl"}
-    data = SimpleNamespace(**dict.fromkeys(HELD_OUT + OF_FACTS, 1) | files)
-    facts = held_out_by(data, SimpleNamespace(seed=1))
+    data = SimpleNamespace(**dict.fromkeys(HELD_OUT + FACTS_FIELDS, 1) | files)
+    facts = held_out_settings(data, SimpleNamespace(seed=1))
     assert facts["facts_text"] == "text.jsonl"
-    assert facts["facts_distances"] == 1 and same_records(facts, facts | {"seed": 2}) == "seed"
-    assert same_records(facts, facts | {"facts_records": 2}) == "facts_records"
+    assert facts["facts_distances"] == 1 and find_differing_setting(facts, facts | {"seed": 2}) == "seed"
+    assert find_differing_setting(facts, facts | {"facts_records": 2}) == "facts_records"
     data.dataset_name = "me/facts"  # of the Hub
-    assert "facts_distances" not in held_out_by(data, SimpleNamespace(seed=1))
+    assert "facts_distances" not in held_out_settings(data, SimpleNamespace(seed=1))

@@ -14,10 +14,9 @@ from markdown_it import MarkdownIt
 from reference import SIZES
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
-from phase15 import loading as models
+from phase15 import loading
 from phase15.commands import push as push_to_hub
-from phase15.evaluation import losses as evaluation
-from phase15.evaluation import tables as reports
+from phase15.evaluation import losses, tables
 from phase15.hub import cards, runs
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 from phase15.training import arguments
@@ -25,8 +24,7 @@ from phase15.training.models import make_model
 
 
 ROOT = Path(__file__).parents[2]
-NAMES_OF_CODE = "checks compat configuration decoding generation lanes modeling recursion requests rows"
-CODE = {f"{name}_phase15.py" for name in NAMES_OF_CODE.split()}
+CODE = {path.name for path in (ROOT / "phase15" / "model").glob("*_phase15.py")}
 
 
 # the code of a saved folder
@@ -45,6 +43,8 @@ def folder(tiny, tmp_path, monkeypatch) -> Path:
         monkeypatch.setattr(mapping, "_extra_content", {})
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(tmp_path / "modules")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)  # an earlier test's package looks for modules in its own folder
     monkeypatch.setattr("sys.stdin", open("/dev/null"))
     return tmp_path / "model"
 
@@ -62,10 +62,10 @@ def train(folder: Path):
 
 
 def evaluate(folder: Path):
-    models.load_any(str(folder))
+    loading.load_any(str(folder))
 
 
-@pytest.mark.parametrize("load", [train, evaluate, models.load_phase15], ids=["train_sft", "eval_sft", "push_to_hub"])
+@pytest.mark.parametrize("load", [train, evaluate, loading.load_phase15], ids=["train_sft", "eval_sft", "push_to_hub"])
 def test_the_commands_run_their_own_code_and_none_of_the_folder(folder, chat_tokenizer, load):
     chat_tokenizer.save_pretrained(folder)
     load(folder)
@@ -115,7 +115,7 @@ def findings(source: str) -> list[str]:
 
 @pytest.mark.parametrize("name", sorted(CODE))
 def test_the_imports_of_the_code_that_travels(name):
-    assert findings((ROOT / name).read_text()) == []
+    assert findings((ROOT / "phase15" / "model" / name).read_text()) == []
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/model.md"])
@@ -264,10 +264,10 @@ def test_a_name_that_the_hub_cannot_have_is_refused(flag, name):
 
 def test_words_stay_words_and_anything_else_is_code():
     words = "64 records of gsm8k_test.jsonl, from the last 9.5 %; the run held them out (Δ = 0, Intel Xeon @ 2 GHz)"
-    rows = map(evaluation.label, evaluation.LABELS)
+    rows = map(losses.display_label, losses.LABELS)
     for text in (words, "baseline: café-1", *rows):
-        assert reports.cell(text) == text
+        assert tables.cell(text) == text
     for text in ("http://evil.test", "www.evil.test", "me@evil.test", "@admin", ":octocat:", "_x_", "__x__"):
-        assert reports.cell(text) == f"`{text}`"
-    assert reports.cell(" a|`b``c \n") == "``` a¦`b``c ```"
-    assert reports.cell("<b>") == "`<b>`" and reports.cell("") == ""
+        assert tables.cell(text) == f"`{text}`"
+    assert tables.cell(" a|`b``c \n") == "``` a¦`b``c ```"
+    assert tables.cell("<b>") == "`<b>`" and tables.cell("") == ""

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from phase15.commands.push import PushArguments
 from phase15.commands.train import main, prepare
-from phase15.evaluation.losses import label
+from phase15.evaluation.losses import display_label
 from phase15.hub.cards import model_card
 from phase15.hub.runs import read_run
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
@@ -203,13 +203,13 @@ def test_what_a_baseline_leaves(baseline, llm, recipe, tmp_path, capfd):
     assert AutoTokenizer.from_pretrained(folder).chat_template
     assert all((Path(folder) / picture).is_file() for picture in ("training_curve.png", "loss_by_chunk.png"))
     output = capfd.readouterr().out
-    assert f"| {label(name)} | {row['loss']:.4f} |" in output
+    assert f"| {display_label(name)} | {row['loss']:.4f} |" in output
     assert bool(re.search(r"^A: ", output, re.M)) == (baseline == "window")
     if baseline == "window":
         assert not load_file(f"{folder}/model.safetensors")["model.hypernet.alpha"].any()
         arguments, run = PushArguments(model_dir=folder, repo_id="me/window"), read_run(Path(folder))
         card = model_card(arguments, run, model, trainer.processing_class, []).text
-        assert f"| {label(name)} | {row['loss']:.4f} |" in card and "as a baseline of" in card
+        assert f"| {display_label(name)} | {row['loss']:.4f} |" in card and "as a baseline of" in card
         assert "HyperNetwork and LLM:" not in card and "share this model" not in card
 
 

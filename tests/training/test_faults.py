@@ -34,18 +34,18 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from phase15 import loading as models
+from phase15 import loading
 from phase15.cli.files import write_text
+from phase15.commands import train as train_command
 from phase15.commands.train import main, prepare
-from phase15.hub import runs
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 from phase15.training.checkpoints import (
     MANIFEST,
     Phase15CheckpointError,
     find_checkpoint,
+    find_problem,
     last_complete,
-    loading,
-    problem_of,
+    load_tensors_only,
     write_manifest,
 )
 
@@ -156,7 +156,7 @@ def work(recipe: Path, log: Path, prepare_process):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     # slow, and done in the runs of the real command
-    runs.answer_in_new_process = lambda folder, query, max_new_tokens: query
+    train_command.answer_in_new_process = lambda folder, query, max_new_tokens: query
     if prepare_process is not None:
         function, *arguments = prepare_process
         function(*arguments)
@@ -265,7 +265,7 @@ def kills() -> list[tuple]:
     """
     moments = [("call", target, name, 1 + number % 2, die_writing) for number, (name, target) in enumerate(SAVING)]
     moments[-1] = (*moments[-1][:-1], die)  # the manifest is not half written, but not moved to its place
-    moments.append(("call", "phase15.trainer.rotate_checkpoints", "run", 2, die))
+    moments.append(("call", "phase15.training.trainer.rotate_checkpoints", "run", 2, die))
     moments.append(("call", "shutil.rmtree", r"checkpoint-\d+", 1, die_removing))
     moments += [("clock",)] * 6 + [("command", "optimizer.pt"), ("command", "trainer_state.json")]
     random.Random(1).shuffle(moments)
@@ -362,7 +362,7 @@ STOPS = {  # at the call of which function that comes, what it says: after which
     "in a checkpoint": (dict(SAVING)["trainer_state.json"], 1, 6, 6),
     "in the last step": ("transformers.Trainer.training_step", 32, 16, 16),
     "while the model is saved": ("transformers.Trainer.save_model", 4, None, 16),
-    "while rows are compared": ("phase15.evaluation.compare", 1, None, 16),
+    "while rows are compared": ("phase15.commands.train.compare", 1, None, 16),
 }
 
 
@@ -395,7 +395,7 @@ def test_sigterm_stops_a_run_that_goes_on(case, fork, recipe, short, tmp_path):
         rf"Stopped by SIGTERM{after}\. The same command {where}\.", run.lines[0]
     ), run.output
     assert "Traceback" not in run.output and not (folder / "results.json").exists()
-    assert step_of(last_complete(folder)) == last and not any(map(problem_of, folder.glob("checkpoint-*")))
+    assert step_of(last_complete(folder)) == last and not any(map(find_problem, folder.glob("checkpoint-*")))
     again = fork(path)
     assert again.wait() == 0 and "torn" not in again.output, again.output[-3000:]
     assert_same_run(folder, short)
@@ -422,7 +422,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(fork, recipe, tmp_p
     found = last_complete(tmp_path / "run")
     assert {path.name for path in found.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
     (found / "rng_state_1.pth").unlink()
-    assert "rng_state_1.pth" in problem_of(found)
+    assert "rng_state_1.pth" in find_problem(found)
 
 
 def one_of_two(rank: int, port: int):
@@ -480,7 +480,7 @@ def without_space(kind: str, size: int, outside: Path, recipe: Path):
         mount(folder, 8000, again=True)
     else:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    left = {path.name: problem_of(path) for path in folder.glob("checkpoint-*")}
+    left = {path.name: find_problem(path) for path in folder.glob("checkpoint-*")}
     (outside / "report.json").write_text(json.dumps({"message": error.value.code, "left": left}))
     run_script(recipe)
     shutil.copytree(folder, outside / "run")
@@ -572,17 +572,17 @@ def test_every_damage_is_recognised(damage, folder):
     checkpoint = folder / "checkpoint-16"
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     assert {MANIFEST, "model.safetensors", "optimizer.pt", "trainer_state.json"} <= {path.name for path in files}
-    assert problem_of(checkpoint) is None
+    assert find_problem(checkpoint) is None
     for path in files:
         data = path.read_bytes()
         DAMAGES[damage](path)
-        problem = problem_of(checkpoint)
+        problem = find_problem(checkpoint)
         # a bit of the manifest can be one of another file's digest or size, which then is told
         assert problem and (path.name in problem or (path.name, damage) == (MANIFEST, "changed"))
         if damage != "changed":
-            assert path.name in problem_of(checkpoint, contents=False)
+            assert path.name in find_problem(checkpoint, contents=False)
         path.write_bytes(data)
-    assert problem_of(checkpoint) is None
+    assert find_problem(checkpoint) is None
 
 
 def test_the_newest_complete_checkpoint_is_used(folder, caplog):
@@ -608,7 +608,7 @@ def test_a_torn_checkpoint_that_is_named_is_refused(recipe, folder):
     path = write(recipe, folder.parent, **SHORT, resume_from_checkpoint=str(named))
     with pytest.raises(SystemExit, match=rf"^train_sft\.py: cannot resume from {named}: optimizer.pt is missing\.$"):
         main(*prepare([str(path)]))
-    assert named.exists() and not problem_of(folder / "checkpoint-16")
+    assert named.exists() and not find_problem(folder / "checkpoint-16")
 
 
 def test_only_the_torn_checkpoint_of_one(folder):
@@ -644,7 +644,7 @@ def test_code_in_a_checkpoint_is_refused(name, form, folder, tmp_path):
     write_manifest(folder / "checkpoint-16")  # whoever can write the one can write the other
     with pytest.raises(Phase15CheckpointError, match=rf"checkpoint-16: {re.escape(name)} holds .* could run code\.$"):
         find_checkpoint(folder)
-    assert not ran.exists() and not problem_of(folder / "checkpoint-16")
+    assert not ran.exists() and not find_problem(folder / "checkpoint-16")
     if form == "pickle":
         pickle.loads(path.read_bytes())["state"].close()
         assert ran.exists()
@@ -670,10 +670,10 @@ def test_sharded_checkpoints_are_checked_and_loaded_without_code(folder, tmp_pat
     dcp.save(state, storage_writer=dcp.FileSystemWriter(folder / "checkpoint-16" / "optimizer_0"))
     write_manifest(folder / "checkpoint-16")
     assert find_checkpoint(folder) == folder / "checkpoint-16"
-    with loading("16"):
+    with load_tensors_only("16"):
         dcp.load(state, storage_reader=dcp.FileSystemReader(folder / "checkpoint-16" / "optimizer_0"))
     dcp.save({"x": Payload(tmp_path / "ran")}, storage_writer=dcp.FileSystemWriter(tmp_path / "code"))
-    with pytest.raises(Phase15CheckpointError, match="resume from 16: .* could run code"), loading("16"):
+    with pytest.raises(Phase15CheckpointError, match="resume from 16: .* could run code"), load_tensors_only("16"):
         dcp.load({"x": 0}, storage_reader=dcp.FileSystemReader(tmp_path / "code"))
     assert not (tmp_path / "ran").exists()
 
@@ -730,9 +730,9 @@ def test_pickled_weights_are_refused(bases, short, recipe, tmp_path):
     base, model = pickled(bases["llama"], tmp_path / "base"), pickled(short, tmp_path / "model")
     ways = [
         lambda: Phase15ForCausalLM.from_base(base),
-        lambda: models.load_phase15(model),
-        lambda: models.load_any(model),
-        lambda: models.load_any(base),
+        lambda: loading.load_phase15(model),
+        lambda: loading.load_any(model),
+        lambda: loading.load_any(base),
         lambda: prepare([str(write(recipe, tmp_path, model_name_or_path=base))]),
         lambda: prepare([str(write(recipe, tmp_path, model_name_or_path=model))]),
     ]
@@ -743,6 +743,6 @@ def test_pickled_weights_are_refused(bases, short, recipe, tmp_path):
     assert isinstance(Phase15ForCausalLM.from_pretrained(model), PreTrainedModel)
     adapter = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     get_peft_model(AutoModelForCausalLM.from_pretrained(bases["llama"]), adapter).save_pretrained(tmp_path / "lora")
-    assert isinstance(models.load_any(str(tmp_path / "lora"), base=bases["llama"]), PeftModel)
+    assert isinstance(loading.load_any(str(tmp_path / "lora"), base=bases["llama"]), PeftModel)
     with pytest.raises(ValueError, match="no adapter_model.safetensors"):
-        models.load_any(pickled(tmp_path / "lora", tmp_path / "adapter", "adapter_model"), base=bases["llama"])
+        loading.load_any(pickled(tmp_path / "lora", tmp_path / "adapter", "adapter_model"), base=bases["llama"])

@@ -26,7 +26,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainerCallback
 
 from phase15.commands.train import main, prepare, runs_to_do
-from phase15.evaluation.losses import label
+from phase15.evaluation.losses import display_label
 from phase15.hub.runs import save_recipe
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 from phase15.training.arguments import parse_args
@@ -517,9 +517,9 @@ def test_what_a_run_leaves_and_says(killed_run):
     rows = ["model", "window", "first_soft_prompt", "shuffled_soft_prompt", "shuffled_delta"]
     assert list(results["validation"]) == [*rows, "full_context"]
     assert list(results["context_recovery"]) == ["same_llm", "same_llm_shuffled_delta"]
-    assert all(f"- context recovery, {label(name)}: " in done.stdout for name in results["context_recovery"])
+    assert all(f"- context recovery, {display_label(name)}: " in done.stdout for name in results["context_recovery"])
     for variant, result in results["validation"].items():
-        assert f"| {label(variant)} | {result['loss']:.4f} |" in done.stdout
+        assert f"| {display_label(variant)} | {result['loss']:.4f} |" in done.stdout
     assert results["records"] == {"training": 13, "validation": 2} and results["steps"] == 60
     assert results["versions"]["transformers"] == transformers.__version__ and results["device"] == "cpu"
     for picture in ("loss_by_chunk.png", "training_curve.png"):

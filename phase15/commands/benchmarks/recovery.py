@@ -19,7 +19,7 @@ from phase15.evaluation.losses import (
     OWN_BASELINES,
     SAME_LLM,
     WINDOW,
-    label,
+    display_label,
 )
 from phase15.evaluation.plots import picture
 
@@ -46,7 +46,7 @@ def recovery(result: dict | None) -> str:
 def recovery_table(found: dict[str, dict]) -> str:
     """Losses in nats per answer token, and R against the baselines and within the model's own LLM."""
     rows = (MODEL, WINDOW, FULL_CONTEXT, BASELINE_WINDOW, BASELINE_FULL_CONTEXT)
-    header = ["model", *map(label, rows), "R against the baselines", "R within its LLM"]
+    header = ["model", *map(display_label, rows), "R against the baselines", "R within its LLM"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for name, results in found.items():
         losses = [results["validation"].get(row) for row in rows]
@@ -68,7 +68,7 @@ def plot_losses(found: dict[str, dict], path: Path):
             r["validation"][BASELINE_FULL_CONTEXT] for r in found.values() if BASELINE_FULL_CONTEXT in r["validation"]
         ]
         if full:  # the same model for all
-            axes.plot(full[0]["loss_by_chunk"], color="black", label=label(BASELINE_FULL_CONTEXT))
+            axes.plot(full[0]["loss_by_chunk"], color="black", label=display_label(BASELINE_FULL_CONTEXT))
         axes.set(xlabel="chunk index", ylabel="nats per answer token", title="dashed: the window")
         axes.legend()
 
