@@ -42,6 +42,9 @@ def folder(tiny, tmp_path, monkeypatch) -> Path:
     for mapping in (CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):  # where serve.py and eval_lm.py put the code here
         monkeypatch.setattr(mapping, "_extra_content", {})
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    # an earlier test's module cache would come before this one, which is made only when code is loaded
+    paths = [path for path in sys.path if not Path(path, "transformers_modules").is_dir()]
+    monkeypatch.setattr(sys, "path", paths)
     monkeypatch.syspath_prepend(tmp_path / "modules")
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
         monkeypatch.delitem(sys.modules, name)  # an earlier test's package looks for modules in its own folder
