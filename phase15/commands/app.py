@@ -65,9 +65,9 @@ from transformers.utils import cached_file
 
 HERE = Path(__file__).parents[2]
 QUICKSTART = HERE / "outputs" / "quickstart"
-COLUMNS = 32  # steps in the table; the picture has them all
+COLUMNS = 32  # steps in the table. The picture shows all steps.
 INVISIBLE = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"})
-FONTS = ["system-ui", "sans-serif"]  # no font is fetched from anywhere
+FONTS = ["system-ui", "sans-serif"]  # local ones: the page loads nothing from elsewhere
 THEME = gr.themes.Default(primary_hue="orange", font=FONTS, font_mono=["ui-monospace", "monospace"])
 CSS = """
 #chat .message-markdown-disabled { white-space: pre-wrap; }
@@ -85,66 +85,89 @@ CSS = """
 """
 HEADING = "### Inside the soft prompt"
 LEGEND = (
-    "Below: the vocabulary token nearest to each slot, by cosine; the deeper the colour, the more Δ wrote there. "
-    "**Framed bold**: Δ turned it into another token than was carried. Hover for numbers."
+    "Below: the vocabulary token nearest to each slot, by cosine. The deeper the colour, the more Δ wrote there. "
+    "**Framed bold**: the nearest token before Δ was another one. Hover for numbers."
 )
 
 
 class Step(NamedTuple):
-    """One step of the recursion, as lists over the slots in use."""
+    """One step of the recursion. The lists have an entry for each slot in use."""
 
-    name: str  # the soft prompt it made: sp_c, or "read i" where a long query takes several steps
+    name: str  # sp_c for the soft prompt of chunk c, or "read i" if a long query takes several steps
     seen: int  # tokens that have entered the soft prompt
     tokens: list[int]  # nearest to carry + Δ
-    cosines: list[float]  # of carry + Δ and that token
+    cosines: list[float]  # between carry + Δ and the nearest token
     carried: list[int]  # nearest to carry
     shares: list[float]  # ‖Δ‖ / ‖carry + Δ‖
 
 
 def nearest_tokens(slots: torch.Tensor, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
+    Finds the token with the largest cosine to each slot.
+
     Args:
-        slots (`torch.Tensor` of shape `(num_slots, hidden_size)`): any vectors.
-        embeddings (`torch.Tensor` of shape `(vocab_size, hidden_size)`): the LLM's input embeddings.
+        slots (`torch.Tensor` of shape `(num_slots, hidden_size)`): slots of a soft prompt.
+        embeddings (`torch.Tensor` of shape `(vocab_size, hidden_size)`): input embeddings of the LLM.
 
     Returns:
-        the token of the largest cosine for each slot, and that cosine, both of shape `(num_slots,)`.
+        `tuple[torch.Tensor, torch.Tensor]`: the tokens and their cosines, both of shape `(num_slots,)`.
     """
-    slots, embeddings = slots.float(), embeddings.float()
+    slots = slots.float()
+    embeddings = embeddings.float()
+    # The norm of a slot does not change which token is the nearest, so only that of the tokens divides all scores.
     scores = slots @ embeddings.T / embeddings.norm(dim=1).clamp(min=1e-12)  # (N, V)
-    best, token = scores.max(dim=1)
+    best, token = scores.max(dim=1)  # (N,) each
     return token, best / slots.norm(dim=1).clamp(min=1e-12)
 
 
 class Recorder:
     """
-    Collects the steps of the recursion in one answer.
+    Collects the steps of the recursion in one answer. It is the `on_step` of the request.
 
     Args:
-        query_length (`int`): tokens of the query; the step that reads the last of them makes sp_0.
-        embeddings (`torch.Tensor` of shape `(vocab_size, hidden_size)`): of the tokens that the tokenizer knows.
+        query_length (`int`): number of tokens of the query. The step that reads the last one computes sp_0.
+        embeddings (`torch.Tensor` of shape `(vocab_size, hidden_size)`): embeddings of the tokenizer's tokens.
     """
 
     def __init__(self, query_length: int, embeddings: torch.Tensor):
-        self.query_length, self.embeddings = query_length, embeddings
-        self.raw: list[tuple] = []  # of the lanes' thread, which others wait for
+        self.query_length = query_length
+        self.embeddings = embeddings
+        self.raw: list[tuple] = []  # arguments of `__call__`
         self.steps: list[Step] = []
 
     def __call__(self, carried: tuple, stepped: tuple, num_tokens: int):
-        """The lanes' thread gives soft prompts of one row."""
+        """
+        Stores a step. The thread of the lanes calls this method, and all other answers wait for it, so `read` does the
+        work.
+
+        Args:
+            carried (`SoftPrompt`): soft prompt of one row after carry.
+            stepped (`SoftPrompt`): the same row after carry and Δ.
+            num_tokens (`int`): number of tokens that entered.
+        """
         self.raw.append((carried, stepped, num_tokens))
 
     def read(self) -> list[Step]:
-        """All steps so far, worked out in the thread that reads them."""
+        """Returns all steps so far."""
         for carried, stepped, num_tokens in self.raw[len(self.steps) :]:
             length = int(carried.length[0])
-            before, after = carried.embeds[0, :length].float(), stepped.embeds[0, :length].float()
-            tokens, cosines = (x.tolist() for x in nearest_tokens(torch.cat([after, before]), self.embeddings))
-            shares = ((after - before).norm(dim=1) / after.norm(dim=1).clamp(min=1e-12)).tolist()
-            seen = num_tokens + (self.steps[-1].seen if self.steps else 0)
-            chunk = sum(step.seen >= self.query_length for step in self.steps)
-            name = f"sp_{chunk}" if seen >= self.query_length else f"read {len(self.steps) + 1}"
-            self.steps.append(Step(name, seen, tokens[:length], cosines[:length], tokens[length:], shares))
+            before = carried.embeds[0, :length].float()
+            after = stepped.embeds[0, :length].float()
+            # one matrix product with the whole vocabulary for both
+            tokens, cosines = nearest_tokens(torch.cat([after, before]), self.embeddings)
+            tokens = tokens.tolist()
+            cosines = cosines[:length].tolist()
+            shares = (after - before).norm(dim=1) / after.norm(dim=1).clamp(min=1e-12)
+            seen = num_tokens
+            if self.steps:
+                seen += self.steps[-1].seen
+            if seen >= self.query_length:
+                chunk = sum(step.seen >= self.query_length for step in self.steps)
+                name = f"sp_{chunk}"
+            else:
+                name = f"read {len(self.steps) + 1}"
+            step = Step(name, seen, tokens[:length], cosines, tokens[length:], shares.tolist())
+            self.steps.append(step)
         return list(self.steps)
 
 
@@ -156,19 +179,32 @@ def reply(
     max_new_tokens: int = 256,
 ) -> Iterator[tuple[str, list[Step]]]:
     """
-    Answers a conversation: the text so far and the steps so far, again and again. Closing the iterator frees the lane.
-    Errors of the answer are raised here. `lanes` is a model's `open_lanes()`, started.
+    Answers a conversation. Closing the iterator frees the lane.
+
+    Args:
+        lanes (`Phase15LaneThread`): lanes of the model, from `open_lanes`, started.
+        tokenizer (`PreTrainedTokenizerBase`): tokenizer of the model.
+        conversation (`list[dict[str, str]]`): messages, the last one of the user.
+        temperature (`float`): of sampling. 0 is greedy search.
+        max_new_tokens (`int`): maximum length of the answer, in tokens.
+
+    Yields:
+        `tuple[str, list[Step]]`: the text so far and the steps so far.
     """
     if tokenizer.chat_template:
         ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)["input_ids"]
     else:
         ids = tokenizer("\n".join(turn["content"] for turn in conversation))["input_ids"]
-    sampling = {"do_sample": True, "temperature": float(temperature)} if temperature else {"do_sample": False}
+    if temperature:
+        sampling = {"do_sample": True, "temperature": float(temperature)}
+    else:
+        sampling = {"do_sample": False}
+    recorder = Recorder(len(ids), lanes.lanes.model.get_input_embeddings().weight[: len(tokenizer)])
     streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
     request = lanes.lanes.request(ids, max_new_tokens=max_new_tokens, **sampling)
     request.on_token = lambda request: streamer.put(torch.tensor(request.generated_tokens[-1:]))
     request.on_finish = lambda _: streamer.end()
-    request.on_step = recorder = Recorder(len(ids), lanes.lanes.model.get_input_embeddings().weight[: len(tokenizer)])
+    request.on_step = recorder
     lanes.submit([request])
     text = ""
     try:
@@ -182,7 +218,7 @@ def reply(
 
 
 def picture(steps: list[Step], num_slots: int, num_sinks: int) -> Figure:
-    """Heat map of the share of Δ in every slot at every step."""
+    """Draws a heat map of the share of Δ in every slot at every step."""
     shares = torch.full((num_slots, len(steps)), math.nan)
     for column, step in enumerate(steps):
         shares[: len(step.shares), column] = torch.tensor(step.shares)
@@ -198,31 +234,43 @@ def picture(steps: list[Step], num_slots: int, num_sinks: int) -> Figure:
 
 
 def visible(text: str) -> str:
-    """A token's text with a sign for every character that cannot be seen."""
-    return "".join(c if c.isprintable() else "�" for c in text.translate(INVISIBLE))
+    """Returns the text of a token with a symbol in place of each invisible character."""
+    text = text.translate(INVISIBLE)
+    return "".join(character if character.isprintable() else "�" for character in text)
 
 
 def table(steps: list[Step], tokenizer: PreTrainedTokenizerBase, num_slots: int, num_sinks: int) -> str:
-    """HTML: a row for every slot, a column for each of the last steps, in it the token nearest to the slot."""
+    """Returns HTML with a row for each slot and a column for each of the last steps. A cell has the nearest token."""
     steps = steps[-COLUMNS:]
-    largest = max((share for step in steps for share in step.shares), default=0) or 1
-    texts = {token: tokenizer.decode([token]) for step in steps for token in {*step.tokens, *step.carried}}
-    texts = {token: html.escape(visible(text)) for token, text in texts.items()}
+    texts = {}  # by token
+    largest_share = 0
+    for step in steps:
+        largest_share = max([largest_share, *step.shares])
+        for token in {*step.tokens, *step.carried} - texts.keys():
+            texts[token] = html.escape(visible(tokenizer.decode([token])))
 
     def cell(step: Step, slot: int) -> str:
-        if slot >= len(step.tokens):  # not used yet
-            return "<td></td>"
-        token, carried, share = step.tokens[slot], step.carried[slot], step.shares[slot]
-        moved, was = (' class="moved"', f", carried {texts[carried]}") if token != carried else ("", "")
-        title = f"cosine {step.cosines[slot]:.2f}, ‖Δ‖/‖slot‖ {share:.3f}{was}"
-        return f'<td{moved} style="--d:{share / largest:.2f}" title="{title}">{texts[token]}</td>'
+        if slot >= len(step.tokens):
+            return "<td></td>"  # the slot is not in use yet
+        token = step.tokens[slot]
+        carried = step.carried[slot]
+        share = step.shares[slot]
+        title = f"cosine {step.cosines[slot]:.2f}, ‖Δ‖/‖slot‖ {share:.3f}"
+        moved = ""
+        if token != carried:
+            title += f", carried {texts[carried]}"
+            moved = ' class="moved"'
+        depth = share / largest_share if largest_share else 0  # without Δ all shares are 0
+        return f'<td{moved} style="--d:{depth:.2f}" title="{title}">{texts[token]}</td>'
 
-    rows = ["<tr><th>slot</th>" + "".join(f"<th>{step.name}</th>" for step in steps) + "</tr>"]
+    names = "".join(f"<th>{step.name}</th>" for step in steps)
+    rows = []
     for slot in range(num_slots):
-        last_sink, sink = ' class="last-sink"' if slot == num_sinks - 1 else "", "sink " if slot < num_sinks else ""
+        sink = "sink " if slot < num_sinks else ""
+        last_sink = ' class="last-sink"' if slot == num_sinks - 1 else ""
         cells = "".join(cell(step, slot) for step in steps)
         rows.append(f"<tr{last_sink}><th>{sink}{slot}</th>{cells}</tr>")
-    return f"<table><thead>{rows[0]}</thead><tbody>{''.join(rows[1:])}</tbody></table>"
+    return f"<table><thead><tr><th>slot</th>{names}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 def build_demo(
@@ -235,64 +283,85 @@ def build_demo(
     opening: list[dict[str, str]] | None = None,
 ) -> gr.Blocks:
     """
-    The page: chat on the left, the soft prompt on the right. It opens on the conversation `opening` with the model's
-    answer. A conversation above the limit is a gr.Error.
+    Builds the page: the chat on the left, the soft prompt on the right.
+
+    Args:
+        model (`PreTrainedModel`): a Phase15 model, in evaluation mode.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        name (`str`): heading of the page.
+        max_characters (`int`): maximum length of a conversation, in characters. Longer ones are a `gr.Error`.
+        max_waiting (`int`): maximum number of questions that wait for a lane.
+        num_lanes (`int`): maximum number of questions that are answered at once.
+        opening (`list[dict[str, str]]`, *optional*): conversation that the page opens on, with the model's answer.
     """
-    config = model.config
-    sizes = config.num_soft_tokens, config.num_sink_tokens
-    width, number_size = model.get_input_embeddings().weight.shape[1], model.dtype.itemsize
+    num_slots = model.config.num_soft_tokens
+    num_sinks = model.config.num_sink_tokens
+    hidden_size = model.get_input_embeddings().weight.shape[1]
+    kilobytes = num_slots * hidden_size * model.dtype.itemsize / 1024
+    state = f"{num_slots} slots × {hidden_size} numbers: {kilobytes:,.0f} kB"
     lanes = model.open_lanes(num_lanes)
     lanes.start()
-    state = f"{sizes[0]} slots × {width} numbers: {sizes[0] * width * number_size / 1024:,.0f} kB"
 
-    def turn(role: str, text: str) -> dict:
-        # escaped, since the chat shows tags as HTML; a part of type text, since it re-indents a plain string
-        return {"role": role, "content": [{"type": "text", "text": html.escape(text)}]}
+    def to_chat(message: dict[str, str]) -> dict:
+        # The chat shows tags as HTML, so the text is escaped. It re-indents a plain string, but not a text part.
+        return {"role": message["role"], "content": [{"type": "text", "text": html.escape(message["content"])}]}
 
-    def said(turn: dict) -> dict[str, str]:
-        return {"role": turn["role"], "content": html.unescape("".join(part["text"] for part in turn["content"]))}
+    def from_chat(turn: dict) -> dict[str, str]:
+        text = "".join(part["text"] for part in turn["content"])
+        return {"role": turn["role"], "content": html.unescape(text)}
 
     def panel(steps: list[Step]) -> list:
         last = steps[-1]
         facts = f"{HEADING}: {last.name}\n{last.seen:,} tokens read into {state} at any length."
-        return [facts, picture(steps, *sizes), table(steps, tokenizer, *sizes)]
+        return [facts, picture(steps, num_slots, num_sinks), table(steps, tokenizer, num_slots, num_sinks)]
 
     def respond(message: str, history: list[dict], temperature: float, max_new_tokens: int):
         if not message.strip():
             yield [gr.skip()] * 5
             return
-        history = [*history, turn("user", message)]
-        conversation = [said(turn) for turn in history]
-        if (length := sum(len(turn["content"]) for turn in conversation)) > max_characters:
+        history = [*history, to_chat({"role": "user", "content": message})]
+        conversation = [from_chat(turn) for turn in history]
+        length = sum(len(turn["content"]) for turn in conversation)
+        if length > max_characters:
             raise gr.Error(
                 f"The conversation would have {length:,} characters, and this page reads {max_characters:,} at most: "
                 "ask something shorter, or reload the page to start anew.",
                 print_exception=False,
             )
         yield "", history, *[gr.skip()] * 3
-        shown = 0
+        num_shown = 0
         try:
             with closing(reply(lanes, tokenizer, conversation, temperature, max_new_tokens)) as answer:
                 for text, steps in answer:
-                    is_new, shown = len(steps) > shown, len(steps)
-                    shows = panel(steps) if is_new else [gr.skip()] * 3
-                    yield gr.skip(), [*history, turn("assistant", text)], *shows
+                    if len(steps) > num_shown:
+                        outputs = panel(steps)
+                    else:
+                        outputs = [gr.skip()] * 3
+                    num_shown = len(steps)
+                    yield gr.skip(), [*history, to_chat({"role": "assistant", "content": text})], *outputs
         except Exception as error:
             raise gr.Error(html.escape(f"{type(error).__name__}: {error}")) from error  # the page shows it as HTML
 
-    first, shows = [], [HEADING, None, ""]
+    first_history = []
+    first_panel = [HEADING, None, ""]
     if opening:
         *_, (text, steps) = reply(lanes, tokenizer, opening)
-        whole = [*opening, {"role": "assistant", "content": text}]
-        first, shows = [turn(said["role"], said["content"]) for said in whole], panel(steps)
+        conversation = [*opening, {"role": "assistant", "content": text}]
+        first_history = [to_chat(message) for message in conversation]
+        first_panel = panel(steps)
 
     with gr.Blocks(title="Phase15", analytics_enabled=False, fill_width=True) as demo:
         gr.HTML(f"<h2>Phase15 · {html.escape(name)}</h2>")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                height = "max(320px, 100vh - 240px)"
-                look = {"elem_id": "chat", "height": height, "render_markdown": False, "buttons": []}
-                chat = gr.Chatbot(first, label="Chat", **look)
+                chat = gr.Chatbot(
+                    first_history,
+                    label="Chat",
+                    elem_id="chat",
+                    height="max(320px, 100vh - 240px)",
+                    render_markdown=False,
+                    buttons=[],
+                )
                 with gr.Row(equal_height=True):
                     box = gr.Textbox(show_label=False, placeholder="Ask something", submit_btn=True, scale=5)
                     stop = gr.Button("Stop", min_width=70)
@@ -300,10 +369,10 @@ def build_demo(
                     temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: greedy)")
                     max_new_tokens = gr.Slider(16, 4096, 256, step=16, label="Most new tokens")
             with gr.Column(scale=3, min_width=480):
-                facts = gr.Markdown(shows[0], elem_id="facts")
-                plot = gr.Plot(shows[1], show_label=False, format="png", elem_id="picture")
+                facts = gr.Markdown(first_panel[0], elem_id="facts")
+                plot = gr.Plot(first_panel[1], show_label=False, format="png", elem_id="picture")
                 gr.Markdown(LEGEND)
-                slots = gr.HTML(shows[2], elem_id="slots", apply_default_css=False)
+                slots = gr.HTML(first_panel[2], elem_id="slots", apply_default_css=False)
         event = box.submit(
             respond,
             inputs=[box, chat, temperature, max_new_tokens],
@@ -315,7 +384,7 @@ def build_demo(
 
 
 def load(model_dir: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and its tokenizer. Raises a ValueError before any code of another kind of model is run."""
+    """Loads a model and its tokenizer. Refuses other kinds of models before their code is run."""
     model_type = PreTrainedConfig.get_config_dict(model_dir)[0].get("model_type")
     if model_type != "phase15":
         raise ValueError(f"{model_dir} is not a Phase15 model: its config.json says {model_type!r}.")
@@ -324,7 +393,8 @@ def load(model_dir: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model, info = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=True, output_loading_info=True)
     except SafetensorError as error:
         raise ValueError(f"{model_dir}: model.safetensors cannot be read: {error}") from error
-    if missing := sorted(info["missing_keys"]):  # the library would go on with random weights
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers only warns, and the model would answer with random weights
         raise ValueError(f"{model_dir}: {len(missing)} of the weights are missing: {missing[0]}.")
     if not hasattr(model, "open_lanes"):
         raise ValueError(
@@ -335,27 +405,35 @@ def load(model_dir: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def opening_chat(model_dir: str) -> list[dict[str, str]]:
-    """The conversation that train_sft.py asked the model in results.json, without the answer; empty without one."""
+    """
+    Returns the conversation in results.json, where train_sft.py leaves the last one it had with the model. The model's
+    answer is not part of it. Returns an empty list if there is none.
+    """
     try:
-        chat = json.loads(Path(cached_file(model_dir, "results.json")).read_text("utf-8")).get("chat", [])
-    except OSError:  # no such file
+        path = cached_file(model_dir, "results.json")
+    except OSError:  # the model was not trained by train_sft.py
         return []
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{model_dir}: results.json was not written by train_sft.py: {error}") from error
-    if not all(isinstance(turn, dict) and {str} == {*map(type, turn.values())} for turn in chat):
-        raise ValueError(f"{model_dir}: results.json was not written by train_sft.py: its `chat` is no conversation.")
+    problem = f"{model_dir}: results.json was not written by train_sft.py"
+    try:
+        chat = json.loads(Path(path).read_text("utf-8")).get("chat", [])
+    except (ValueError, AttributeError) as error:  # it is not JSON, or not an object
+        raise ValueError(f"{problem}: {error}") from error
+    for turn in chat:
+        if not isinstance(turn, dict) or not all(isinstance(value, str) for value in turn.values()):
+            raise ValueError(f"{problem}: its `chat` is not a conversation.")
     return [{"role": turn.get("role", ""), "content": turn.get("content", "")} for turn in chat]
 
 
 def train_quickstart():
-    """Makes outputs/quickstart as README.md does, if it is not there."""
+    """Trains outputs/quickstart as README.md does, if it does not exist."""
     if (QUICKSTART / "config.json").is_file():
         return
     if not (HERE / "train_sft.py").is_file():
         raise ValueError("no model: give --model_dir, or set PHASE15_MODEL to a folder or a Hub id.")
     print(f"app.py: there is no {QUICKSTART}; training it, which takes 4 to 6 minutes on two cores", flush=True)
-    if code := subprocess.run([sys.executable, "train_sft.py"], cwd=HERE).returncode:
-        raise ValueError(f"the training of outputs/quickstart ended with exit status {code}.")
+    status = subprocess.run([sys.executable, "train_sft.py"], cwd=HERE).returncode
+    if status:
+        raise ValueError(f"the training of outputs/quickstart ended with exit status {status}.")
 
 
 def main(argv: list[str]):

@@ -27,7 +27,7 @@ from phase15.serving.openai_api import Server, build_app
 @dataclass
 class ServeArguments(Phase15ServerArguments):
     shutdown_seconds: int = field(
-        default=30, metadata={"help": "After SIGTERM or Ctrl-C answers under way have so long to end."}
+        default=30, metadata={"help": "Maximum time for unfinished answers after SIGTERM or Ctrl-C, in seconds."}
     )
 
 

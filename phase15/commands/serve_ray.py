@@ -15,7 +15,7 @@ import hashlib
 import json
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import ray
 import torch
@@ -26,35 +26,46 @@ from ray.serve.exceptions import BackPressureError
 from phase15.cli.arguments import Phase15Parser
 from phase15.cli.errors import one_line_errors
 from phase15.serving.arguments import Phase15ServerArguments
-from phase15.serving.openai_api import Server, build_app, busy, error_of
+from phase15.serving.openai_api import Server, build_app, busy_error, to_api_error
 from phase15.serving.openai_requests import ApiError
 
 
-APPLICATION, REPLICA = "phase15", "Lanes"
-TRIES = 4  # of a request that no replica has begun to answer
+APPLICATION = "phase15"
+REPLICA = "Lanes"
+MAX_TRIES = 4  # to have a request answered, if replicas die before they begin
 
 
 @dataclass
 class RayArguments(Phase15ServerArguments):
-    min_replicas: int = field(default=1, metadata={"help": "Replicas that stay when nobody asks."})
-    max_replicas: int = field(default=1, metadata={"help": "The most replicas, started while requests wait."})
-    address: str | None = field(default=None, metadata={"help": "Of a Ray cluster; by default one on this machine."})
+    min_replicas: int = field(
+        default=1, metadata={"help": "Minimum number of replicas, which stay without requests. At least 1."}
+    )
+    max_replicas: int = field(
+        default=1, metadata={"help": "Maximum number of replicas. Ray starts them while requests wait."}
+    )
+    address: str | None = field(
+        default=None, metadata={"help": "Address of a Ray cluster. Default: a new one on this machine."}
+    )
 
 
 class Replica:
-    """Lanes in a process of its own."""
+    """Lanes in a process of their own."""
 
     def __init__(self, arguments: dict):
         self.server = Server.load(Phase15ServerArguments(**arguments))
         self.server.worker.start()
 
     def check_health(self):
+        """Raises if the replica must be replaced. Ray calls this method."""
         if not self.server.is_alive():
             raise RuntimeError("the thread of the lanes has ended")
 
     async def events(self, body: dict, kind: str) -> AsyncIterator[str | dict]:
-        """First an empty text, or the error as the arguments of `ApiError`; then the answer's events."""
-        await self.keep(serve.get_multiplexed_model_id())
+        """
+        Yields an empty text once the request is in the queue, then the events of its [`Answer`]. An error is a dict,
+        the arguments of `ApiError`, since Ray wraps exceptions in a type of its own.
+        """
+        await self.claim_conversation(serve.get_multiplexed_model_id())
         try:
             answer = await self.server.open(body, kind)
         except ApiError as error:
@@ -65,19 +76,26 @@ class Replica:
             async for text in answer.events():
                 yield text
         except Exception as error:
-            yield error_of(error).arguments
+            yield to_api_error(error).arguments
         finally:
             answer.cancel()
 
-    async def keep(self, conversation: str) -> str:
-        raise NotImplementedError  # Ray's decorator needs the number of conversations
+    async def claim_conversation(self, conversation: str) -> str:
+        raise NotImplementedError  # made by `make_application`: Ray's decorator takes the number of conversations
 
 
 class RemoteAnswer:
-    """An [`Answer`] of a replica."""
+    """
+    An [`Answer`] of a replica.
+
+    Args:
+        stream (`DeploymentResponseGenerator`): the rest of `Replica.events`.
+        is_streamed (`bool`): as in [`Answer`].
+    """
 
     def __init__(self, stream, is_streamed: bool):
-        self.stream, self.is_streamed = stream, is_streamed
+        self.stream = stream
+        self.is_streamed = is_streamed
 
     def cancel(self):
         self.stream.cancel()
@@ -93,14 +111,21 @@ class RemoteAnswer:
 
 
 class Replicas:
-    """A [`Server`] whose answers come from replicas."""
+    """
+    A [`Server`] whose answers come from replicas.
+
+    Args:
+        arguments (`Phase15ServerArguments`): arguments of the replicas.
+        key (`str`, *optional*): API key that clients must send.
+    """
 
     def __init__(self, arguments: Phase15ServerArguments, key: str | None):
-        self.arguments, self.key = arguments, key
+        self.arguments = arguments
+        self.key = key
         self.replicas = serve.get_deployment_handle(REPLICA, APPLICATION)
 
     async def start(self):
-        pass
+        pass  # Ray starts the replicas
 
     async def stop(self):
         pass
@@ -113,49 +138,55 @@ class Replicas:
 
     async def open(self, body: dict, kind: str) -> RemoteAnswer:
         """
+        Sends a request to a replica. See [`Server.open`].
+
         Raises:
-            ApiError: for what cannot be honoured, and when too many requests wait.
+            ApiError: if the request cannot be honoured, or the waiting queue is full.
         """
-        replicas = self.replicas.options(stream=True, multiplexed_model_id=conversation_of(body))
-        for number in range(TRIES):
+        replicas = self.replicas.options(stream=True, multiplexed_model_id=conversation_id(body))
+        for number in range(MAX_TRIES):
             stream = replicas.events.remote(body, kind)
             try:
                 first = await anext(stream)
                 break
             except BackPressureError:
-                raise busy(self.arguments) from None
-            except RayActorError:  # the replica has died, and Ray starts another
-                if number == TRIES - 1:
+                raise busy_error(self.arguments) from None
+            except RayActorError:  # the replica died, and Ray starts another
+                if number == MAX_TRIES - 1:
                     raise
         if isinstance(first, dict):
             raise ApiError(**first)
-        return RemoteAnswer(stream, bool(body.get("stream")))
+        return RemoteAnswer(stream, is_streamed=bool(body.get("stream")))
 
 
-def conversation_of(body: dict) -> str:
-    """What all turns of a conversation begin with: the messages up to the first of the user."""
-    messages, first = body.get("messages"), []
-    for message in messages if isinstance(messages, list) else [body.get("prompt")]:
-        first.append(message)
+def conversation_id(body: dict) -> str:
+    """Returns a hash of the beginning that all turns of a conversation share: the messages up to the user's first."""
+    messages = body.get("messages")
+    if not isinstance(messages, list):
+        messages = [body.get("prompt")]
+    beginning = []
+    for message in messages:
+        beginning.append(message)
         if isinstance(message, dict) and message.get("role") == "user":
             break
-    return hashlib.sha256(json.dumps(first).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(beginning).encode()).hexdigest()
 
 
 def make_application(arguments: RayArguments) -> serve.Application:
-    """A deployment of replicas, and before it one that speaks HTTP."""
-    names, key = Phase15ServerArguments.__annotations__, arguments.read_key()
-    shared = {name: value for name, value in asdict(arguments).items() if name in names}
-    shared["api_key"] = None  # the application before the replicas asks for it
+    """Returns a deployment of replicas, with another in front of it that answers over HTTP."""
+    replica_arguments = {name: getattr(arguments, name) for name in Phase15ServerArguments.__annotations__}
+    replica_arguments["api_key"] = None  # the front checks it
+    key = arguments.read_key()
 
-    class KeepingReplica(Replica):
+    class ConversationReplica(Replica):
+        # Ray sends a request with the id of a "multiplexed model" to a replica that has loaded that model. A
+        # conversation is such a model here, so that its turns go to the replica with its soft prompt.
         @serve.multiplexed(max_num_models_per_replica=max(arguments.max_kept_conversations, 1))
-        async def keep(self, conversation: str) -> str:
-            """Ray sends what it calls a model to a replica that has it. A conversation is such a model here."""
+        async def claim_conversation(self, conversation: str) -> str:
             return conversation
 
     replicas = serve.deployment(
-        KeepingReplica,
+        ConversationReplica,
         name=REPLICA,
         ray_actor_options={"num_gpus": int(torch.cuda.is_available())},
         max_ongoing_requests=arguments.num_lanes,
@@ -165,16 +196,15 @@ def make_application(arguments: RayArguments) -> serve.Application:
             "max_replicas": arguments.max_replicas,
             "target_ongoing_requests": arguments.num_lanes,
         },
-    ).bind(shared)
+    )
 
-    @serve.ingress(lambda: build_app(Replicas(Phase15ServerArguments(**shared), key)))
+    @serve.ingress(lambda: build_app(Replicas(Phase15ServerArguments(**replica_arguments), key)))
     class Front:
         def __init__(self, replicas):
-            pass
+            pass  # Ray deploys only what is bound to the front
 
-    return serve.deployment(Front, name="Front", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=10_000).bind(
-        replicas
-    )
+    front = serve.deployment(Front, name="Front", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=10_000)
+    return front.bind(replicas.bind(replica_arguments))
 
 
 def main(argv: list[str]):

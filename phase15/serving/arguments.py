@@ -1,67 +1,101 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""Answers as text for many clients at once: a thread that advances the lanes, and their tokens in an event loop."""
+"""The arguments of a server, shared by `serve` and `serve_ray`. Imports no torch, so that `--help` is fast."""
 
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from phase15.loading import QUICKSTART_FOLDER
+
+MINIMUMS = {
+    "num_lanes": 1,
+    "chunk_length": 1,
+    "max_kept_conversations": 0,
+    "max_body_bytes": 1,
+    "max_prompt_tokens": 1,
+    "max_tokens": 1,
+    "default_tokens": 1,
+    "max_waiting": 0,
+    "retry_after": 0,
+}
 
 
 @dataclass
 class Phase15ServerArguments:
-    """A server's place, model, lanes and limits. The defaults protect a machine that others can reach."""
+    """Address, model, lanes and limits of a server. The defaults protect a machine that others can reach."""
 
-    host: str = field(default="127.0.0.1", metadata={"help": "0.0.0.0 lets other machines in."})
-    port: int = field(default=8000, metadata={"help": "With serve.py 0 takes a free one, which the log names."})
-    model_dir: str = field(default=QUICKSTART_FOLDER, metadata={"help": "Folder or Hub id of a Phase15 model."})
-    revision: str | None = field(default=None, metadata={"help": "Of a model on the Hub."})
-    dtype: str = field(default="auto", metadata={"help": "Of the weights: auto, float32, bfloat16."})
-    device: str | None = field(default=None, metadata={"help": "Default: cuda if there is one, else cpu."})
-    num_lanes: int = field(default=16, metadata={"help": "Answers at once. Memory grows with it, and nothing else."})
+    host: str = field(
+        default="127.0.0.1", metadata={"help": "Address to listen on. 0.0.0.0 accepts requests of other machines."}
+    )
+    port: int = field(
+        default=8000, metadata={"help": "Port to listen on, 0 to 65535. With `serve`, 0 takes a free one and logs it."}
+    )
+    model_dir: str = field(
+        default="outputs/quickstart", metadata={"help": "Folder or Hub id of a Phase15 model. Its name in requests."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a model on the Hub."})
+    dtype: str = field(default="auto", metadata={"help": "Data type of the weights: auto, float32 or bfloat16."})
+    device: str | None = field(
+        default=None, metadata={"help": "Device of the model. Default: cuda if available, else cpu."}
+    )
+    num_lanes: int = field(
+        default=16, metadata={"help": "Maximum number of concurrent answers. Memory grows only with this number."}
+    )
     chunk_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a chunk, as in `generate`; a longer chunk costs less a token."}
+        default=None,
+        metadata={"help": "Tokens per chunk, as in `generate`. Longer chunks reduce the cost per token."},
     )
     compile: bool | None = field(
-        default=None, metadata={"help": "Compiled steps, as in `generate`: by default on CUDA, where possible."}
+        default=None,
+        metadata={"help": "Compiled decoding, as in `generate`. Default: on CUDA, if the model supports it."},
     )
     max_kept_conversations: int = field(
-        default=64, metadata={"help": "Soft prompts kept after their answers; a next turn reads what is new."}
+        default=64,
+        metadata={"help": "Maximum number of soft prompts kept after an answer. The next turn reads only new text."},
     )
-    max_body_bytes: int = field(default=4 * 2**20, metadata={"help": "Of a request."})
-    max_prompt_tokens: int = field(default=32768, metadata={"help": "Of a prompt. The model itself has no limit."})
-    max_tokens: int = field(default=4096, metadata={"help": "The most that a request may ask for."})
-    default_tokens: int = field(default=1024, metadata={"help": "Of an answer whose request gives no max_tokens."})
-    max_waiting: int = field(default=64, metadata={"help": "Requests without a lane; others get status 429."})
-    retry_after: int = field(default=1, metadata={"help": "Seconds after which those may try again."})
+    max_body_bytes: int = field(default=4 * 2**20, metadata={"help": "Maximum size of a request body, in bytes."})
+    max_prompt_tokens: int = field(
+        default=32768, metadata={"help": "Maximum length of a prompt, in tokens. The model itself has no limit."}
+    )
+    max_tokens: int = field(default=4096, metadata={"help": "Maximum length of an answer, in tokens."})
+    default_tokens: int = field(
+        default=1024, metadata={"help": "Maximum length of an answer whose request sets no max_tokens, in tokens."}
+    )
+    max_waiting: int = field(
+        default=64, metadata={"help": "Maximum number of requests without a lane. Others get status 429."}
+    )
+    retry_after: int = field(default=1, metadata={"help": "Retry-After header of a status 429, in seconds."})
     api_key: str | None = field(
         default=None,
-        metadata={"help": "File with the key that clients must send; or set PHASE15_API_KEY to the key itself."},
+        metadata={"help": "File with the key that clients must send. PHASE15_API_KEY can hold the key itself."},
     )
 
     def __post_init__(self):
-        at_least = {"max_kept_conversations": 0, "max_waiting": 0, "retry_after": 0}
-        least_1 = ("num_lanes", "max_body_bytes", "max_prompt_tokens", "max_tokens", "default_tokens", "chunk_length")
-        for name in (*least_1, *at_least):
+        for name, minimum in MINIMUMS.items():
             value = getattr(self, name)
-            if value is not None and value < at_least.get(name, 1):
-                raise ValueError(f"`{name}` is {getattr(self, name)}, but it must be {at_least.get(name, 1)} or more.")
+            if value is not None and value < minimum:
+                raise ValueError(f"`{name}` is {value}, but it must be {minimum} or more.")
         if not 0 <= self.port < 2**16:
             raise ValueError(f"`port` is {self.port}, but it must be from 0 to 65535.")
 
     @property
     def name(self) -> str:
-        """Of the model, in requests and answers."""
-        return self.model_dir.rstrip("/")  # the shell appends a slash
+        """Returns the name of the model in requests and answers."""
+        return self.model_dir.rstrip("/")  # shells complete a folder's name with a slash
 
     def read_key(self) -> str | None:
-        """The API key, if clients need one."""
-        key = os.environ.get("PHASE15_API_KEY")
+        """Returns the API key of `api_key` or PHASE15_API_KEY, or `None` if clients need none."""
         if self.api_key is not None:
+            source = self.api_key
             key = Path(self.api_key).read_text("utf-8")
-        if key is not None and not key.strip():
-            raise ValueError(f"{self.api_key or 'PHASE15_API_KEY'} holds no API key.")
-        return key and key.strip()
+        else:
+            source = "PHASE15_API_KEY"
+            key = os.environ.get("PHASE15_API_KEY")
+        if key is None:
+            return None
+        key = key.strip()
+        if not key:
+            raise ValueError(f"{source} is empty, but it must hold the API key.")
+        return key
 
 
 __all__ = ["Phase15ServerArguments"]

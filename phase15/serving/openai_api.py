@@ -1,6 +1,8 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """
-OpenAI's API over lanes: /v1/chat/completions, /v1/completions, /v1/models, and /health and /metrics.
+OpenAI's API over lanes: /v1/chat/completions, /v1/completions and /v1/models, beside /health and /metrics.
+
+[`build_app`] has the HTTP side, [`Server`] the model, and [`Answer`] turns the pieces of a call into OpenAI's types.
 """
 
 import asyncio
@@ -32,8 +34,17 @@ from phase15.model.continuous_batching_phase15 import Phase15Lanes
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 from phase15.model.requests_phase15 import Phase15Request, request_of
 from phase15.serving.arguments import Phase15ServerArguments
-from phase15.serving.openai_requests import ApiError, Asked, asked_of, chat_ids, messages_of, prompts_of
-from phase15.serving.worker import Call, LanesBusyError, LaneWorker, Piece, StoppingError, TokenPenalties
+from phase15.serving.openai_requests import (
+    ApiError,
+    ParsedRequest,
+    TokenPenalties,
+    parse_messages,
+    parse_request,
+    tokenize_chat,
+    tokenize_prompts,
+)
+from phase15.serving.text_stream import Piece
+from phase15.serving.worker import Call, LanesBusyError, LaneWorker, StoppingError
 
 
 logger = logging.get_logger("transformers.phase15.serve")
@@ -41,45 +52,65 @@ logger = logging.get_logger("transformers.phase15.serve")
 
 class Server:
     """
-    The answers of one model.
+    Answers requests with one model.
 
     Args:
-        model (`Phase15ForCausalLM`), tokenizer (`PreTrainedTokenizerBase`): the served model.
-        arguments (`Phase15ServerArguments`): its name, lanes and limits.
+        model (`Phase15ForCausalLM`): the served model, in evaluation mode.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        arguments (`Phase15ServerArguments`): name of the model, lanes and limits.
     """
 
     def __init__(
         self, model: Phase15ForCausalLM, tokenizer: PreTrainedTokenizerBase, arguments: Phase15ServerArguments
     ):
-        self.model, self.tokenizer, self.arguments, self.key = model, tokenizer, arguments, arguments.read_key()
-        tokenizer("")  # may change the tokenizer's state, once; then threads can share it
-        settings = arguments.num_lanes, arguments.compile, arguments.max_kept_conversations, arguments.chunk_length
-        lanes = Phase15Lanes(model, *settings)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.arguments = arguments
+        self.key = arguments.read_key()
+        # The first call can change a tokenizer's state (truncation, padding). Later calls run in several threads.
+        tokenizer("")
+        lanes = Phase15Lanes(
+            model,
+            num_lanes=arguments.num_lanes,
+            compile=arguments.compile,
+            max_kept_conversations=arguments.max_kept_conversations,
+            chunk_length=arguments.chunk_length,
+        )
         self.worker = LaneWorker(lanes, arguments.max_waiting)
 
     @classmethod
     def load(cls, arguments: Phase15ServerArguments) -> "Server":
-        """Loads the model, and says in the log what its lanes take."""
+        """Loads the model, and logs the memory of its lanes."""
         device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"`device` is {device!r}: {str(error).splitlines()[0]}") from error
-        arguments.read_key()  # refuse a missing one before the weights are read
+        arguments.read_key()  # a missing key is an error before the weights are read, which takes long
         model, tokenizer = load_served(arguments.name, arguments.dtype, arguments.revision, arguments.chunk_length)
         server = cls(model.to(device).eval(), tokenizer, arguments)
-        num_slots, text = model.config.num_soft_tokens, model.config.text_config
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        column = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim
-        kept = num_slots * text.hidden_size * model.dtype.itemsize
-        length = server.worker.lanes.chunk_length
-        lane = kept + (num_slots + length) * column * model.dtype.itemsize
-        logger.warning(
-            f"{arguments.name} on {device}: {arguments.num_lanes} lanes of {lane / 2**20:,.1f} MB, chunks of {length} "
-            f"tokens, and up to {arguments.max_kept_conversations} kept conversations of "
-            f"{kept / 2**20:,.2f} MB, at any length."
-        )
+        server.log_memory()
         return server
+
+    def log_memory(self):
+        """Logs the memory of a lane and of a kept conversation."""
+        config = self.model.config
+        text_config = config.text_config
+        itemsize = self.model.dtype.itemsize
+        head_dim = getattr(text_config, "head_dim", None)
+        if head_dim is None:
+            head_dim = text_config.hidden_size // text_config.num_attention_heads
+        # keys and values of one position, in all layers
+        position_bytes = 2 * text_config.num_hidden_layers * text_config.num_key_value_heads * head_dim * itemsize
+        soft_prompt_bytes = config.num_soft_tokens * text_config.hidden_size * itemsize
+        chunk_length = self.worker.lanes.chunk_length
+        lane_bytes = soft_prompt_bytes + (config.num_soft_tokens + chunk_length) * position_bytes
+        logger.warning(
+            f"{self.arguments.name} on {self.model.device}: {self.arguments.num_lanes} lanes of "
+            f"{lane_bytes / 2**20:,.1f} MB, chunks of {chunk_length} tokens, and up to "
+            f"{self.arguments.max_kept_conversations} kept conversations of {soft_prompt_bytes / 2**20:,.2f} MB, "
+            "at any length."
+        )
 
     async def start(self):
         self.worker.start()
@@ -91,153 +122,195 @@ class Server:
         return self.worker.thread.is_alive()
 
     def metrics(self) -> bytes:
-        """In Prometheus' text format."""
+        """Returns the metrics in Prometheus' text format."""
         return generate_latest(self.worker.metrics.registry)
 
     async def open(self, body: dict, kind: str) -> "Answer":
         """
-        Asks for the answers to the body of a request; `kind` is "chat" or "text".
+        Puts the requests of an API call into the queue, and returns their answer.
+
+        Args:
+            body (`dict`): body of the HTTP request.
+            kind (`str`): "chat" or "text".
 
         Raises:
-            ApiError: for what cannot be honoured, and when too many requests wait.
+            ApiError: if the request cannot be honoured, or the waiting queue is full.
         """
         check_model(body, self.arguments.name)
-        asked, requests = await run_in_threadpool(self.prepare, body, kind)
+        parsed, requests = await run_in_threadpool(self.prepare, body, kind)
         try:
-            call = Call(self.worker, requests, self.tokenizer, asked.stops, asked.is_streamed)
+            call = Call(self.worker, requests, self.tokenizer, parsed.stops, parsed.is_streamed)
         except LanesBusyError:
-            raise busy(self.arguments) from None
-        return Answer(kind, asked, call, self.tokenizer, self.arguments.name)
+            raise busy_error(self.arguments) from None
+        return Answer(kind, parsed, call, self.tokenizer, self.arguments.name)
 
-    def prepare(self, body: dict, kind: str) -> tuple[Asked, list[Phase15Request]]:
-        """The requests that a body asks for, one for each choice of each prompt."""
+    def prepare(self, body: dict, kind: str) -> tuple[ParsedRequest, list[Phase15Request]]:
+        """Parses a body. Returns the parsed request, and a request to the lanes for each choice of each prompt."""
         vocab_size = self.model.config.text_config.vocab_size
-        asked = asked_of(body, kind, self.arguments, self.model.generation_config, vocab_size)
+        parsed = parse_request(body, kind, self.arguments, self.model.generation_config, vocab_size)
         if kind == "chat":
-            asked.prompts = [chat_ids(messages_of(body), self.tokenizer)]
+            param = "messages"
+            parsed.prompts = [tokenize_chat(parse_messages(body), self.tokenizer)]
         else:
-            asked.prompts = prompts_of(body, self.tokenizer)
-        param, most = ("messages" if kind == "chat" else "prompt"), self.arguments.max_prompt_tokens
-        for prompt in asked.prompts:
-            if len(prompt) > most:
-                reason = f"the prompt has {len(prompt):,} tokens, but this server reads {most:,} at most."
-                raise ApiError(reason, param, code="context_length_exceeded")
-        number = len(asked.prompts) * asked.n
-        if number > self.arguments.num_lanes + self.arguments.max_waiting:
-            raise ApiError(f"{number} answers are asked for at once: ask for fewer.", param)
-        return asked, [self.request(asked, prompt, index) for prompt in asked.prompts for index in range(asked.n)]
+            param = "prompt"
+            parsed.prompts = tokenize_prompts(body, self.tokenizer)
+        max_tokens = self.arguments.max_prompt_tokens
+        for prompt in parsed.prompts:
+            if len(prompt) > max_tokens:
+                message = f"the prompt has {len(prompt):,} tokens, but this server reads {max_tokens:,} at most."
+                raise ApiError(message, param, code="context_length_exceeded")
+        num_choices = len(parsed.prompts) * parsed.n
+        max_choices = self.arguments.num_lanes + self.arguments.max_waiting
+        if num_choices > max_choices:
+            message = f"the request has {num_choices:,} choices, but this server takes {max_choices:,} at most."
+            raise ApiError(message, param)
+        requests = []
+        for prompt in parsed.prompts:
+            for index in range(parsed.n):
+                requests.append(self.make_request(parsed, prompt, index))
+        return parsed, requests
 
-    def request(self, asked: Asked, prompt: list[int], index: int) -> Phase15Request:
-        """One choice of the answer to a prompt."""
-        settings = dict(asked.settings)
-        if any(asked.penalties):
-            settings["logits_processor"] = LogitsProcessorList([TokenPenalties(len(prompt), *asked.penalties)])
+    def make_request(self, parsed: ParsedRequest, prompt: list[int], index: int) -> Phase15Request:
+        """Returns the request to the lanes for one choice of a prompt. Choices have different seeds."""
+        settings = dict(parsed.settings)
+        if parsed.presence_penalty or parsed.frequency_penalty:
+            penalties = TokenPenalties(len(prompt), parsed.presence_penalty, parsed.frequency_penalty)
+            settings["logits_processor"] = LogitsProcessorList([penalties])
+        seed = None
+        if parsed.seed is not None:
+            seed = (parsed.seed + index) % 2**63  # torch's generators take no negative seed
         try:
             request = request_of(
                 self.model,
                 prompt,
-                seed=None if asked.seed is None else (asked.seed + index) % 2**63,
-                num_logprobs=asked.num_logprobs,
+                seed=seed,
+                num_logprobs=parsed.num_logprobs,
                 name="prompt",
-                pad_token_id=0,
+                pad_token_id=0,  # lanes pad nothing; without it `generate` warns at each request
                 **settings,
             )
         except ValueError as error:
             raise ApiError(str(error)) from error
-        if asked.ignores_end:
+        if parsed.ignores_eos:
             request.eos_token_ids = frozenset()
         return request
 
 
 class Answer:
     """
-    The answer to one request, as OpenAI's types.
+    The answer to one API call, in OpenAI's types.
 
     Args:
         kind (`str`): "chat" or "text".
-        asked (`Asked`): what the request asked for.
+        parsed (`ParsedRequest`): the request.
         call (`Call`): its choices.
-        tokenizer (`PreTrainedTokenizerBase`), name (`str`): of the served model.
+        tokenizer (`PreTrainedTokenizerBase`): tokenizer of the served model.
+        name (`str`): name of the served model.
     """
 
-    def __init__(self, kind: str, asked: Asked, call: Call, tokenizer: PreTrainedTokenizerBase, name: str):
-        self.asked, self.call, self.tokenizer = asked, call, tokenizer
-        self.is_chat, self.is_streamed = kind == "chat", asked.is_streamed
+    def __init__(self, kind: str, parsed: ParsedRequest, call: Call, tokenizer: PreTrainedTokenizerBase, name: str):
+        self.parsed = parsed
+        self.call = call
+        self.tokenizer = tokenizer
+        self.is_chat = kind == "chat"
+        self.is_streamed = parsed.is_streamed
+        if not self.is_chat:
+            prefix = "cmpl"
+            object_name = "text_completion"
+        elif self.is_streamed:
+            prefix = "chatcmpl"
+            object_name = "chat.completion.chunk"
+        else:
+            prefix = "chatcmpl"
+            object_name = "chat.completion"
         self.head = {
-            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "object": "text_completion",
+            "id": f"{prefix}-{uuid.uuid4().hex}",
+            "object": object_name,
             "created": int(time.time()),
             "model": name,
         }
-        if self.is_chat:
-            self.head["object"] = "chat.completion.chunk" if self.is_streamed else "chat.completion"
 
     def cancel(self):
-        """Frees the lanes at the next boundary."""
+        """Frees the lanes at the next chunk boundary."""
         self.call.cancel()
 
     async def events(self) -> AsyncIterator[str]:
-        """JSON: the chunks of a streamed answer, or the whole answer."""
+        """Yields JSON: the chunks of a streamed answer, or the whole answer as one text."""
         if not self.is_streamed:
-            yield (await self.whole()).model_dump_json(exclude_unset=True)
+            answer = await self.whole()
+            yield answer.model_dump_json(exclude_unset=True)
             return
-        made, usage = ChatCompletionChunk if self.is_chat else Completion, {}
+        chunk_class = ChatCompletionChunk if self.is_chat else Completion
+        usage = {}
         async for choice in self.chunks():
-            if self.asked.includes_usage:
-                usage = {"usage": self.usage() if self.asked.repeats_usage else None}
-            yield made(choices=[choice], **self.head, **usage).model_dump_json(exclude_unset=True)
-        if self.asked.includes_usage:
-            yield made(choices=[], **self.head, usage=self.usage()).model_dump_json(exclude_unset=True)
+            if self.parsed.includes_usage:
+                # OpenAI sends null with each chunk, and the statistics in one more at the end
+                usage["usage"] = self.usage() if self.parsed.repeats_usage else None
+            yield chunk_class(choices=[choice], **self.head, **usage).model_dump_json(exclude_unset=True)
+        if self.parsed.includes_usage:
+            yield chunk_class(choices=[], **self.head, usage=self.usage()).model_dump_json(exclude_unset=True)
 
     async def whole(self) -> ChatCompletion | Completion:
-        pieces: list[list[Piece]] = [[] for _ in self.call.choices]
+        """Returns the answer once all choices are finished."""
+        pieces_of_choice: list[list[Piece]] = [[] for _ in self.call.choices]
         async for piece in self.call.pieces():
-            pieces[piece.index].append(piece)
-        choices = []
-        for index, parts in enumerate(pieces):
-            text, reason = "".join(part.text for part in parts), parts[-1].finish_reason
-            if self.is_chat:
-                choice = chat_completion.Choice(
-                    index=index,
-                    message={"role": "assistant", "content": text, "refusal": None},
-                    logprobs=self.chat_logprobs(parts),
-                    finish_reason=reason,
-                )
-            else:
-                logprobs = self.text_logprobs(parts, 0)
-                choice = CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=reason)
-            choices.append(choice)
-        made = ChatCompletion if self.is_chat else Completion
-        return made(choices=choices, usage=self.usage(), **self.head)
+            pieces_of_choice[piece.index].append(piece)
+        choices = [self.whole_choice(index, pieces) for index, pieces in enumerate(pieces_of_choice)]
+        answer_class = ChatCompletion if self.is_chat else Completion
+        return answer_class(choices=choices, usage=self.usage(), **self.head)
+
+    def whole_choice(self, index: int, pieces: list[Piece]) -> chat_completion.Choice | CompletionChoice:
+        text = "".join(piece.text for piece in pieces)
+        finish_reason = pieces[-1].finish_reason
+        if self.is_chat:
+            return chat_completion.Choice(
+                index=index,
+                message={"role": "assistant", "content": text, "refusal": None},
+                logprobs=self.chat_logprobs(pieces),
+                finish_reason=finish_reason,
+            )
+        return CompletionChoice(
+            index=index, text=text, logprobs=self.text_logprobs(pieces), finish_reason=finish_reason
+        )
 
     async def chunks(self) -> AsyncIterator[chat_completion_chunk.Choice | CompletionChoice]:
-        lengths = [0] * len(self.call.choices)
+        """Yields the choice of each chunk of a streamed answer."""
+        text_lengths = [0] * len(self.call.choices)
         if self.is_chat:
             for choice in self.call.choices:
-                yield chat_chunk(choice.index, {"role": "assistant", "content": ""}, None, None)
+                role = {"role": "assistant", "content": ""}
+                yield chat_completion_chunk.Choice(index=choice.index, delta=role, logprobs=None, finish_reason=None)
         async for piece in self.call.pieces():
-            if not (piece.text or piece.finish_reason) and self.asked.num_logprobs is None:
-                continue  # what was said is held back
+            if not piece.text and not piece.finish_reason and self.parsed.num_logprobs is None:
+                continue  # the stream holds the text of these tokens back
             if self.is_chat:
-                delta = {"content": piece.text} if piece.text or piece.tokens else {}
-                yield chat_chunk(piece.index, delta, self.chat_logprobs([piece]), piece.finish_reason)
-            else:
-                yield CompletionChoice.model_construct(  # its finish_reason may not be null, but in a stream it is
+                yield chat_completion_chunk.Choice(
                     index=piece.index,
-                    text=piece.text,
-                    logprobs=self.text_logprobs([piece], lengths[piece.index]),
+                    delta={"content": piece.text} if piece.text or piece.tokens else {},
+                    logprobs=self.chat_logprobs([piece]),
                     finish_reason=piece.finish_reason,
                 )
-                lengths[piece.index] += len(piece.text)
+            else:
+                # `model_construct` checks no types: the type's finish_reason must not be null, but in a stream it is
+                yield CompletionChoice.model_construct(
+                    index=piece.index,
+                    text=piece.text,
+                    logprobs=self.text_logprobs([piece], text_lengths[piece.index]),
+                    finish_reason=piece.finish_reason,
+                )
+                text_lengths[piece.index] += len(piece.text)
 
     def usage(self) -> CompletionUsage:
-        prompt_tokens = sum(map(len, self.asked.prompts))  # each prompt counts once, whatever `n`
-        kept = sum(choice.request.num_kept_tokens for choice in self.call.choices[:: self.asked.n])
+        """Returns the usage statistics so far. Each prompt counts once, whatever `n`."""
+        prompt_tokens = sum(len(prompt) for prompt in self.parsed.prompts)
+        first_choices = self.call.choices[:: self.parsed.n]  # of each prompt
+        cached_tokens = sum(choice.request.num_kept_tokens for choice in first_choices)
+        completion_tokens = self.call.num_tokens
         return CompletionUsage(
             prompt_tokens=prompt_tokens,
-            completion_tokens=self.call.num_tokens,
-            total_tokens=prompt_tokens + self.call.num_tokens,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=kept),
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
         )
 
     def token_text(self, token: int) -> str:
@@ -248,49 +321,54 @@ class Answer:
         return {"token": text, "bytes": list(text.encode()), "logprob": logprob}
 
     def chat_logprobs(self, pieces: list[Piece]) -> dict | None:
-        """`ChoiceLogprobs` of a choice's pieces."""
-        if self.asked.num_logprobs is None:
+        """Returns the `ChoiceLogprobs` of pieces of one choice, or `None` if the request has no `logprobs`."""
+        if self.parsed.num_logprobs is None:
             return None
         content = []
         for piece in pieces:
             for token, logprob, likeliest in zip(piece.tokens, piece.logprobs, piece.top_logprobs, strict=True):
-                top = [self.token_logprob(*pair) for pair in likeliest]
-                content.append(ChatCompletionTokenLogprob(**self.token_logprob(token, logprob), top_logprobs=top))
+                top_logprobs = [self.token_logprob(*pair) for pair in likeliest]
+                entry = self.token_logprob(token, logprob)
+                content.append(ChatCompletionTokenLogprob(**entry, top_logprobs=top_logprobs))
         return {"content": content, "refusal": None}
 
-    def text_logprobs(self, pieces: list[Piece], offset: int) -> Logprobs | None:
-        """Of a choice's pieces, the first of which begins at character `offset` of the text."""
-        if self.asked.num_logprobs is None:
+    def text_logprobs(self, pieces: list[Piece], offset: int = 0) -> Logprobs | None:
+        """
+        Returns the `Logprobs` of pieces of one choice, or `None` if the request has no `logprobs`. The first token
+        begins at character `offset` of the answer.
+        """
+        if self.parsed.num_logprobs is None:
             return None
-        tokens = [self.token_text(token) for piece in pieces for token in piece.tokens]
-        likeliest = [pairs for piece in pieces for pairs in piece.top_logprobs]
-        return Logprobs(
-            tokens=tokens,
-            token_logprobs=[logprob for piece in pieces for logprob in piece.logprobs],
-            top_logprobs=[{self.token_text(token): logprob for token, logprob in pairs} for pairs in likeliest],
-            text_offset=[offset + sum(map(len, tokens[:index])) for index in range(len(tokens))],
-        )
-
-
-def chat_chunk(index: int, delta: dict, logprobs: dict | None, reason: str | None) -> chat_completion_chunk.Choice:
-    return chat_completion_chunk.Choice(index=index, delta=delta, logprobs=logprobs, finish_reason=reason)
+        logprobs = Logprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        for piece in pieces:
+            for token, logprob, likeliest in zip(piece.tokens, piece.logprobs, piece.top_logprobs, strict=True):
+                text = self.token_text(token)
+                logprobs.tokens.append(text)
+                logprobs.token_logprobs.append(logprob)
+                logprobs.top_logprobs.append({self.token_text(other): value for other, value in likeliest})
+                logprobs.text_offset.append(offset)
+                offset += len(text)
+        return logprobs
 
 
 def check_model(body: dict, name: str):
-    """Raises an ApiError for another model."""
+    """Raises an [`ApiError`] if the request names another model."""
     if body.get("model") not in (None, name):
         message = f"the model {body['model']!r:.80} does not exist; this server has {name!r}."
         raise ApiError(message, "model", 404, "model_not_found")
 
 
-def busy(arguments: Phase15ServerArguments) -> ApiError:
-    headers = {"Retry-After": str(arguments.retry_after)}
-    message = f"{arguments.max_waiting} requests wait already: try again later."
-    return ApiError(message, status=429, code="rate_limit_exceeded", **headers)
+def busy_error(arguments: Phase15ServerArguments) -> ApiError:
+    return ApiError(
+        f"{arguments.max_waiting} requests wait already: try again later.",
+        status=429,
+        code="rate_limit_exceeded",
+        headers={"Retry-After": str(arguments.retry_after)},
+    )
 
 
-def error_of(error: Exception) -> ApiError:
-    """Any error that ended an answer, in OpenAI's form."""
+def to_api_error(error: Exception) -> ApiError:
+    """Returns any error that ended an answer in OpenAI's form."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, StoppingError):
@@ -298,46 +376,47 @@ def error_of(error: Exception) -> ApiError:
     return ApiError(f"{type(error).__name__}: {error}", status=500)
 
 
-async def read_body(request: Request, most: int) -> dict:
-    """A request's JSON object, of no more bytes than allowed."""
-    too_large = ApiError(f"the body has more than {most:,} bytes.", status=413)
-    length = request.headers.get("content-length", "0")
-    if not length.isdecimal() or int(length) > most:
+async def read_body(request: Request, max_bytes: int) -> dict:
+    """Returns the JSON object in the body of a request."""
+    too_large = ApiError(f"the body has more than {max_bytes:,} bytes.", status=413)
+    content_length = request.headers.get("content-length", "0")
+    if not content_length.isdecimal() or int(content_length) > max_bytes:
         raise too_large
-    body = bytearray()
+    data = bytearray()
     async for part in request.stream():
-        body += part
-        if len(body) > most:
+        data += part
+        if len(data) > max_bytes:  # a request in parts has no content-length
             raise too_large
     try:
-        found = json.loads(body)
-        json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+        body = json.loads(data)
+        json.dumps(body, ensure_ascii=False).encode()  # half of a surrogate pair could not be sent back
     except (ValueError, RecursionError) as error:
-        raise ApiError(f"the body is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ApiError(f"the body is a JSON {type(found).__name__}, but it must be an object.")
-    return found
+        raise ApiError(f"the body is not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise ApiError(f"the body is a JSON {type(body).__name__}, but it must be an object.")
+    return body
 
 
-async def cancel_without_client(request: Request, answer: Answer):
-    """Frees the lanes of a client that leaves."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+async def cancel_on_disconnect(request: Request, answer: Answer):
+    """Frees the lanes of a client that disconnects."""
+    message = await request.receive()
+    while message["type"] != "http.disconnect":
+        message = await request.receive()
     answer.cancel()
 
 
 async def stream(answer: Answer) -> AsyncIterator[bytes]:
-    """Server-sent events of a streamed answer."""
+    """Yields the server-sent events of a streamed answer."""
     try:
         async for text in answer.events():
             yield format_sse_event(data_str=text)
-    except Exception as error:  # the status has been sent already
-        yield format_sse_event(data_str=json.dumps(error_of(error).body))
+    except Exception as error:  # the status was sent before the answer, so an event has the error
+        yield format_sse_event(data_str=json.dumps(to_api_error(error).body))
     yield format_sse_event(data_str="[DONE]")
 
 
 def build_app(server: Server) -> FastAPI:
-    """The ASGI application of a server, which starts and stops with it."""
+    """Returns the ASGI application of a server, which starts and stops with it."""
 
     @asynccontextmanager
     async def lifespan(_):
@@ -346,28 +425,32 @@ def build_app(server: Server) -> FastAPI:
         await server.stop()
 
     app = FastAPI(title="Phase15", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    key, watching, name = server.key, set(), server.arguments.name
+    name = server.arguments.name
     model = Model(id=name, created=int(time.time()), object="model", owned_by="phase15").model_dump()
+    watchers = set()  # an event loop keeps only weak references to its tasks
 
     def check_key(request: Request):
-        given = request.headers.get("authorization", "")
-        if key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+        if not server.key:
+            return
+        authorization = request.headers.get("authorization", "")
+        expected = f"Bearer {server.key}"
+        if not hmac.compare_digest(authorization.encode(), expected.encode()):
             raise ApiError("the API key is missing or wrong.", status=401, code="invalid_api_key")
 
     async def respond(request: Request, kind: str) -> Response:
         check_key(request)
         body = await read_body(request, server.arguments.max_body_bytes)
         answer = await server.open(body, kind)
-        watcher = asyncio.create_task(cancel_without_client(request, answer))
-        watching.add(watcher)  # the loop itself keeps no task alive
-        watcher.add_done_callback(watching.discard)
+        watcher = asyncio.create_task(cancel_on_disconnect(request, answer))
+        watchers.add(watcher)
+        watcher.add_done_callback(watchers.discard)
         if answer.is_streamed:
             return EventSourceResponse(stream(answer))
         try:
-            (text,) = [text async for text in answer.events()]
+            events = [event async for event in answer.events()]
         finally:
             watcher.cancel()
-        return Response(text, media_type="application/json")
+        return Response(events[0], media_type="application/json")  # an answer that is not streamed has one event
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -390,8 +473,9 @@ def build_app(server: Server) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        is_alive = server.is_alive()
-        return JSONResponse({"status": "ok" if is_alive else "stopped"}, 200 if is_alive else 503)
+        if server.is_alive():
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "stopped"}, 503)
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
@@ -399,18 +483,21 @@ def build_app(server: Server) -> FastAPI:
         return Response(server.metrics(), media_type=CONTENT_TYPE_LATEST)
 
     @app.exception_handler(HTTPException)
-    async def not_served(_, error: HTTPException) -> Response:
+    async def unknown_path_or_method(_, error: HTTPException) -> Response:
         return ApiError(error.detail, status=error.status_code).response()
 
+    # Starlette raises an error again after the handler of Exception, for the log. Those two are expected.
+    @app.exception_handler(ApiError)
+    @app.exception_handler(StoppingError)
     @app.exception_handler(Exception)
     async def failed(_, error: Exception) -> Response:
-        return error_of(error).response()
+        return to_api_error(error).response()
 
-    for kind in (ApiError, StoppingError):
-        app.add_exception_handler(kind, failed)
-    # the client left before its request was whole: nobody reads this
-    app.add_exception_handler(ClientDisconnect, lambda *_: Response(status_code=400))
+    @app.exception_handler(ClientDisconnect)
+    async def incomplete_request(_, error: ClientDisconnect) -> Response:
+        return Response(status_code=400)  # nobody reads it: the client left before its request was complete
+
     return app
 
 
-__all__ = ["Server", "build_app", "busy", "error_of"]
+__all__ = ["Server", "build_app", "busy_error", "to_api_error"]

@@ -1,26 +1,33 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """
-What a request of OpenAI's API asks for. The names of its fields are those of the `openai` package. A field is
-honoured, or has the value that asks for nothing, or is refused by name with status 400.
+Parses requests of OpenAI's API. The field names are those of the `openai` package. A field is honoured, or has a value
+without an effect, or is refused by name with status 400.
 """
 
 from dataclasses import dataclass, field
 
+import torch
 from fastapi.responses import JSONResponse
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
 from phase15.model.requests_phase15 import TOP_LOGPROBS
 from phase15.serving.arguments import Phase15ServerArguments
 
 
-# Fields that other servers have added to OpenAI's, and that their clients send.
-ADDED = {"top_k", "min_p", "repetition_penalty", "ignore_eos"}
-# Fields that say nothing about the answer.
-LABELS = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_options"}
-LABELS |= {"prompt_cache_retention"}
-# Fields that are not honoured, with the values beside null that ask for nothing.
+# Fields that are not OpenAI's, but that other servers have and clients send.
+EXTENSIONS = {"top_k", "min_p", "repetition_penalty", "ignore_eos"}
+# Fields without an effect on the answer.
+LABELS = {
+    "user",
+    "metadata",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+}
+# Fields that are not supported, with the values, beside null, that have no effect.
 NEUTRAL = {
     "response_format": [{"type": "text"}],
     "tools": [[]],
@@ -37,7 +44,8 @@ NEUTRAL = {
     "suffix": [""],
     "best_of": [1],
 }
-HONOURED = {
+# Fields that both kinds of requests have.
+COMMON = {
     "model",
     "stream",
     "stream_options",
@@ -51,243 +59,388 @@ HONOURED = {
     "frequency_penalty",
     "logit_bias",
     "logprobs",
-    *ADDED,
+    *EXTENSIONS,
 }
+HONOURED = {
+    "chat": {*COMMON, "messages", "max_completion_tokens", "top_logprobs"},
+    "text": {*COMMON, "prompt"},
+}
+# `openai` declares `stream` apart from the other fields.
 FIELDS = {
-    kind: {"stream", *params.CompletionCreateParamsBase.__annotations__}
-    for kind, params in (("chat", chat_create_params), ("text", completion_create_params))
+    "chat": {*chat_create_params.CompletionCreateParamsBase.__annotations__, "stream", *EXTENSIONS},
+    "text": {*completion_create_params.CompletionCreateParamsBase.__annotations__, "stream", *EXTENSIONS},
 }
-OF_KIND = {"chat": {"messages", "max_completion_tokens", "top_logprobs"}, "text": {"prompt"}}
 ROLES = ("system", "developer", "user", "assistant")
+STREAM_OPTIONS = ("continuous_usage_stats", "include_usage")
 
 
 class ApiError(Exception):
-    """An error in OpenAI's form."""
+    """
+    An error in OpenAI's form.
 
-    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None, **headers):
+    Args:
+        message (`str`): what is wrong, and how to fix it.
+        param (`str`, *optional*): field of the request.
+        status (`int`): HTTP status.
+        code (`str`, *optional*): OpenAI's name of the error.
+        headers (`dict[str, str]`, *optional*): HTTP headers of the response.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        status: int = 400,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
         super().__init__(message)
-        self.arguments = {"message": message, "param": param, "status": status, "code": code, **headers}
-        self.status, self.headers = status, headers
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        # A replica sends the arguments to the process that answers over HTTP, which raises the error again.
+        self.arguments = {"message": message, "param": param, "status": status, "code": code, "headers": headers}
+        self.status = status
+        self.headers = headers
+        error_type = "invalid_request_error" if status < 500 else "server_error"
+        self.body = {"error": {"message": message, "type": error_type, "param": param, "code": code}}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body, self.status, self.headers)
 
 
 @dataclass
-class Asked:
-    """What the body of a request asks for."""
+class ParsedRequest:
+    """
+    The body of a request, parsed.
+
+    Args:
+        prompts (`list[list[int]]`): token ids of each prompt.
+        settings (`dict`): arguments of `generate`.
+        stops (`list[str]`): stop strings.
+        n (`int`): number of choices per prompt.
+        seed (`int`, *optional*): seed of the first choice.
+        num_logprobs (`int`, *optional*): number of most likely tokens whose log-probabilities are returned.
+        presence_penalty, frequency_penalty (`float`): see [`TokenPenalties`].
+        is_streamed (`bool`): send the answer in chunks.
+        includes_usage (`bool`): end a stream with a chunk of usage statistics.
+        repeats_usage (`bool`): send usage statistics in every chunk, an extension of other servers.
+        ignores_eos (`bool`): generate past end tokens, an extension of other servers.
+    """
 
     prompts: list[list[int]] = field(default_factory=list)
-    settings: dict = field(default_factory=dict)  # of `generate`
+    settings: dict = field(default_factory=dict)
     stops: list[str] = field(default_factory=list)
     n: int = 1
     seed: int | None = None
     num_logprobs: int | None = None
-    penalties: tuple[float, float] = (0.0, 0.0)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     is_streamed: bool = False
     includes_usage: bool = False
-    repeats_usage: bool = False  # in every chunk, as other servers offer
-    ignores_end: bool = False
+    repeats_usage: bool = False
+    ignores_eos: bool = False
 
 
 class Fields:
-    """The fields of a request, one by one, each with the type and the bounds that it must have."""
+    """Reads the fields of a JSON object. Each method checks type and range, and raises an [`ApiError`]."""
 
     def __init__(self, body: dict):
         self.body = body
 
-    def number(self, name: str, least: float, most: float, whole: bool = False):
-        value = self.body.get(name)
-        kinds = int if whole else (int, float)
-        if value is None:
-            return None
-        if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value <= most:
-            kind = "an integer" if whole else "a number"
-            raise ApiError(f"`{name}` is {value!r:.80}, but it must be {kind} from {least:,} to {most:,}.", name)
-        return value if whole else float(value)  # the library takes no integers there
+    def integer(self, name: str, minimum: int, maximum: int) -> int | None:
+        return self._number(name, int, "an integer", minimum, maximum)
+
+    def number(self, name: str, minimum: float, maximum: float) -> float | None:
+        value = self._number(name, (int, float), "a number", minimum, maximum)
+        return None if value is None else float(value)  # transformers' warpers refuse integers
 
     def flag(self, name: str) -> bool:
         value = self.body.get(name)
-        if value not in (None, True, False) or isinstance(value, int) and not isinstance(value, bool):
+        if value is not None and not isinstance(value, bool):
             raise ApiError(f"`{name}` is {value!r:.80}, but it must be true or false.", name)
         return bool(value)
 
+    def _number(self, name: str, types: type | tuple, type_name: str, minimum: float, maximum: float):
+        value = self.body.get(name)
+        if value is None:
+            return None
+        # bool is a subclass of int
+        if not isinstance(value, types) or isinstance(value, bool) or not minimum <= value <= maximum:
+            message = f"`{name}` is {value!r:.80}, but it must be {type_name} from {minimum:,} to {maximum:,}."
+            raise ApiError(message, name)
+        return value
 
-def asked_of(
+
+def parse_request(
     body: dict, kind: str, arguments: Phase15ServerArguments, generation_config: GenerationConfig, vocab_size: int
-) -> Asked:
-    """All that a body asks for but the prompt; `kind` is "chat" or "text"."""
-    known = HONOURED | OF_KIND[kind]
+) -> ParsedRequest:
+    """
+    Parses all fields except the prompt, which needs a tokenizer.
+
+    Args:
+        body (`dict`): body of the request.
+        kind (`str`): "chat" or "text".
+        arguments (`Phase15ServerArguments`): limits of the server.
+        generation_config (`GenerationConfig`): generation config of the model.
+        vocab_size (`int`): token ids are below this number.
+
+    Raises:
+        ApiError: for an unknown or unsupported field, and for a value of the wrong type or out of range.
+    """
+    check_fields(body, kind)
+    fields = Fields(body)
+    is_streamed = fields.flag("stream")
+    includes_usage, repeats_usage = parse_stream_options(body.get("stream_options"), is_streamed)
+    return ParsedRequest(
+        is_streamed=is_streamed,
+        includes_usage=includes_usage,
+        repeats_usage=repeats_usage,
+        n=fields.integer("n", 1, arguments.num_lanes) or 1,
+        seed=fields.integer("seed", -(2**63), 2**63 - 1),
+        stops=parse_stops(body.get("stop")),
+        presence_penalty=fields.number("presence_penalty", -2, 2) or 0.0,
+        frequency_penalty=fields.number("frequency_penalty", -2, 2) or 0.0,
+        num_logprobs=parse_num_logprobs(fields, kind),
+        settings=parse_settings(fields, arguments, generation_config, vocab_size),
+        ignores_eos=fields.flag("ignore_eos"),
+    )
+
+
+def check_fields(body: dict, kind: str):
+    """Raises an [`ApiError`] for a field that is unknown or not supported."""
     for name, value in body.items():
-        if name not in FIELDS[kind] | ADDED:
-            raise ApiError(f"`{name}` is no field of this request.", name)
-        if name in known | LABELS or value is None or value in NEUTRAL.get(name, []):
+        if name not in FIELDS[kind]:
+            raise ApiError(f"`{name}` is not a field of this request.", name)
+        if name in HONOURED[kind] or name in LABELS:
             continue
-        raise ApiError(f"`{name}` is not supported by this server: leave it out.", name)
-    fields, asked = Fields(body), Asked()
-    asked.is_streamed = fields.flag("stream")
-    asked.includes_usage, asked.repeats_usage = usage_of(body.get("stream_options"), asked.is_streamed)
-    asked.n = fields.number("n", 1, arguments.num_lanes, whole=True) or 1
-    asked.seed = fields.number("seed", -(2**63), 2**63 - 1, whole=True)
-    asked.stops = stops_of(body.get("stop"))
-    asked.penalties = tuple(fields.number(f"{name}_penalty", -2, 2) or 0.0 for name in ("presence", "frequency"))
-    asked.num_logprobs = logprobs_of(fields, kind)
-    asked.settings = settings_of(fields, arguments, generation_config, vocab_size)
-    asked.ignores_end = fields.flag("ignore_eos")
-    return asked
+        if value is not None and value not in NEUTRAL.get(name, []):
+            raise ApiError(f"`{name}` is not supported by this server: leave it out.", name)
 
 
-def settings_of(
+def parse_settings(
     fields: Fields, arguments: Phase15ServerArguments, generation_config: GenerationConfig, vocab_size: int
 ) -> dict:
-    """The settings of `generate`. What is left out is as the model's generation config says."""
-    limits = {name: fields.number(name, 1, 2**31, whole=True) for name in ("max_tokens", "max_completion_tokens")}
-    given = {limit for limit in limits.values() if limit is not None}
-    if len(given) > 1:
+    """Returns arguments of `generate`. Omitted fields fall back to the model's generation config."""
+    settings = {"max_new_tokens": parse_max_tokens(fields, arguments)}
+    settings |= parse_sampling(fields, generation_config)
+    repetition_penalty = fields.number("repetition_penalty", 0.01, 10)
+    if repetition_penalty is not None:
+        settings["repetition_penalty"] = repetition_penalty
+    sequence_bias = parse_logit_bias(fields.body.get("logit_bias"), vocab_size)
+    if sequence_bias:  # `generate` refuses an empty one
+        settings["sequence_bias"] = sequence_bias
+    return settings
+
+
+def parse_max_tokens(fields: Fields, arguments: Phase15ServerArguments) -> int:
+    """Returns the maximum length of the answer, in tokens. The field has two names."""
+    max_tokens = fields.integer("max_tokens", 1, 2**31)
+    max_completion_tokens = fields.integer("max_completion_tokens", 1, 2**31)
+    if max_tokens is None and max_completion_tokens is None:
+        return min(arguments.default_tokens, arguments.max_tokens)
+    if max_tokens is None:
+        name = "max_completion_tokens"
+        limit = max_completion_tokens
+    else:
+        name = "max_tokens"
+        limit = max_tokens
+    if max_completion_tokens not in (None, limit):
         raise ApiError("`max_tokens` and `max_completion_tokens` differ: give one of them.", "max_tokens")
-    longest = given.pop() if given else min(arguments.default_tokens, arguments.max_tokens)
-    if longest > arguments.max_tokens:
-        name = next(name for name, limit in limits.items() if limit)
-        raise ApiError(f"`{name}` is {longest:,}, but this server says {arguments.max_tokens:,} tokens at most.", name)
-    settings = {"max_new_tokens": longest}
+    if limit > arguments.max_tokens:
+        message = f"`{name}` is {limit:,}, but this server generates {arguments.max_tokens:,} tokens at most."
+        raise ApiError(message, name)
+    return limit
+
+
+def parse_sampling(fields: Fields, generation_config: GenerationConfig) -> dict:
+    """Returns the sampling arguments of `generate`, none if the request has none."""
     sampling = {
         "temperature": fields.number("temperature", 0, 2),
         "top_p": fields.number("top_p", 0, 1),
-        "top_k": fields.number("top_k", -1, 2**31, whole=True),
+        "top_k": fields.integer("top_k", -1, 2**31),
         "min_p": fields.number("min_p", 0, 1),
     }
     sampling = {name: value for name, value in sampling.items() if value is not None}
-    if sampling:
-        settings["do_sample"] = sampling.get("temperature") != 0
-    if settings.get("do_sample"):
-        if sampling.get("top_k") == -1:
-            sampling["top_k"] = 0  # other servers' word for any number of tokens
-        if sampling.get("top_p") == 0:
-            sampling["top_p"], sampling["top_k"] = 1.0, 1  # the likeliest alone
-        neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}  # where the library's own defaults are others
-        settings |= {name: value for name, value in neutral.items() if getattr(generation_config, name) is None}
-        settings |= sampling
-    if (penalty := fields.number("repetition_penalty", 0.01, 10)) is not None:
-        settings["repetition_penalty"] = float(penalty)
-    bias = fields.body.get("logit_bias")
-    if bias is not None:
-        settings["sequence_bias"] = bias_of(bias, vocab_size)
-    return {name: value for name, value in settings.items() if value != {}}
+    if not sampling:
+        return {}
+    if sampling.get("temperature") == 0:
+        return {"do_sample": False}
+    if sampling.get("top_k") == -1:
+        sampling["top_k"] = 0  # other servers turn top-k off with -1, transformers with 0
+    if sampling.get("top_p") == 0:
+        # OpenAI's 0 means the most likely token. transformers refuses the value.
+        sampling["top_p"] = 1.0
+        sampling["top_k"] = 1
+    # OpenAI's defaults have no effect. Those of transformers do: its top_k is 50.
+    settings = {"do_sample": True}
+    for name, neutral in {"temperature": 1.0, "top_p": 1.0, "top_k": 0}.items():
+        if getattr(generation_config, name) is None:
+            settings[name] = neutral
+    return settings | sampling
 
 
-def usage_of(options, is_streamed: bool) -> tuple[bool, bool]:
-    """Whether the last chunk of a stream has the usage, and whether every chunk has."""
+def parse_stream_options(options, is_streamed: bool) -> tuple[bool, bool]:
+    """Returns whether the end of a stream has the usage statistics, and whether every chunk has them."""
     if options is None:
         return False, False
-    where, known = "stream_options", {"include_usage", "continuous_usage_stats"}
-    unknown = set(options) - known if isinstance(options, dict) else {"it"}
-    if unknown and not (unknown == {"include_obfuscation"} and options["include_obfuscation"] in (None, False)):
-        message = f"`{where}` is {options!r:.80}, but it can hold {' and '.join(sorted(known))} alone."
-        raise ApiError(message, where)
+    name = "stream_options"
+    if not isinstance(options, dict) or not options.keys() <= {*STREAM_OPTIONS, "include_obfuscation"}:
+        raise unsupported_stream_options(options)
+    if options.get("include_obfuscation") not in (None, False):
+        raise unsupported_stream_options(options)
     if not is_streamed:
-        raise ApiError(f"`{where}` is for requests with `stream`.", where)
-    includes, repeats = (Fields(options).flag(name) for name in sorted(known, reverse=True))
-    return includes, includes and repeats
+        raise ApiError(f"`{name}` is for requests with `stream`.", name)
+    fields = Fields(options)
+    includes_usage = fields.flag("include_usage")
+    repeats_usage = fields.flag("continuous_usage_stats")
+    return includes_usage, includes_usage and repeats_usage
 
 
-def bias_of(bias, vocab_size: int) -> dict[tuple[int], float]:
-    found = {}
-    for token, value in bias.items() if isinstance(bias, dict) else [(bias, None)]:
-        if not str(token).isdecimal() or int(token) >= vocab_size:
-            raise ApiError(
-                f"`logit_bias` holds {token!r:.40}, which is no token's id below {vocab_size}.", "logit_bias"
-            )
+def unsupported_stream_options(options) -> ApiError:
+    message = f"`stream_options` is {options!r:.80}, but it can hold only {' and '.join(STREAM_OPTIONS)}."
+    return ApiError(message, "stream_options")
+
+
+def parse_logit_bias(bias, vocab_size: int) -> dict[tuple[int], float]:
+    """Returns the `sequence_bias` of `generate`: a number to add to the score of each token, by its id as a tuple."""
+    if bias is None:
+        return {}
+    name = "logit_bias"
+    if not isinstance(bias, dict):
+        raise ApiError(f"`{name}` is {bias!r:.40}, but it must be an object of numbers by token id.", name)
+    sequence_bias = {}
+    for token, value in bias.items():
+        if not token.isdecimal() or int(token) >= vocab_size:
+            raise ApiError(f"`{name}` holds {token!r:.40}, but its keys must be token ids below {vocab_size}.", name)
         if not isinstance(value, int | float) or not -100 <= value <= 100:
-            raise ApiError(f"`logit_bias` gives {value!r:.40}, but it must be from -100 to 100.", "logit_bias")
+            raise ApiError(f"`{name}` gives {value!r:.40}, but it must be from -100 to 100.", name)
         # OpenAI's -100 is a ban
-        found[(int(token),)] = float("-inf") if value == -100 else float(value)
-    return found
+        sequence_bias[(int(token),)] = float("-inf") if value == -100 else float(value)
+    return sequence_bias
 
 
-def stops_of(stop) -> list[str]:
-    stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
+def parse_stops(stop) -> list[str]:
+    if stop is None:
+        return []
+    stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or not all(isinstance(text, str) and text for text in stops):
         raise ApiError(f"`stop` is {stop!r:.80}, but it must be a text or a list of texts, none empty.", "stop")
     return stops
 
 
-def logprobs_of(fields: Fields, kind: str) -> int | None:
+def parse_num_logprobs(fields: Fields, kind: str) -> int | None:
     if kind == "text":
-        return fields.number("logprobs", 0, TOP_LOGPROBS, whole=True)
-    most = fields.number("top_logprobs", 0, TOP_LOGPROBS, whole=True)
+        return fields.integer("logprobs", 0, TOP_LOGPROBS)
+    top_logprobs = fields.integer("top_logprobs", 0, TOP_LOGPROBS)
     if fields.flag("logprobs"):
-        return most or 0
-    if most:
+        return top_logprobs or 0
+    if top_logprobs:
         raise ApiError("`top_logprobs` is for requests with `logprobs`.", "top_logprobs")
     return None
 
 
-def messages_of(body: dict) -> list[dict[str, str]]:
-    """The messages, with contents as strings."""
-    given = body.get("messages")
-    if not isinstance(given, list) or not given:
-        raise ApiError(f"`messages` is {given!r:.80}, but it must be a list of one message or more.", "messages")
-    messages = []
-    for index, message in enumerate(given):
-        where = f"messages[{index}]"
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            role = message.get("role") if isinstance(message, dict) else message
-            raise ApiError(f"`{where}.role` is {role!r:.80}, but it must be one of {', '.join(ROLES)}.", where)
-        for name, value in message.items():
-            if name not in ("role", "content") and value not in (None, [], {}, ""):
-                raise ApiError(f"`{where}.{name}` is not supported by this server: leave it out.", f"{where}.{name}")
-        messages.append({"role": message["role"], "content": content_of(message.get("content"), where)})
-    return messages
+def parse_messages(body: dict) -> list[dict[str, str]]:
+    """Returns the messages of a chat, with their contents as strings."""
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise ApiError(f"`messages` is {messages!r:.80}, but it must be a list of one message or more.", "messages")
+    return [parse_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
-def content_of(content, where: str) -> str:
-    """A message's text, of a string or of text parts."""
-    where = f"{where}.content"
+def parse_message(message, name: str) -> dict[str, str]:
+    """Returns role and content of a message. Errors call it `name`."""
+    role = message.get("role") if isinstance(message, dict) else message
+    if not isinstance(message, dict) or role not in ROLES:
+        raise ApiError(f"`{name}.role` is {role!r:.80}, but it must be one of {', '.join(ROLES)}.", name)
+    for key, value in message.items():
+        # Clients send an answer back as they got it, with empty fields such as `tool_calls`.
+        if key not in ("role", "content") and value not in (None, [], {}, ""):
+            raise ApiError(f"`{name}.{key}` is not supported by this server: leave it out.", f"{name}.{key}")
+    return {"role": role, "content": parse_content(message.get("content"), f"{name}.content")}
+
+
+def parse_content(content, name: str) -> str:
+    """Returns a content, a string or a list of text parts, as a string. Errors call it `name`."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
-        raise ApiError(f"`{where}` is {content!r:.80}, but it must be a text or a list of text parts.", where)
+        raise ApiError(f"`{name}` is {content!r:.80}, but it must be a text or a list of text parts.", name)
     texts = []
-    for number, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else part
-        if kind != "text":
-            raise ApiError(f"`{where}[{number}]` is of type {kind!r:.40}, but this server reads text alone.", where)
-        if not isinstance(part.get("text"), str):
-            raise ApiError(f"`{where}[{number}].text` is {part.get('text')!r:.40}, but it must be a text.", where)
-        texts.append(part["text"])
+    for index, part in enumerate(content):
+        part_type = part.get("type") if isinstance(part, dict) else part
+        if part_type != "text":
+            message = f"`{name}[{index}]` is of type {part_type!r:.40}, but this server reads only text."
+            raise ApiError(message, name)
+        text = part.get("text")
+        if not isinstance(text, str):
+            raise ApiError(f"`{name}[{index}].text` is {text!r:.40}, but it must be a text.", name)
+        texts.append(text)
     return "".join(texts)
 
 
-def chat_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def tokenize_chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the token ids of a chat, up to the beginning of the answer."""
     if tokenizer.chat_template is None:
         raise ApiError("the model's tokenizer has no chat template: use /v1/completions.", "messages")
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # templates can raise anything
+    except Exception as error:  # a template can raise any error
         raise ApiError(f"the model's chat template refuses the messages: {error}", "messages") from error
     for index, message in enumerate(messages):
+        # Templates drop messages in silence, many those of the system. Some cut the thoughts of the assistant.
         if message["role"] != "assistant" and message["content"].strip() not in text:
-            where = f"messages[{index}]"
-            raise ApiError(f"the model's chat template does not render `{where}` ({message['role']}).", where)
+            name = f"messages[{index}]"
+            raise ApiError(f"the model's chat template does not render `{name}` ({message['role']}).", name)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def prompts_of(body: dict, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The token ids of a `prompt`: a text, token ids, or a list of either."""
+def tokenize_prompts(body: dict, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Returns the token ids of each prompt. `prompt` is a text, a list of token ids, or a list of either."""
     prompt = body.get("prompt")
-    prompts = prompt if isinstance(prompt, list) and not all(type(item) is int for item in prompt) else [prompt]
-    found = []
+    if isinstance(prompt, list) and not is_token_ids(prompt):
+        prompts = prompt
+    else:
+        prompts = [prompt]
+    prompt_ids = []
     for item in prompts:
         if isinstance(item, str) and item:
-            found.append(tokenizer(item)["input_ids"])
-        elif isinstance(item, list) and item and all(type(token) is int for token in item):
-            found.append(item)
+            prompt_ids.append(tokenizer(item)["input_ids"])
+        elif is_token_ids(item) and item:
+            prompt_ids.append(item)
         else:
             message = f"`prompt` holds {item!r:.80}, but it must be a text, token ids, or a list of these, none empty."
             raise ApiError(message, "prompt")
-    return found
+    return prompt_ids
 
 
-__all__ = ["ApiError", "Asked", "asked_of", "chat_ids", "messages_of", "prompts_of"]
+def is_token_ids(item) -> bool:
+    # not isinstance: a bool is not a token id
+    return isinstance(item, list) and all(type(token) is int for token in item)
+
+
+class TokenPenalties(LogitsProcessor):
+    """
+    OpenAI's penalties of tokens that the answer already has. A token that occurs c times, c > 0, loses
+    `presence_penalty + c * frequency_penalty` of its score. Tokens of the prompt do not count.
+    """
+
+    def __init__(self, prompt_length: int, presence_penalty: float, frequency_penalty: float):
+        self.prompt_length = prompt_length
+        self.presence_penalty = presence_penalty
+        self.frequency_penalty = frequency_penalty
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        answer_ids = input_ids[:, self.prompt_length :]
+        # occurrences of every token of the vocabulary: a 1 added at each id of the answer
+        ones = torch.ones_like(answer_ids, dtype=scores.dtype)
+        counts = torch.zeros_like(scores).scatter_add(1, answer_ids, ones)  # (B, V)
+        return scores - self.presence_penalty * (counts > 0) - self.frequency_penalty * counts
+
+
+__all__ = [
+    "ApiError",
+    "ParsedRequest",
+    "TokenPenalties",
+    "parse_messages",
+    "parse_request",
+    "tokenize_chat",
+    "tokenize_prompts",
+]

@@ -1,112 +1,125 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""Answers as text for many clients at once: a thread that advances the lanes, and their tokens in an event loop."""
+"""
+Between the event loop of a server and the thread of its lanes: [`LaneWorker`] advances the lanes and limits the
+waiting queue, [`Call`] awaits the answers to one API call, and [`Metrics`] counts for /metrics.
+"""
 
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import suppress
-from typing import NamedTuple
 
-import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from transformers import LogitsProcessor, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from phase15.model.continuous_batching_phase15 import LaneCounts, Phase15Lanes, Phase15LaneThread
 from phase15.model.requests_phase15 import Phase15Request
-from phase15.serving.text_stream import TextStream
+from phase15.serving.text_stream import Choice, Piece, TextStream
 
 
-RATE_SECONDS = 10.0  # over which tokens per second are counted
+RATE_SECONDS = 10.0  # period of the tokens per second in /metrics
+FIRST_TOKEN_BUCKETS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]  # seconds
 
 
 class LanesBusyError(Exception):
-    """As many requests wait as may."""
+    """The waiting queue is full."""
 
 
 class StoppingError(Exception):
-    """The server stops, and did not wait for this answer."""
+    """The server stopped before the answer was finished."""
 
 
 class Metrics:
-    """What /metrics shows, in Prometheus' own types."""
+    """
+    Metrics of a server, in the types of the Prometheus client.
+
+    Args:
+        lanes (`Phase15Lanes`): lanes of the server.
+    """
 
     def __init__(self, lanes: Phase15Lanes):
         self.registry = CollectorRegistry()
-        here = {"registry": self.registry}
-        self.requests = Counter("phase15_requests", "Answers that ended, by how.", ["reason"], **here)
-        self.prompt_tokens = Counter("phase15_prompt_tokens", "Tokens of the queries that got a lane.", **here)
-        self.kept_tokens = Counter("phase15_kept_tokens", "Those that a kept conversation had read.", **here)
-        self.tokens = Counter("phase15_generated_tokens", "Tokens said.", **here)
-        buckets = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
+        self.requests = self._counter("phase15_requests", "Finished answers, by finish reason.", ["reason"])
+        self.prompt_tokens = self._counter("phase15_prompt_tokens", "Tokens of the prompts that got a lane.")
+        self.kept_tokens = self._counter("phase15_kept_tokens", "Prompt tokens read by a kept conversation.")
+        self.tokens = self._counter("phase15_generated_tokens", "Generated tokens.")
         self.first_token = Histogram(
-            "phase15_first_token_seconds", "From a request to its first token.", buckets=buckets, **here
+            "phase15_first_token_seconds",
+            "Seconds from a request to its first token.",
+            buckets=FIRST_TOKEN_BUCKETS,
+            registry=self.registry,
         )
-        for name, about, value in (
-            ("phase15_lanes", "Lanes that there are.", lambda: lanes.num_lanes),
-            (
-                "phase15_lanes_in_use",
-                "Lanes with an answer under way.",
-                lambda: num_going_on(lane.request for lane in lanes.lanes),
-            ),
-            ("phase15_requests_waiting", "Requests without a lane.", lambda: num_going_on(lanes.waiting)),
-            ("phase15_kept_conversations", "Soft prompts kept after their answers.", lambda: len(lanes.kept.states)),
-            ("phase15_tokens_per_second", f"Over the last {RATE_SECONDS:.0f} seconds.", self.rate),
-        ):
-            Gauge(name, about, **here).set_function(value)
-        self.times: deque[tuple[float, int]] = deque()
+        self._gauge("phase15_lanes", "Number of lanes.", lambda: lanes.num_lanes)
+        self._gauge(
+            "phase15_lanes_in_use",
+            "Lanes with an unfinished answer.",
+            lambda: num_active(lane.request for lane in lanes.lanes),
+        )
+        self._gauge("phase15_requests_waiting", "Requests without a lane.", lambda: num_active(lanes.waiting))
+        self._gauge("phase15_kept_conversations", "Kept conversations.", lambda: len(lanes.kept.states))
+        self._gauge("phase15_tokens_per_second", f"Mean of the last {RATE_SECONDS:.0f} seconds.", self.rate)
+        self.recent: deque[tuple[float, int]] = deque()  # time and number of tokens of each call of `advance`
+
+    def _counter(self, name: str, description: str, labels: Iterable[str] = ()) -> Counter:
+        return Counter(name, description, labels, registry=self.registry)
+
+    def _gauge(self, name: str, description: str, value: Callable[[], float]):
+        Gauge(name, description, registry=self.registry).set_function(value)
 
     def count(self, before: LaneCounts, after: LaneCounts):
-        """What one call of `advance` has done."""
-        new = LaneCounts(*(b - a for a, b in zip(before, after, strict=True)))
-        self.prompt_tokens.inc(new.prompt_tokens)
-        self.kept_tokens.inc(new.kept_tokens)
-        self.tokens.inc(new.generated_tokens)
-        self.times.append((time.monotonic(), new.generated_tokens))
-        self.forget()
+        """Adds the difference between the counts of the lanes before and after one call of `advance`."""
+        num_generated = after.generated_tokens - before.generated_tokens
+        self.prompt_tokens.inc(after.prompt_tokens - before.prompt_tokens)
+        self.kept_tokens.inc(after.kept_tokens - before.kept_tokens)
+        self.tokens.inc(num_generated)
+        self.recent.append((time.monotonic(), num_generated))
+        period_start = time.monotonic() - RATE_SECONDS
+        while self.recent[0][0] < period_start:
+            self.recent.popleft()
 
     def rate(self) -> float:
-        self.forget()
-        return sum(number for _, number in list(self.times)) / RATE_SECONDS
-
-    def forget(self):
-        before = time.monotonic() - RATE_SECONDS
-        while self.times and self.times[0][0] < before:
-            self.times.popleft()
+        """Returns the tokens per second of the last `RATE_SECONDS`."""
+        period_start = time.monotonic() - RATE_SECONDS
+        recent = list(self.recent)  # a copy, since the thread of the lanes appends
+        return sum(number for moment, number in recent if moment >= period_start) / RATE_SECONDS
 
 
-def num_going_on(requests: Iterable[Phase15Request]) -> int:
-    return sum(request.finish_reason is None for request in list(requests))
+def num_active(requests: Iterable[Phase15Request]) -> int:
+    """Returns the number of unfinished requests."""
+    requests = list(requests)  # a copy, since the thread of the lanes adds and removes requests
+    return sum(request.finish_reason is None for request in requests)
 
 
 class LaneWorker(Phase15LaneThread):
     """
-    A thread that advances lanes, counts what they do, and lets no more requests wait than may.
+    Thread that advances lanes, with metrics and a waiting queue of limited length.
 
     Args:
-        lanes (`Phase15Lanes`): of the served model.
-        max_waiting (`int`): requests that may wait for a lane.
+        lanes (`Phase15Lanes`): lanes of the served model.
+        max_waiting (`int`): maximum number of requests that wait for a lane.
     """
 
     def __init__(self, lanes: Phase15Lanes, max_waiting: int):
         super().__init__(lanes)
-        self.max_waiting, self.metrics = max_waiting, Metrics(lanes)
-        self.going_on: list[Phase15Request] = []
+        self.max_waiting = max_waiting
+        self.metrics = Metrics(lanes)
+        self.active: list[Phase15Request] = []
 
     def submit(self, requests: list[Phase15Request]):
         """
-        Puts all of the requests into the queue, or none.
+        Puts either all requests into the queue, or none.
 
         Raises:
-            LanesBusyError: if more would wait than may.
+            LanesBusyError: if more than `max_waiting` requests would wait.
         """
         for request in requests:
             self.lanes.check(request)
         with self.news:
-            self.going_on = [request for request in self.going_on if request.finish_reason is None]
-            if len(self.going_on) + len(requests) > self.max_waiting + self.lanes.num_lanes:
+            self.active = [request for request in self.active if request.finish_reason is None]
+            if len(self.active) + len(requests) > self.max_waiting + self.lanes.num_lanes:
                 raise LanesBusyError
-            self.going_on += requests
+            self.active += requests
             super().submit(requests)
 
     def advance(self):
@@ -117,58 +130,16 @@ class LaneWorker(Phase15LaneThread):
             self.metrics.count(before, self.lanes.counts)
 
 
-class Piece(NamedTuple):
-    """A part of an answer: text, the tokens since the last piece, and at the end why it ended."""
-
-    index: int
-    text: str
-    tokens: list[int]
-    logprobs: list[float]
-    top_logprobs: list[list[tuple[int, float]]]
-    finish_reason: str | None
-
-
-class Choice:
-    """One of the answers to a call."""
-
-    def __init__(self, index: int, request: Phase15Request, stream: TextStream):
-        self.index, self.request, self.stream, self.num_taken = index, request, stream, 0
-
-    def take(self) -> Piece | None:
-        """What is new since the last piece, if there is something."""
-        request, first, text = self.request, self.num_taken, ""
-        reason = request.finish_reason  # read first: no token comes after it
-        for token in request.generated_tokens[first:]:
-            self.num_taken += 1
-            text += self.stream.add(token)
-            if self.stream.is_stopped:
-                reason = "stop"
-                request.finish(reason)
-                break
-        if reason is not None:
-            text += self.stream.close()
-        elif not text:
-            return None if self.num_taken == first else self._piece(first, text, reason)
-        return self._piece(first, text, reason)
-
-    def _piece(self, first: int, text: str, reason: str | None) -> Piece:
-        new = slice(first, self.num_taken)
-        request = self.request
-        return Piece(
-            self.index, text, request.generated_tokens[new], request.logprobs[new], request.top_logprobs[new], reason
-        )
-
-
 class Call:
     """
-    The answers to one call of the API. Made in the event loop that reads them.
+    The answers to one API call. Must be created in the event loop that reads them.
 
     Args:
-        worker (`LaneWorker`): answers the requests.
-        requests (`list[Phase15Request]`): one for each choice.
-        tokenizer (`PreTrainedTokenizerBase`): of the served model.
-        stops (`list[str]`): end the text of each.
-        is_streamed (`bool`): wake the reader at each token, not at the end alone.
+        worker (`LaneWorker`): thread that answers the requests.
+        requests (`list[Phase15Request]`): one request for each choice.
+        tokenizer (`PreTrainedTokenizerBase`): tokenizer of the served model.
+        stops (`list[str]`): stop strings.
+        is_streamed (`bool`): wake the reader after each token, not only at the end of an answer.
     """
 
     def __init__(
@@ -179,39 +150,41 @@ class Call:
         stops: list[str],
         is_streamed: bool,
     ):
-        self.worker, self.begun = worker, time.perf_counter()
+        self.worker = worker
+        self.start_time = time.perf_counter()
         self.choices = [Choice(index, request, TextStream(tokenizer, stops)) for index, request in enumerate(requests)]
-        self.news, loop = asyncio.Event(), asyncio.get_running_loop()
-
-        def wake(_):
-            with suppress(RuntimeError):  # the loop has been closed, and nobody reads
-                loop.call_soon_threadsafe(self.news.set)
-
-        def finish(request):
-            worker.metrics.requests.labels(request.finish_reason).inc()
-            wake(request)
-
+        self.news = asyncio.Event()
+        self.loop = asyncio.get_running_loop()
         for request in requests:
-            request.on_finish = finish
-            if is_streamed or stops:
-                request.on_token = wake
+            request.on_finish = self._on_finish
+            if is_streamed or stops:  # a stop string must be found while the lane generates
+                request.on_token = self._wake
         worker.submit(requests)
+
+    def _wake(self, request: Phase15Request):
+        """Wakes the reader, from the thread of the lanes."""
+        with suppress(RuntimeError):  # the loop is closed, so nobody reads the answer
+            self.loop.call_soon_threadsafe(self.news.set)
+
+    def _on_finish(self, request: Phase15Request):
+        self.worker.metrics.requests.labels(request.finish_reason).inc()
+        self._wake(request)
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """
-        All pieces of all choices, until the last has ended.
+        Yields the pieces of all choices, until the last choice is finished.
 
         Raises:
-            Exception: that of a request that failed.
-            StoppingError: when the server stops.
+            Exception: the error of a request that failed.
+            StoppingError: if the server stops.
         """
-        going_on, metrics = list(self.choices), self.worker.metrics
+        active = list(self.choices)
         try:
-            while going_on:
+            while active:
                 await self.news.wait()
                 self.news.clear()
-                for choice in list(going_on):
-                    is_first = not choice.num_taken
+                for choice in list(active):  # a copy, since finished choices are removed
+                    is_first = choice.num_taken == 0
                     piece = choice.take()
                     if piece is None:
                         continue
@@ -220,37 +193,22 @@ class Call:
                     if piece.finish_reason == "cancelled":
                         raise StoppingError
                     if is_first and choice.num_taken:
-                        metrics.first_token.observe(time.perf_counter() - self.begun)
+                        self.worker.metrics.first_token.observe(time.perf_counter() - self.start_time)
                     if piece.finish_reason is not None:
-                        going_on.remove(choice)
+                        active.remove(choice)
                     yield piece
         finally:
             self.cancel()
 
     def cancel(self):
-        """Frees the lanes of what has not ended at the next boundary."""
+        """Ends unfinished requests. Their lanes are free at the next chunk boundary."""
         for choice in self.choices:
             choice.request.finish("cancelled")
 
     @property
     def num_tokens(self) -> int:
-        """Of all choices so far."""
+        """Returns the number of tokens read from all choices."""
         return sum(choice.num_taken for choice in self.choices)
 
 
-class TokenPenalties(LogitsProcessor):
-    """
-    OpenAI's `presence_penalty` and `frequency_penalty`: subtracted from the score of each token of the answer so far,
-    once, and as often as it was said.
-    """
-
-    def __init__(self, prompt_length: int, presence: float, frequency: float):
-        self.prompt_length, self.presence, self.frequency = prompt_length, presence, frequency
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
-        said = input_ids[:, self.prompt_length :]
-        counts = torch.zeros_like(scores).scatter_add(1, said, torch.ones_like(said, dtype=scores.dtype))
-        return scores - self.presence * (counts > 0) - self.frequency * counts
-
-
-__all__ = ["Call", "LaneWorker", "LanesBusyError", "Piece", "StoppingError", "TokenPenalties"]
+__all__ = ["Call", "LaneWorker", "LanesBusyError", "StoppingError"]

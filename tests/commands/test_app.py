@@ -68,9 +68,11 @@ def model_dir(tmp_path_factory, chat_tokenizer) -> str:
         for token, text in enumerate(texts):
             base.lm_head.weight[token] *= text.isascii() and text.isprintable() and "<" not in text
             base.lm_head.weight[token] *= 3 if text.startswith(" ") else 1  # streamers give whole words
-    base.save_pretrained(folder := str(tmp_path_factory.mktemp("base")))
-    model = large_delta(Phase15ForCausalLM.from_base(folder, **SIZES | {"chunk_length": PAGE_CHUNK}))
-    model.save_pretrained(folder := str(tmp_path_factory.mktemp("model")))
+    base_folder = str(tmp_path_factory.mktemp("base"))
+    base.save_pretrained(base_folder)
+    model = large_delta(Phase15ForCausalLM.from_base(base_folder, **SIZES | {"chunk_length": PAGE_CHUNK}))
+    folder = str(tmp_path_factory.mktemp("model"))
+    model.save_pretrained(folder)
     chat_tokenizer.save_pretrained(folder)
     return folder
 
@@ -86,8 +88,11 @@ def nearest(slot: torch.Tensor, embeddings: torch.Tensor) -> int:
 
 @torch.no_grad()
 def reference_steps(model, ids: torch.LongTensor, query_length: int) -> list[tuple[list[torch.Tensor], list]]:
-    """For every step over one row: what carry alone makes of the slots, and what the model makes of them."""
-    embed, chunk, slots, steps = model.llm.get_input_embeddings(), model.config.chunk_length, [], []
+    """Returns the slots after only carry, and after carry and Δ, for every step over one row."""
+    embed = model.llm.get_input_embeddings()
+    chunk = model.config.chunk_length
+    slots = []
+    steps = []
     answer = ids[query_length:]
     answer = answer[: len(answer) // chunk * chunk]
     for segment in [*ids[:query_length].split(QUERY), *answer.split(chunk)]:
@@ -99,10 +104,11 @@ def reference_steps(model, ids: torch.LongTensor, query_length: int) -> list[tup
 
 
 def expected_table(model, tokenizer, chat: list[dict], max_new_tokens: int) -> tuple[str, list[list[str]], list]:
-    """The answer to a conversation, and what the page must show of it: the cells by row, and which of them moved."""
+    """Returns the answer to a conversation, and what the page must show: the cells by row, and which of them moved."""
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0]
-    query_length, embeddings = inputs["input_ids"].shape[1], model.get_input_embeddings().weight
+    query_length = inputs["input_ids"].shape[1]
+    embeddings = model.get_input_embeddings().weight
     steps = reference_steps(model, ids[:-1], query_length)  # the last token is never read
     num_reads = -(-query_length // QUERY)
     names = [f"read {i}" for i in range(1, num_reads)] + [f"sp_{c}" for c in range(len(steps) - num_reads + 1)]
@@ -126,7 +132,8 @@ def expected_table(model, tokenizer, chat: list[dict], max_new_tokens: int) -> t
 
 def test_nearest_tokens_equal_a_loop_over_slots_and_vocabulary():
     torch.manual_seed(0)
-    slots, embeddings = torch.randn(9, 16), torch.randn(40, 16) * torch.rand(40, 1) * 5
+    slots = torch.randn(9, 16)
+    embeddings = torch.randn(40, 16) * torch.rand(40, 1) * 5
     tokens, cosines = app.nearest_tokens(slots, embeddings)
     cosine = [[torch.cosine_similarity(slot, embedding, 0).item() for embedding in embeddings] for slot in slots]
     assert tokens.tolist() == [row.index(max(row)) for row in cosine]
@@ -166,7 +173,8 @@ def test_a_reply_shows_every_step_of_the_reference(tiny, tokenizer, lanes):
 
 
 def test_embeddings_unknown_to_the_tokenizer_are_never_shown(tiny):
-    embeddings, shown = tiny.get_input_embeddings().weight, []
+    embeddings = tiny.get_input_embeddings().weight
+    shown = []
     slots = as_soft_prompt([embeddings[50]] * 5, embeddings.shape[1])
     for vocab_size in (60, 50):
         recorder = app.Recorder(5, embeddings[:vocab_size])
@@ -228,8 +236,9 @@ def test_a_reply_streams_what_generate_gives(model, chat_tokenizer, lanes):
 
 
 def test_two_replies_grow_beside_each_other(model, chat_tokenizer, lanes):
-    thread, other = lanes(model), [{"role": "user", "content": "Hello"}]
-    first, second = (app.reply(thread, chat_tokenizer, chat, max_new_tokens=2000) for chat in (CHAT, other))
+    thread = lanes(model)
+    first = app.reply(thread, chat_tokenizer, CHAT, max_new_tokens=2000)
+    second = app.reply(thread, chat_tokenizer, [{"role": "user", "content": "Hello"}], max_new_tokens=2000)
     for length in (0, 10, 20):
         for reply in (first, second):
             assert next(text for text, _ in reply if len(text) > length)
@@ -238,14 +247,18 @@ def test_two_replies_grow_beside_each_other(model, chat_tokenizer, lanes):
 
 
 def test_temperature_zero_is_greedy_and_any_other_samples(tiny, tokenizer, lanes, monkeypatch):
-    asked, thread = [], lanes(tiny)
-    request = thread.lanes.request
-    monkeypatch.setattr(
-        thread.lanes, "request", lambda *args, **kwargs: asked.append(request(*args, **kwargs)) or asked[-1]
-    )
+    thread = lanes(tiny)
+    make_request = thread.lanes.request
+    requests = []
+
+    def record(*args, **kwargs):
+        requests.append(make_request(*args, **kwargs))
+        return requests[-1]
+
+    monkeypatch.setattr(thread.lanes, "request", record)
     for temperature in (0, 1):
         list(app.reply(thread, tokenizer, CHAT, temperature, 7))
-    assert [(request.sampling.temperature, request.max_new_tokens) for request in asked] == [(0, 7), (1, 7)]
+    assert [(request.sampling.temperature, request.max_new_tokens) for request in requests] == [(0, 7), (1, 7)]
 
 
 def test_an_error_in_the_thread_reaches_the_caller_and_the_user(tiny, tokenizer, lanes, monkeypatch):
@@ -274,8 +287,8 @@ def test_closing_the_reply_frees_the_lane(model, chat_tokenizer, lanes):
 
 
 def test_a_folder_with_earlier_code_is_named(model_dir, monkeypatch):
-    earlier = torch.nn.Linear(1, 1), {"missing_keys": []}
-    monkeypatch.setattr(app.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: earlier)
+    model_and_info = (torch.nn.Linear(1, 1), {"missing_keys": []})
+    monkeypatch.setattr(app.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: model_and_info)
     with pytest.raises(ValueError, match="holds code from before .* save it again with `save_pretrained`"):
         app.load(model_dir)
 
@@ -353,7 +366,7 @@ def started(folder: Path, model_dir: str):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shutil.copy(ROOT / "scripts" / "app.py", folder)
+    shutil.copy(app.__file__, folder)
     settings = {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1"}
     settings |= {"PHASE15_MODEL": model_dir, "HF_MODULES_CACHE": str(folder / "modules")}
     with open(folder / "log", "w") as log:
@@ -380,7 +393,8 @@ def server(model_dir, tmp_path_factory):
 def chromium():
     """A browser that reaches nothing but this machine."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs requirements-extra.txt")
-    if not (path := shutil.which("chromium")):
+    path = shutil.which("chromium")
+    if not path:
         pytest.skip("needs Chromium")
     arguments = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
     with (
@@ -393,8 +407,8 @@ def chromium():
 @contextmanager
 def visit(chromium, address: str):
     """
-    A function that opens the page, and the list of what goes wrong on its pages: errors, dialogs, requests to others.
-    At the end that must be empty.
+    Yields a function that opens the page, and a list of the problems of its pages: errors, dialogs, requests to other
+    addresses. At the end the list must be empty.
     """
     problems = []
 
@@ -476,7 +490,8 @@ def test_an_answer_grows_beside_its_soft_prompt(page, model, chat_tokenizer):
             new MutationObserver(look).observe(document, {subtree: true, childList: true, characterData: true});
         }"""
     )
-    chat, pictures = [], []
+    chat = []
+    pictures = []
     assert page.locator("#slots tr").count() == page.locator("#picture img").count() == 0
     for turn, question in enumerate(["Why is the sky blue?", "<b>And</b>  light?"]):
         chat.append({"role": "user", "content": question})
@@ -530,7 +545,8 @@ def test_two_visitors_get_the_answers_that_each_gets_alone(chromium, server, mod
 
 def test_the_answers_to_two_visitors_grow_at_once(chromium, server):
     with visit(chromium, server[1]) as (open_page, _):
-        first, second = open_page(), open_page()
+        first = open_page()
+        second = open_page()
         ask_for_a_long_answer(first, "Why is the sky blue?")
         ask_for_a_long_answer(second, "What is a soft prompt?")
         for page in (first, second):
@@ -588,7 +604,7 @@ HOSTILE = [  # tokens of a vocabulary
 @pytest.fixture(scope="module")
 def hostile(tokenizer, tmp_path_factory):
     """
-    A model in a folder with a bad name that answers in bad tokens alone, its tokenizer, whose chat template raises at
+    A model in a folder with a bad name that generates only bad tokens, its tokenizer, whose chat template raises at
     "fail", and the address of its app, with tight limits, in this process.
     """
     tokenizer = copy.deepcopy(tokenizer)
@@ -597,15 +613,17 @@ def hostile(tokenizer, tmp_path_factory):
     tokenizer.chat_template = (say + "{% endfor %}").replace("BAD", HOSTILE[1])
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(LlamaConfig(**{**LLM_SIZES, "vocab_size": len(tokenizer)}))
-    base.save_pretrained(folder := str(tmp_path_factory.mktemp("base")))
-    model = randomise_alpha(Phase15ForCausalLM.from_base(folder, **SIZES | {"chunk_length": PAGE_CHUNK}))
+    base_folder = str(tmp_path_factory.mktemp("base"))
+    base.save_pretrained(base_folder)
+    model = randomise_alpha(Phase15ForCausalLM.from_base(base_folder, **SIZES | {"chunk_length": PAGE_CHUNK}))
     model.hypernet.alpha.data *= 0.3  # the slots stay near the tokens that they carry
     model.generation_config.suppress_tokens = list(range(VOCAB))
     folder = tmp_path_factory.mktemp("hostile") / f"{HOSTILE[1]} [x](y) **z**"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     with pytest.MonkeyPatch.context() as patch:
-        demos, launch = [], gradio.Blocks.launch
+        demos = []
+        launch = gradio.Blocks.launch
         patch.setattr(
             gradio.Blocks,
             "launch",
@@ -686,7 +704,7 @@ def test_the_limits_are_flags_with_defaults(monkeypatch, tiny, tokenizer):
 
 def test_the_card_of_the_space():
     card = SpaceCard.load(ROOT / "docs" / "space.md")
-    assert (card.data.sdk, card.data.app_file) == ("gradio", "scripts/app.py")
+    assert (card.data.sdk, card.data.app_file) == ("gradio", "phase15/commands/app.py")
     assert (ROOT / card.data.app_file).is_file()
     assert card.data.sdk_version.split(".")[0] == gradio.__version__.split(".")[0]
 

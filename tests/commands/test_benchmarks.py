@@ -17,7 +17,7 @@ from phase15.commands.benchmarks import __main__ as benchmark
 from phase15.commands.benchmarks import decode as decode_benchmark
 from phase15.commands.benchmarks import harness
 from phase15.commands.benchmarks import train as train_benchmark
-from phase15.commands.benchmarks.serve import Job, flops_of
+from phase15.commands.benchmarks.serve import Job, count_flops
 from phase15.model import decoding_phase15
 
 
@@ -48,14 +48,20 @@ def test_decode(capsys):
 
 def test_the_base_is_compiled_on_a_cpu_too(bases, monkeypatch):
     """Otherwise `python -m benchmarks decode --compile` would time a base in eager mode."""
-    base, calls = AutoModelForCausalLM.from_pretrained(bases["llama"]), []
-    monkeypatch.setattr(type(base), "get_compiled_call", lambda self, config: calls.append(config) or self.__call__)
+    base = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    calls = []
+
+    def get_compiled_call(self, config):
+        calls.append(config)
+        return self.__call__
+
+    monkeypatch.setattr(type(base), "get_compiled_call", get_compiled_call)
     config = decode_benchmark.compile_everywhere()
     base.generate(random_ids(1, 5), max_new_tokens=3, cache_implementation="static", compile_config=config)
     assert calls == [config]
 
 
-def test_json_alone(capsys):
+def test_json_prints_only_json(capsys):
     _, text = report_of("decode", "--json", "--rounds", "1", "--new_tokens", "4", capsys=capsys)
     assert not text
 
@@ -64,7 +70,8 @@ def test_long(capsys, tmp_path):
     picture = tmp_path / "folder" / "long.png"
     report, text = report_of("long", "--new_tokens", "600", "--picture", str(picture), capsys=capsys)
     assert report["lengths"] == [256, 512] and picture.read_bytes().startswith(b"\x89PNG")
-    base, ours = (report["results"][name] for name in ("base", "phase15"))
+    base = report["results"]["base"]
+    ours = report["results"]["phase15"]
     assert ours["growth"]["state_mb"] == 1
     head_bytes = 4 * 2 * 2 * 2 * 16  # float32, keys and values, layers, heads of keys, their width
     # after 256 answers the last token is in no cache
@@ -101,7 +108,8 @@ def test_lengths_of_a_chunk_beside_the_cards(capsys):
     report, text = report_of(*argv, capsys=capsys)
     rows = report["results"]["batch_1"]
     assert list(rows) == ["base", "phase15", "phase15_k32"] and "| phase15, K = 32 |" in text
-    position, hidden_size = 2 * 2 * 2 * 16, 64  # keys and values, layers, heads of keys, their width
+    position = 2 * 2 * 2 * 16  # keys and values, layers, heads of keys, their width
+    hidden_size = 64
     for name, length in (("phase15", 16), ("phase15_k32", 32)):
         assert rows[name]["state_mb"] == 4 * ((128 + length) * position + 128 * hidden_size) / 2**20
     assert rows["base"]["state_mb"] == 4 * (40 + 20 - 1) * position / 2**20
@@ -136,16 +144,18 @@ def test_the_steps_of_a_chunk_add_up(monkeypatch):
     for length in (8, 16):
         options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 2 * length, "pad_token_id": 0}
         model.generate(prompt, compile=True, chunk_length=length, **options)
-    ran, run = [], decoding_phase15.Phase15Decoder.run
-    monkeypatch.setattr(
-        decoding_phase15.Phase15Decoder,
-        "run",
-        lambda self, name, model: ran.append((self.chunk.shape[1], name)) or run(self, name, model),
-    )
+    run = decoding_phase15.Phase15Decoder.run
+    calls = []
+
+    def record(self, name, model):
+        calls.append((self.chunk.shape[1], name))
+        return run(self, name, model)
+
+    monkeypatch.setattr(decoding_phase15.Phase15Decoder, "run", record)
     rows = {"phase15_compiled": {"ms_per_token": 1.0}, "phase15_k8_compiled": {"ms_per_token": 2.0}}
-    table = decode_benchmark.steps_of(args, model, rows, 1)
+    table = decode_benchmark.time_steps(args, model, rows, 1)
     assert list(table) == ["K = 8, ms per token", "K = 16, ms per token"]
-    assert set(ran) == {(length, name) for length in (8, 16) for name in ("prefill", "step", "decode")}
+    assert set(calls) == {(length, name) for length in (8, 16) for name in ("prefill", "step", "decode")}
     for row in table.values():
         assert row["sum"] == pytest.approx(row["slots_prefill"] + row["hypernetwork"] + row["token_steps"])
         assert min(row.values()) > 0
@@ -171,14 +181,17 @@ def test_int8_weights_are_int8():
 
 
 def test_nothing_is_needed_but_torch_and_transformers():
-    """As on a machine with a GPU that has little else."""
-    code = f"""
+    """Images for GPUs have little else."""
+    code = """
 import sys
-for name in {["peft", "datasets", "matplotlib", "fastapi", "torchao", "gguf"]}:
-    sys.modules[name] = None
-from benchmarks.__main__ import main, parse_args
-main(parse_args(["train", "--shape", "tiny", "--no-compile", "--rounds", "1", "--new_tokens", "20"]))
-main(parse_args(["long", "--shape", "tiny", "--no-compile", "--new_tokens", "256"]))
+for name in ("accelerate", "peft", "datasets", "trl", "matplotlib", "fastapi", "uvicorn", "openai", "torchao", "gguf"):
+    sys.modules[name] = None  # importing it is an ImportError
+from phase15.commands.benchmarks.__main__ import main, parse_args
+flags = ["--shape", "tiny", "--no-compile", "--rounds", "1"]
+main(parse_args(["train", *flags, "--new_tokens", "20"]))
+main(parse_args(["decode", *flags, "--new_tokens", "4", "--prompt_length", "8"]))
+main(parse_args(["load", *flags]))
+main(parse_args(["long", *flags, "--new_tokens", "256"]))
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0 and "none, without matplotlib" in run.stdout, run.stderr
@@ -212,15 +225,15 @@ def test_serve(capsys):
 @pytest.mark.parametrize("chunk_length", [CHUNK, 2 * CHUNK])
 def test_the_demand_of_a_workload_is_that_of_its_steps(tiny, chunk_length):
     """Counted while `generate` answers, less the slots and the last chunks that a workload's formula leaves out."""
-    (job,) = [Job(random_ids(3 * QUERY).tolist(), 4 * CHUNK)]
+    job = Job(random_ids(3 * QUERY).tolist(), 4 * CHUNK)
     model = tiny
     ids = torch.tensor([job.prompt])
     with FlopCounterMode(display=False) as counter:
         options = {"max_new_tokens": job.length, "pad_token_id": 0, "chunk_length": chunk_length}
         model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    demand = flops_of(model, [job], chunk_length)
+    demand = count_flops(model, [job], chunk_length)
     assert demand == pytest.approx(counter.get_total_flops(), rel=0.1)
-    assert flops_of(model, [job, job], chunk_length) == 2 * demand
+    assert count_flops(model, [job, job], chunk_length) == 2 * demand
 
 
 def test_the_naive_loss_is_the_models_own(tiny):

@@ -33,7 +33,8 @@ from phase15.commands import eval_lm  # noqa: E402
 
 pytestmark = pytest.mark.extra
 ROOT = Path(__file__).parents[2]
-BOS, EOS = 1, 59
+BOS = 1
+EOS = 59
 NEW_TOKENS = 10
 close = partial(assert_close, atol=1e-4, rtol=1e-4)
 
@@ -84,7 +85,8 @@ TASKS = {
 @pytest.fixture(scope="module")
 def model_tokenizer(tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.bos_token, tokenizer.eos_token = chr(65 + BOS), chr(65 + EOS)
+    tokenizer.bos_token = chr(65 + BOS)
+    tokenizer.eos_token = chr(65 + EOS)
     return tokenizer
 
 
@@ -180,16 +182,13 @@ def pairs_of(documents=DOCUMENTS) -> list[tuple[str, str]]:
 @pytest.fixture(scope="module")
 def pairs(trained) -> list[tuple[str, str]]:
     """All that can differ between two requests of one context, and what greedy decoding gives."""
-    context, other = DOCUMENTS[3]["context"], DOCUMENTS[2]["context"]
+    context = DOCUMENTS[3]["context"]
+    other = DOCUMENTS[2]["context"]
 
     def best(query: str, continuation: str) -> str:
         with torch.no_grad():
-            return chr(
-                65
-                + int(
-                    reference_logits(trained, torch.tensor(ids_of(query + continuation)), len(query))[0][-1].argmax()
-                )
-            )
+            logits = reference_logits(trained, torch.tensor(ids_of(query + continuation)), len(query))[0]
+        return chr(65 + int(logits[-1].argmax()))
 
     greedy = ""
     for _ in range(2 * CHUNK + 1):
@@ -223,16 +222,23 @@ def test_scores_do_not_depend_on_the_predictions_at_a_time(trained, folders, pai
 
 
 def test_requests_that_differ_in_their_last_token_share_a_row(folders, monkeypatch):
-    model, rows = load(folders["trained"], batch_size=100), []
+    model = load(folders["trained"], batch_size=100)
     score = model._score
-    monkeypatch.setattr(model, "_score", lambda batch: rows.extend(batch) or score(batch))
+    rows = []
+
+    def record(batch):
+        rows.extend(batch)
+        return score(batch)
+
+    monkeypatch.setattr(model, "_score", record)
     model.loglikelihood(requests_of("loglikelihood", *pairs_of()))
     assert len(rows) == 2 * len(DOCUMENTS)  # one for the three choices of one token, and one for the long choice
 
 
 def test_an_automatic_batch_size_changes_no_answer(trained, folders, pairs, answers, monkeypatch):
-    model, sizes = load(folders["trained"], batch_size="auto", max_batch_size=5), []
+    model = load(folders["trained"], batch_size="auto", max_batch_size=5)
     score = model._score
+    sizes = []
 
     def score_in_little_memory(batch):
         if len(batch) > 3:
@@ -248,16 +254,21 @@ def test_an_automatic_batch_size_changes_no_answer(trained, folders, pairs, answ
     close(rolling, [logprob for logprob, _ in reference_scores(trained, [("", text) for text in documents])])
     sizes.clear()
     requests = [(document["context"], {"max_gen_toks": NEW_TOKENS, "do_sample": False}) for document in DOCUMENTS]
-    lanes, numbers = eval_lm.Phase15Lanes, []
-    monkeypatch.setattr(
-        eval_lm, "Phase15Lanes", lambda model, n, **kwargs: numbers.append(n) or lanes(model, n, **kwargs)
-    )
+    lanes_class = eval_lm.Phase15Lanes
+    numbers = []
+
+    def make_lanes(model, num_lanes, **kwargs):
+        numbers.append(num_lanes)
+        return lanes_class(model, num_lanes, **kwargs)
+
+    monkeypatch.setattr(eval_lm, "Phase15Lanes", make_lanes)
     assert model.generate_until(requests_of("generate_until", *requests)) == answers
     assert (sizes, numbers, model.batch_size) == ([3], [3], "auto")
 
 
 def test_an_automatic_batch_size_counts_the_longest_chunk(folders, monkeypatch):
-    model, tried = load(folders["trained"], batch_size="auto", max_batch_size=2), []
+    model = load(folders["trained"], batch_size="auto", max_batch_size=2)
+    tried = []
     monkeypatch.setattr(model, "_score", lambda batch: tried.append(len(batch[0][2])))
     settings = [{"do_sample": False}, {"do_sample": False, "chunk_length": 7}, {"do_sample": False, "chunk_length": 5}]
     requests = [("some text", {"max_gen_toks": NEW_TOKENS, **kwargs}) for kwargs in settings]
@@ -270,8 +281,8 @@ def test_settings_of_a_task_are_those_of_generate(trained, folders, tokenizer, k
     contexts = [document["context"] for document in DOCUMENTS]
     requests = [(text, {"max_gen_toks": NEW_TOKENS, "do_sample": False, **kwargs}) for text in contexts]
     model = load(folders["trained"], batch_size=2)
-    got = model.generate_until(requests_of("generate_until", *requests))
-    for text, answer in zip(contexts, got, strict=True):
+    answers = model.generate_until(requests_of("generate_until", *requests))
+    for text, answer in zip(contexts, answers, strict=True):
         ids = torch.tensor([ids_of(text)])
         settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW_TOKENS, "do_sample": False}
         output = trained.generate(ids, **settings, **kwargs, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
@@ -283,14 +294,15 @@ def test_scores_of_a_new_model_are_those_of_its_base(folders, manager):
     for name, model_class in (("base", HFLM), ("new", eval_lm.Phase15LM)):
         model = load(folders[name], model_class, batch_size=3)
         results[name] = lm_eval.simple_evaluate(model, tasks=["choice"], task_manager=manager, limit=2)
-    ours, theirs = results["new"], results["base"]
+    ours = results["new"]
+    theirs = results["base"]
     assert ours["results"]["choice"]["acc,none"] == theirs["results"]["choice"]["acc,none"]
     for sample, expected in zip(ours["samples"]["choice"], theirs["samples"]["choice"], strict=True):
         assert len(sample["resps"]) == len(CHOICE_LENGTHS)
         assert_same([resp for (resp,) in sample["resps"]], [resp for (resp,) in expected["resps"]])
 
 
-def test_rolling_reads_whole_documents_behind_the_bos_token(trained, folders, manager):
+def test_rolling_reads_whole_documents_after_the_bos_token(trained, folders, manager):
     documents = [document["document"] for document in DOCUMENTS]
     assert max(map(len, documents)) > LLM_SIZES["max_position_embeddings"]  # where lm_eval would begin a new window
     expected = [logprob for logprob, _ in reference_scores(trained, [("", document) for document in documents])]
@@ -350,7 +362,7 @@ def test_a_tokenizer_without_an_end_token_is_refused(trained, tokenizer, tmp_pat
 
 
 @pytest.mark.parametrize("context", ["A B ", "A B \n", " ", "A\n\nB"])
-def test_a_line_break_alone_stays_at_the_end_of_a_context(folders, monkeypatch, context):
+def test_only_a_line_break_stays_at_the_end_of_a_context(folders, monkeypatch, context):
     """White space that ends a context goes to the continuation otherwise, as everywhere in lm_eval."""
     model = load(folders["trained"])
     monkeypatch.setattr(model, "tok_encode", lambda string, **kwargs: list(map(ord, string)))
@@ -371,7 +383,8 @@ def test_thinking_is_refused_where_the_continuation_is_given(folders):
 @pytest.fixture(scope="module")
 def runs(folders, task_folder, tmp_path_factory) -> dict[str, tuple[Path, str]]:
     """Folder and output of both commands: lm_eval in a process that knows nothing of us, ours meanwhile in this."""
-    plain, ours = (tmp_path_factory.mktemp(name) for name in ("hf", "phase15"))
+    plain = tmp_path_factory.mktemp("hf")
+    ours = tmp_path_factory.mktemp("phase15")
     options = ["--tasks", ",".join(TASKS), "--include_path", str(task_folder), "--batch_size", "2", "--device", "cpu"]
     options += ["--log_samples", "--output_path"]
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) != ROOT]
@@ -381,12 +394,12 @@ def runs(folders, task_folder, tmp_path_factory) -> dict[str, tuple[Path, str]]:
     command += [f"pretrained={folders['trained']},trust_remote_code=True,max_length=1000"]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=plain, env=os.environ | environment, **streams) as process:
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as stdout:
             patch.setattr(sys, "argv", sys.argv)  # main replaces it
             eval_lm.main(["--model_dir", folders["trained"], *options, str(ours / "out")])
         output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-3000:]
-    return {"hf": (plain, output), "phase15": (ours, said.getvalue())}
+    return {"hf": (plain, output), "phase15": (ours, stdout.getvalue())}
 
 
 def logged(folder: Path, task: str) -> list[dict]:
@@ -430,7 +443,7 @@ def test_plain_lm_eval_takes_the_first_token_as_query(runs, trained, answers):
 
 
 def test_an_empty_continuation_is_certain(folders):
-    """As lm_eval's own models say; with a context and without one."""
+    """As in lm_eval's own models, with a context and without one."""
     model = load(folders["trained"])
     requests = requests_of("loglikelihood", ("ABC", ""), ("ABC", "DE"), ("", ""))
     answers = model.loglikelihood(requests, disable_tqdm=True)
@@ -455,22 +468,22 @@ def test_the_models_arguments_are_lm_evals_beside_the_folder(monkeypatch, tmp_pa
     folder = tmp_path / "a,dtype=b [c"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "phase15"}))
-    given = []
+    calls = []
     monkeypatch.setattr(sys, "argv", sys.argv)
-    monkeypatch.setattr("lm_eval.simple_evaluate", lambda **kwargs: given.append(kwargs))
+    monkeypatch.setattr("lm_eval.simple_evaluate", lambda **kwargs: calls.append(kwargs))
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"task": "mine", **TASKS["choice"], "dataset_path": "json"}))
     options = ["--tasks", "mine", "--include_path", str(tmp_path), "--model_args", "dtype=bfloat16", "--limit", "2"]
     eval_lm.main([*options[:4], "--model_dir", str(folder), *options[4:]])
-    (given,) = given
-    assert given["model"] == "phase15" and given["limit"] == 2 and given["tasks"] == ["mine"]
-    assert given["model_args"] == {"dtype": "bfloat16", "pretrained": str(folder)}
+    (arguments,) = calls
+    assert arguments["model"] == "phase15" and arguments["limit"] == 2 and arguments["tasks"] == ["mine"]
+    assert arguments["model_args"] == {"dtype": "bfloat16", "pretrained": str(folder)}
 
 
 def test_help_shows_the_flags_of_both(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", sys.argv)
     with pytest.raises(SystemExit) as raised:
         eval_lm.main(["--help"])
-    said = capsys.readouterr().out
-    assert raised.value.code == 0 and "usage: python -m scripts.eval_lm --model_dir DIR" in said
-    assert all(flag in said for flag in ("--model_dir", "--tasks", "--batch_size", "--output_path"))
+    output = capsys.readouterr().out
+    assert raised.value.code == 0 and "usage: python -m scripts.eval_lm --model_dir DIR" in output
+    assert all(flag in output for flag in ("--model_dir", "--tasks", "--batch_size", "--output_path"))

@@ -280,7 +280,8 @@ def sft(tokenizer, tmp_path_factory):
     def trainer(model, form="strings", peft_config=None, **settings):
         defaults = {"max_steps": 3, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
         defaults |= {"use_cpu": True, "disable_tqdm": True, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
-        processing_class, template = copy.deepcopy(tokenizer), {}
+        processing_class = copy.deepcopy(tokenizer)
+        template = {}
         if form == "assistant-only":
             processing_class.chat_template = MARKED
             template = {"assistant_only_loss": True}
@@ -302,8 +303,8 @@ def records_of(tokenizer, form) -> list[tuple[torch.LongTensor, int]]:
     records = []
     for query, answer in PAIRS:
         if form == "strings":
-            start, whole = tokenizer(query)["input_ids"], tokenizer(query + answer)["input_ids"]
-            whole = [*whole, tokenizer.eos_token_id]
+            start = tokenizer(query)["input_ids"]
+            whole = [*tokenizer(query + answer)["input_ids"], tokenizer.eos_token_id]
         else:
             chat = {"return_dict": True, "add_generation_prompt": True}
             start = tokenizer.apply_chat_template(turn("user", query), **chat)["input_ids"]
@@ -318,15 +319,19 @@ def records_of(tokenizer, form) -> list[tuple[torch.LongTensor, int]]:
 def naive_loss_and_accuracy(model, records) -> tuple[float, float]:
     """Means over all answer tokens, row by row and without padding."""
     logits = [model.eval()(ids, query_lengths=[query]).logits[0, query - 1 : -1] for ids, query in records]
-    logits, targets = torch.cat(logits), torch.cat([ids[0, query:] for ids, query in records])
-    return F.cross_entropy(logits, targets).item(), (logits.argmax(dim=1) == targets).float().mean().item()
+    logits = torch.cat(logits)
+    targets = torch.cat([ids[0, query:] for ids, query in records])
+    accuracy = (logits.argmax(dim=1) == targets).float().mean().item()
+    return F.cross_entropy(logits, targets).item(), accuracy
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("form", FORMATS)
 def test_sft_trainer_reads_prompts_as_queries_and_has_our_loss(form, sft, model, tokenizer):
     records = records_of(tokenizer, form)
-    (expected, _), read, lengths = naive_loss_and_accuracy(model, records), model.read, []
+    expected, _ = naive_loss_and_accuracy(model, records)
+    read = model.read
+    lengths = []
     model.read = lambda sp, ids, length, *states: lengths.extend(length.tolist()) or read(sp, ids, length, *states)
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "bf16": False}
     trainer = sft(model, form, gradient_checkpointing=False, **settings)
@@ -378,12 +383,14 @@ def test_sft_trainer_trains_an_adapter(sft, saved, model, tokenizer, ids, tmp_pa
 def test_grpo_generates_in_lanes(chatter, chat_tokenizer, tmp_path, monkeypatch):
     """TRL's continuous batching is the library's `generate_batch`."""
     trl = pytest.importorskip("trl", reason="requirements-extra.txt")
-    calls, generate_batch = [], Phase15ForCausalLM.generate_batch
-    monkeypatch.setattr(
-        Phase15ForCausalLM,
-        "generate_batch",
-        lambda *args, **kwargs: calls.append(kwargs) or generate_batch(*args, **kwargs),
-    )
+    generate_batch = Phase15ForCausalLM.generate_batch
+    calls = []
+
+    def record(*args, **kwargs):
+        calls.append(kwargs)
+        return generate_batch(*args, **kwargs)
+
+    monkeypatch.setattr(Phase15ForCausalLM, "generate_batch", record)
     settings = {"use_transformers_continuous_batching": True, "num_generations": 2, "per_device_train_batch_size": 2}
     settings |= {"max_completion_length": 9, "max_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False}
     model = copy.deepcopy(chatter)
@@ -440,7 +447,8 @@ TOLERANCE = {"torchao-int8": 0.04, "bitsandbytes-int8": 0.06, "bitsandbytes-nf4"
 @pytest.fixture(scope="module")
 def wide(chat_tokenizer, tmp_path_factory) -> tuple[str, str]:
     """`base` and `saved` with 64 channels."""
-    base, saved = (str(tmp_path_factory.mktemp(name)) for name in ("wide_base", "wide_saved"))
+    base = str(tmp_path_factory.mktemp("wide_base"))
+    saved = str(tmp_path_factory.mktemp("wide_saved"))
     torch.manual_seed(0)
     config = LlamaConfig(**LLM_SIZES | {"vocab_size": len(chat_tokenizer), "hidden_size": 64, "intermediate_size": 64})
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
@@ -469,7 +477,8 @@ def test_only_the_llm_is_quantised(kind, folders, ids, tmp_path):
     quantised = load(saved, quantization_config=QUANTISED[kind]())
     assert {name for name, linear in linears(quantised.llm).items() if not is_quantised(linear)} == {"lm_head"}
     assert not any(is_quantised(linear) for linear in linears(quantised.hypernet).values())
-    expected, logits = logits_of(load(saved), ids), logits_of(quantised, ids)
+    expected = logits_of(load(saved), ids)
+    logits = logits_of(quantised, ids)
     error = (logits - expected).norm() / expected.norm()
     assert 0 < error < TOLERANCE[kind]
     tokens = {"input_ids": ids[:, :9], "attention_mask": torch.ones_like(ids[:, :9]), "pad_token_id": 1, **GREEDY}
@@ -537,7 +546,8 @@ def test_half_precision(dtype, saved, base, model, ids, tmp_path):
 
 def test_more_tokens(model, ids, tmp_path):
     """`resize_token_embeddings`: the config follows, and the model is saved with it."""
-    expected, size = logits_of(model, ids), model.config.text_config.vocab_size
+    expected = logits_of(model, ids)
+    size = model.config.text_config.vocab_size
     model.resize_token_embeddings(size + 5)
     assert model.config.get_text_config().vocab_size == size + 5
     logits = logits_of(model, ids)

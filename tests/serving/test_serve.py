@@ -60,10 +60,11 @@ def serving(folder: Path, *flags: str, log: str = "log"):
         try:
             for _ in range(1000):
                 assert process.poll() is None, log.read_text()
-                if found := re.search(r"running on http://127.0.0.1:(\d+)", log.read_text()):
+                match = re.search(r"running on http://127.0.0.1:(\d+)", log.read_text())
+                if match:
                     break
                 time.sleep(0.1)
-            url = f"http://127.0.0.1:{found[1]}/v1/"
+            url = f"http://127.0.0.1:{match[1]}/v1/"
             with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=300) as client:
                 yield process, client
         finally:
@@ -112,20 +113,20 @@ def wait_for_free_lanes(client: openai.OpenAI):
         time.sleep(0.05)
 
 
-def said(model, tokenizer, prompt: str, length: int = LENGTH) -> str:
+def expected_answer(model, tokenizer, prompt: str, length: int = LENGTH) -> str:
     return tokenizer.decode(answer_ids(model, tokenizer, prompt, length), skip_special_tokens=True)
 
 
 def test_an_answer_is_what_generate_gives(client, chatter, chat_tokenizer):
     assert LENGTH > 2 * chatter.config.text_config.max_position_embeddings
-    expected = said(chatter, chat_tokenizer, PROMPTS[1])
+    expected = expected_answer(chatter, chat_tokenizer, PROMPTS[1])
     answer = client.chat.completions.create(model=NAME, messages=chat(PROMPTS[1]), max_tokens=LENGTH, temperature=0)
     assert answer.choices[0].message.content == expected and answer.model == NAME
     assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", LENGTH)
     pieces = ask_for_stream(client, PROMPTS[1])
     assert len(pieces) > 10 and "".join(pieces) == expected
     answer = client.chat.completions.create(model=NAME, messages=chat(ENDING), temperature=0)  # no max_tokens
-    assert answer.choices[0].message.content == said(chatter, chat_tokenizer, ENDING)
+    assert answer.choices[0].message.content == expected_answer(chatter, chat_tokenizer, ENDING)
     assert answer.choices[0].finish_reason == "stop"
     answer = client.completions.create(model=NAME, prompt="Blue light", max_tokens=LENGTH, temperature=0)
     ids = answer_ids(chatter, chat_tokenizer, chat_tokenizer("Blue light")["input_ids"])
@@ -133,21 +134,23 @@ def test_an_answer_is_what_generate_gives(client, chatter, chat_tokenizer):
 
 
 def test_twenty_turns_are_answered_as_if_each_were_read_afresh(client, chatter, chat_tokenizer):
-    messages, kept = [], []
+    messages = []
+    cached_tokens = []
     for turn in range(20):
         messages += chat(f"Question {turn}?")
         ids = chat_tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
         answer = client.chat.completions.create(model=NAME, messages=messages, max_tokens=9, temperature=0)
         expected = chat_tokenizer.decode(answer_ids(chatter, chat_tokenizer, ids, 9), skip_special_tokens=True)
         assert answer.choices[0].message.content == expected
-        kept.append(answer.usage.prompt_tokens_details.cached_tokens)
+        cached_tokens.append(answer.usage.prompt_tokens_details.cached_tokens)
         assert answer.usage.prompt_tokens == len(ids)
-        messages.append({"role": "assistant", "content": "Yes."})  # not what was said, as when a client edits it
-    assert kept[0] == 0 and kept == sorted(kept) and kept[-1] > 0.8 * len(ids)
+        messages.append({"role": "assistant", "content": "Yes."})  # not the answer, as when a client edits it
+    assert cached_tokens[0] == 0 and cached_tokens == sorted(cached_tokens)
+    assert cached_tokens[-1] > 0.8 * len(ids)
 
 
 def test_many_clients_at_once_get_each_its_own_answer(client, chatter, chat_tokenizer):
-    expected = [said(chatter, chat_tokenizer, prompt) for prompt in PROMPTS]
+    expected = [expected_answer(chatter, chat_tokenizer, prompt) for prompt in PROMPTS]
     assert len(set(expected)) == len(PROMPTS)
     barrier = threading.Barrier(20)  # more than lanes
 
@@ -178,7 +181,7 @@ def test_a_client_that_leaves_frees_its_lane_streamed_or_not(server, client):
     wait_until_idle(server[0])
 
 
-def test_a_full_server_says_so_and_when_to_come_again(saved):
+def test_a_full_server_refuses_and_names_a_time_to_retry(saved):
     with serving(saved, "--num_lanes", "1", "--max_waiting", "0", log="full.log") as (_, client):
         chunks = begin(client)
         with pytest.raises(openai.RateLimitError) as raised:
@@ -198,7 +201,7 @@ def test_a_signal_lets_what_is_under_way_end_within_the_time(saved, chatter, cha
         text = next(chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].delta.content)
         process.send_signal(number)
         text += "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-        assert text == said(chatter, chat_tokenizer, PROMPTS[0], 3000)
+        assert text == expected_answer(chatter, chat_tokenizer, PROMPTS[0], 3000)
         assert process.wait(timeout=60) == 0
         with pytest.raises(openai.APIConnectionError):
             ask(client, "Hello")
@@ -211,11 +214,11 @@ def test_a_signal_ends_what_takes_longer(saved):
         assert process.wait(timeout=60) == 0
 
 
-def test_the_server_listens_on_the_loopback_address_alone(client):
+def test_the_server_listens_on_the_loopback_address_only(client):
     assert listening(client.base_url.port) == {"127.0.0.1"}
 
 
-def test_the_log_says_what_the_lanes_take(server, saved):
+def test_the_memory_of_the_lanes_is_logged(server, saved):
     log = (saved / "log").read_text()
     assert re.search(
         r"saved/model on cpu: 16 lanes of 0\.0 MB, chunks of \d+ tokens, and up to 64 kept conversations of 0\.00 MB",
@@ -225,7 +228,8 @@ def test_the_log_says_what_the_lanes_take(server, saved):
 
 # under load
 
-REQUESTS, CLIENTS = 400, 16
+REQUESTS = 400
+CLIENTS = 16
 ALLOWED = re.compile(r"INFO: .*")  # what the log may hold once the server is up: a line per answer
 
 
@@ -275,7 +279,9 @@ def test_400_requests_of_16_clients_are_answered_as_alone(saved):
     with serving(saved, "--max_kept_conversations", "8", log="load.log") as (process, client):
         alone = [request.ask(client) for request in requests]
         assert len(set(alone)) > 12
-        memory, answers, barrier = [], {}, threading.Barrier(CLIENTS)
+        memory = []
+        answers = {}
+        barrier = threading.Barrier(CLIENTS)
 
         def work(first: int):
             barrier.wait()
@@ -293,7 +299,8 @@ def test_400_requests_of_16_clients_are_answered_as_alone(saved):
         assert requests[0].ask(client) == alone[0]
     assert len(answers) == REQUESTS * 4 // 5 and len(memory) == REQUESTS
     assert answers == {index: alone[index % len(requests)] for index in answers}
-    early, late = (median(memory[start : start + 50]) for start in (REQUESTS // 2, REQUESTS - 50))
+    early = median(memory[REQUESTS // 2 : REQUESTS // 2 + 50])
+    late = median(memory[-50:])
     print(f"resident: {early / 1e6:.1f} MB, then {late / 1e6:.1f} MB")
     assert late - early < 4e6
     log = (saved / "load.log").read_text().partition("Application startup complete.\n")[2]

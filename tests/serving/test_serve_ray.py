@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from reference import PROMPTS, answer_ids
-from test_serve import NAME, ROOT, chat, said
+from test_serve import NAME, ROOT, chat, expected_answer
 
 
 pytest.importorskip("ray", reason="serving on several machines needs pip install -r requirements-extra.txt")
@@ -25,13 +25,13 @@ pytestmark = [pytest.mark.extra, pytest.mark.slow]
 
 
 def replicas() -> set[int]:
-    """The processes of replicas (Linux)."""
-    found = set()
+    """Returns the process ids of the replicas (Linux)."""
+    pids = set()
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             if b"ServeReplica:phase15:Lanes" in (folder / "cmdline").read_bytes():
-                found.add(int(folder.name))
-    return found
+                pids.add(int(folder.name))
+    return pids
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def ask(client, messages: list[dict], **settings):
 
 
 def test_two_replicas_serve_and_one_dies_and_no_later_request_fails(client, chatter, chat_tokenizer):
-    expected = [said(chatter, chat_tokenizer, prompt, 20) for prompt in PROMPTS]
+    expected = [expected_answer(chatter, chat_tokenizer, prompt, 20) for prompt in PROMPTS]
 
     def right(index: int) -> bool:
         prompt = PROMPTS[index % len(PROMPTS)]
@@ -106,8 +106,8 @@ def test_a_conversation_goes_back_to_the_replica_that_keeps_it(client, chatter, 
             ids = chat_tokenizer.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
             text = chat_tokenizer.decode(answer_ids(chatter, chat_tokenizer, ids, 20), skip_special_tokens=True)
             assert answer.choices[0].message.content == text
-            kept = answer.usage.prompt_tokens_details.cached_tokens
-            assert kept == 0 if turn == 0 else kept > 0
+            cached_tokens = answer.usage.prompt_tokens_details.cached_tokens
+            assert cached_tokens == 0 if turn == 0 else cached_tokens > 0
             talk += [{"role": "assistant", "content": "Yes."}, *chat(f"Turn {turn}?")]
 
 

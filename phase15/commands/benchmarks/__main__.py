@@ -106,12 +106,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def print_tables(report: dict):
-    settings, results = report["settings"], report["results"]
-    kind, shape = report["benchmark"], f"{settings['shape']}, {settings['dtype']}"
-    print(f"{kind}, {shape}, {report['device']}, commit {report['commit']}")
-    if limits := report.get("ceilings"):
-        rates = limits["bytes_per_second"] / 1e9, limits["flop_per_second"] / 1e12
-        print("ceilings: a large copy {:.0f} GB/s, a large matrix product {:.2f} TFLOP/s".format(*rates))
+    settings = report["settings"]
+    results = report["results"]
+    kind = report["benchmark"]
+    print(f"{kind}, {settings['shape']}, {settings['dtype']}, {report['device']}, commit {report['commit']}")
+    if "ceilings" in report:
+        copy = report["ceilings"]["bytes_per_second"] / 1e9
+        product = report["ceilings"]["flop_per_second"] / 1e12
+        print(f"ceilings: a large copy {copy:.0f} GB/s, a large matrix product {product:.2f} TFLOP/s")
     if kind == "load":  # one table
         print(f"\n{table(results)}")
         results = {}
@@ -120,7 +122,8 @@ def print_tables(report: dict):
         if "faster_than_base_from_token" in rows:
             token = shown(rows["faster_than_base_from_token"])
             heading += f"; whole answer faster than the base's from token: {token}"
-        print(f"\n{heading}\n{table({key: row for key, row in rows.items() if isinstance(row, dict)})}")
+        rows = {key: row for key, row in rows.items() if isinstance(row, dict)}  # without the heading's number
+        print(f"\n{heading}\n{table(rows)}")
     for name, reason in report.get("not_measured", {}).items():
         print(f"\n{LABELS.get(name, name)}: not measured, {reason}")
     print()

@@ -1,5 +1,5 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""Shared by the benchmarks: interleaved timing, memory, ceilings, models of random weights, tables."""
+"""Shared by the benchmarks: alternating timing, memory, ceilings, models of random weights, tables."""
 
 import argparse
 import gc
@@ -17,6 +17,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.utils import logging
 
+from phase15.model import decoding_phase15
 from phase15.model.configuration_phase15 import TINYLLAMA, Phase15Config
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 
@@ -40,12 +41,13 @@ TINY = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
 }
+# The arguments of the base's config, and of the Phase15 model's.
 SHAPES = {
     "tinyllama": (TINYLLAMA, {}),
     "smollm2": (SMOLLM2, {}),
     "tiny": (TINY, {"hypernet_hidden_size": 64, "hypernet_intermediate_size": 256, "hypernet_num_attention_heads": 4}),
 }
-# How tables and curves name the variants, whose names are the keys of the JSON.
+# Names of the variants in tables and curves. The keys are those of the JSON.
 LABELS = {
     "base": "base",
     "base_compiled": "base, static cache, compiled",
@@ -69,7 +71,7 @@ def synchronize():
 
 
 def timed(function: Callable) -> float:
-    """Seconds of one call, without garbage collection, as `timeit` measures."""
+    """Returns the seconds of one call, without garbage collection, as `timeit` does."""
     gc.collect()
     gc.disable()
     synchronize()
@@ -82,7 +84,13 @@ def timed(function: Callable) -> float:
 
 
 def rounds(variants: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every counted call of each variant. They take turns, after one call each that does not count."""
+    """
+    Times calls of several variants. They take turns, so that a change of the machine's speed does not favour one. One
+    call of each before is not counted: it compiles, and fills caches.
+
+    Returns:
+        `dict[str, list[float]]`: seconds of each counted call, by variant.
+    """
     for function in variants.values():
         function()
     seconds = {name: [] for name in variants}
@@ -93,12 +101,13 @@ def rounds(variants: dict[str, Callable], repeats: int) -> dict[str, list[float]
 
 
 def in_turn(variants: dict, index: int) -> list[str]:
-    """The names of the variants, backwards in every other round: none always follows the same one."""
-    return list(variants)[:: -1 if index % 2 else 1]
+    """Returns the names of the variants, reversed in odd rounds, so that none always follows the same one."""
+    names = list(variants)
+    return names if index % 2 == 0 else names[::-1]
 
 
 def peak_memory(function: Callable) -> int | None:
-    """Most bytes that a call adds to the GPU's allocated memory; not measured on a CPU."""
+    """Returns the maximum of the bytes that a call adds to the GPU's allocated memory, or `None` on a CPU."""
     if not torch.cuda.is_available():
         return None
     gc.collect()
@@ -110,26 +119,28 @@ def peak_memory(function: Callable) -> int | None:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Bytes/s read and written by a large copy, FLOP/s of a large matrix product."""
-    is_cuda = device.type == "cuda"
-    source = torch.empty(2**30 if is_cuda else 2**27, dtype=torch.uint8, device=device)
+    """Measures the bytes/s that a large copy reads and writes, and the FLOP/s of a large matrix product."""
+    if device.type == "cuda":
+        num_bytes = 2**30
+        size = 8192
+    else:
+        num_bytes = 2**27
+        size = 1536
+    source = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    size = 8192 if is_cuda else 1536
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    left = torch.randn(size, size, device=device, dtype=dtype)
+    right = torch.randn(size, size, device=device, dtype=dtype)
     copy = statistics.median(rounds({"copy": lambda: target.copy_(source)}, 5)["copy"])
     product = statistics.median(rounds({"product": lambda: left @ right}, 5)["product"])
-    return {"bytes_per_second": 2 * source.numel() / copy, "flop_per_second": 2 * size**3 / product}
+    return {"bytes_per_second": 2 * num_bytes / copy, "flop_per_second": 2 * size**3 / product}
 
 
 def commit() -> str:
+    """Returns the commit of the checkout that this file lies in, with "-dirty" after it if files were changed."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude", "*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown: not a git repository"
 
@@ -141,30 +152,38 @@ def device_name(device: torch.device) -> str:
 
 
 def make_models(args: argparse.Namespace) -> tuple[Phase15ForCausalLM, torch.nn.Module]:
-    """A Phase15 model whose Δ is not zero, and the base inside it."""
-    text_config, config = SHAPES[args.shape]
+    """Returns a Phase15 model of random weights whose Δ is not zero, and the base inside it."""
+    text_arguments, arguments = SHAPES[args.shape]
     torch.manual_seed(0)
-    text_config = LlamaConfig(**text_config, bos_token_id=1, eos_token_id=None)
+    text_config = LlamaConfig(**text_arguments, bos_token_id=1, eos_token_id=None)  # no answer ends early
+    config = Phase15Config(text_config=text_config, **arguments)
     with torch.device(args.device):
-        model = Phase15ForCausalLM(Phase15Config(text_config=text_config, **config)).to(args.dtype).eval()
+        model = Phase15ForCausalLM(config).to(args.dtype).eval()
         torch.nn.init.normal_(model.hypernet.alpha)
     return model, model.llm
 
 
 def read_parameters(module: torch.nn.Module) -> int:
-    """Parameters that a pass reads: all but the input embeddings, of which it reads single rows."""
-    table = module.get_input_embeddings().weight
-    tied = module.get_output_embeddings().weight is table
-    return sum(parameter.numel() for parameter in module.parameters()) - (0 if tied else table.numel())
+    """Counts the parameters that a forward pass reads: all except input embeddings, of which it reads single rows."""
+    number = sum(parameter.numel() for parameter in module.parameters())
+    embeddings = module.get_input_embeddings().weight
+    if module.get_output_embeddings().weight is not embeddings:
+        number -= embeddings.numel()
+    return number
 
 
 def hypernet_parameters(model: Phase15ForCausalLM) -> int:
     return sum(parameter.numel() for parameter in model.hypernet.parameters())
 
 
+def compiled_decoders(model: Phase15ForCausalLM) -> list:
+    """Returns the decoders, with their buffers, that `generate(compile=True)` has made for a model."""
+    return list(decoding_phase15._DECODERS[model].values())
+
+
 @contextmanager
 def quiet():
-    """Silences the library's advice about single calls, and its progress bars."""
+    """Silences transformers' advice about single calls, and its progress bars."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -176,30 +195,39 @@ def quiet():
 
 
 def table(rows: dict[str, dict]) -> str:
-    """A Markdown table: a row for each variant, or for each length."""
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = ["| |" + "|".join(f" {column.replace('_', ' ')} " for column in columns) + "|"]
-    lines.append("|---|" + "---|" * len(columns))
+    """Returns a Markdown table with a row for each variant, or for each length."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))  # each once, in order
+    header = [column.replace("_", " ") for column in columns]
+    lines = [f"| | {' | '.join(header)} |", "|---" * (len(columns) + 1) + "|"]
     for name, row in rows.items():
-        lines.append(f"| {label(name)} |" + "|".join(f" {shown(row.get(column))} " for column in columns) + "|")
+        cells = [label(name), *(shown(row.get(column)) for column in columns)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def label(name: str) -> str:
-    """How tables name a variant."""
-    if found := re.fullmatch(r"(phase15|server)_k(\d+)(_compiled)?", name):
-        return f"{LABELS[found[1]]}, K = {found[2]}" + (", compiled" if found[3] else "")
-    return LABELS.get(name, name)
+    """Returns the name of a variant in tables."""
+    match = re.fullmatch(r"(phase15|server)_k(\d+)(_compiled)?", name)
+    if match is None:
+        return LABELS.get(name, name)
+    variant, chunk_length, compiled = match.groups()
+    text = f"{LABELS[variant]}, K = {chunk_length}"
+    if compiled:
+        text += ", compiled"
+    return text
 
 
 def shown(value) -> str:
-    if isinstance(value, float):
-        return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-    return "not measured" if value is None else str(value)
+    """Returns a value as text, with three digits, or all of a large number."""
+    if value is None:
+        return "not measured"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def device(name: str) -> torch.device:
-    """A device of this machine."""
+    """Returns a device of this machine, for argparse."""
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -212,6 +240,7 @@ __all__ = [
     "SHAPES",
     "ceilings",
     "commit",
+    "compiled_decoders",
     "device",
     "device_name",
     "hypernet_parameters",

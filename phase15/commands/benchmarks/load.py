@@ -5,6 +5,7 @@ import argparse
 import os
 import statistics
 import tempfile
+from functools import partial
 
 from transformers import AutoModelForCausalLM
 
@@ -15,28 +16,27 @@ def load(args: argparse.Namespace) -> dict:
     """Times `from_pretrained`, with the files in the page cache."""
     with tempfile.TemporaryDirectory() as work:
         if args.folders is None:
+            folder = os.path.join(work, "phase15")
+            base_folder = os.path.join(work, "base")
             model, base = make_models(args)
-            folders = [os.path.join(work, name) for name in ("phase15", "base")]
-            model.save_pretrained(folders[0])
-            base.save_pretrained(folders[1])
-            del model, base
+            model.save_pretrained(folder)
+            base.save_pretrained(base_folder)
+            del model, base  # memory for the models that are loaded
         else:
-            folders = args.folders
-        variants = {
-            name: lambda folder=folder: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-            for name, folder in zip(("phase15", "base"), folders, strict=True)
-        }
+            folder, base_folder = args.folders
+        load_model = partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=True)
+        variants = {"phase15": partial(load_model, folder), "base": partial(load_model, base_folder)}
         seconds = rounds(variants, args.rounds)
-    return {
-        "results": {
-            name: {
-                "median_ms": 1e3 * statistics.median(times),
-                "fastest_ms": 1e3 * min(times),
-                "ratio_to_base": statistics.median(times) / statistics.median(seconds["base"]),
-            }
-            for name, times in seconds.items()
+    base_median = statistics.median(seconds["base"])
+    results = {}
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        results[name] = {
+            "median_ms": 1e3 * median,
+            "fastest_ms": 1e3 * min(times),
+            "ratio_to_base": median / base_median,
         }
-    }
+    return {"results": results}
 
 
 __all__ = ["load"]

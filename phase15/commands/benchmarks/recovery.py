@@ -1,6 +1,6 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """
-What `benchmarks/recovery_gpu.sh` has measured so far, as one table and one picture.
+Makes one table and one picture of all that `benchmarks/recovery_gpu.sh` has measured so far.
 
     python -m benchmarks.recovery outputs/recovery
 """
@@ -25,16 +25,18 @@ from phase15.evaluation.plots import picture
 
 
 def evaluations(folder: Path) -> dict[str, dict]:
-    """The evaluation.json of each model that was compared, by its folder's name, the smallest soft prompt first."""
-    found = sorted(folder.glob("*/evaluation.json"), key=lambda path: (num_slots(path.parent), path.parent.name))
-    return {path.parent.name: json.loads(path.read_text()) for path in found}
+    """Returns the evaluation.json of each compared model by the name of its folder, smallest soft prompts first."""
+    paths = sorted(folder.glob("*/evaluation.json"), key=lambda path: (num_slots(path.parent), path.parent.name))
+    return {path.parent.name: json.loads(path.read_text()) for path in paths}
 
 
 def num_slots(folder: Path) -> int:
+    """Returns the number at the end of a folder's name."""
     return int(re.search(r"\d+$", folder.name)[0])
 
 
 def recovery(result: dict | None) -> str:
+    """Returns R and its interval as text, empty if it was not measured."""
     if result is None:
         return ""
     if result["recovery"] is None:
@@ -43,45 +45,47 @@ def recovery(result: dict | None) -> str:
     return f"{result['recovery']:.1%} [{low:.1%}, {high:.1%}]"
 
 
-def recovery_table(found: dict[str, dict]) -> str:
-    """Losses in nats per answer token, and R against the baselines and within the model's own LLM."""
+def recovery_table(results_by_model: dict[str, dict]) -> str:
+    """Returns a table of losses in nats per answer token, and of R against the baselines and within the own LLM."""
     rows = (MODEL, WINDOW, FULL_CONTEXT, BASELINE_WINDOW, BASELINE_FULL_CONTEXT)
     header = ["model", *map(display_label, rows), "R against the baselines", "R within its LLM"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    for name, results in found.items():
-        losses = [results["validation"].get(row) for row in rows]
-        cells = [name, *(f"{loss['loss']:.4f}" if loss else "" for loss in losses)]
-        cells += [recovery(results["context_recovery"].get(kind)) for kind in (OWN_BASELINES, SAME_LLM)]
+    for name, results in results_by_model.items():
+        cells = [name]
+        for row in rows:
+            losses = results["validation"].get(row)
+            cells.append(f"{losses['loss']:.4f}" if losses else "")
+        for kind in (OWN_BASELINES, SAME_LLM):
+            cells.append(recovery(results["context_recovery"].get(kind)))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def plot_losses(found: dict[str, dict], path: Path):
+def plot_losses(results_by_model: dict[str, dict], path: Path):
     """Draws the loss by chunk index of each model and, dashed, of its window into a picture file."""
+    full_context = None
     with picture(path) as axes:
-        for name, results in found.items():
+        for name, results in results_by_model.items():
             rows = results["validation"]
             (line,) = axes.plot(rows[MODEL]["loss_by_chunk"], marker="o", markersize=3, label=name)
             window = rows.get(BASELINE_WINDOW, rows[WINDOW])
             axes.plot(window["loss_by_chunk"], "--", color=line.get_color())
-        full = [
-            r["validation"][BASELINE_FULL_CONTEXT] for r in found.values() if BASELINE_FULL_CONTEXT in r["validation"]
-        ]
-        if full:  # the same model for all
-            axes.plot(full[0]["loss_by_chunk"], color="black", label=display_label(BASELINE_FULL_CONTEXT))
+            full_context = full_context or rows.get(BASELINE_FULL_CONTEXT)  # the same model for all
+        if full_context is not None:
+            axes.plot(full_context["loss_by_chunk"], color="black", label=label(BASELINE_FULL_CONTEXT))
         axes.set(xlabel="chunk index", ylabel="nats per answer token", title="dashed: the window")
         axes.legend()
 
 
 def run_command():
     folder = Path(sys.argv[1])
-    found = evaluations(folder)
-    if not found:
+    results_by_model = evaluations(folder)
+    if not results_by_model:
         sys.exit(f"{folder}: no evaluation.json in any folder of it.")
-    text = recovery_table(found)
+    text = recovery_table(results_by_model)
     print(f"\n{text}\n")
     write_text(folder / "recovery.md", f"{text}\n")
-    plot_losses(found, folder / "recovery.png")
+    plot_losses(results_by_model, folder / "recovery.png")
 
 
 if __name__ == "__main__":

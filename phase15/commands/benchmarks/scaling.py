@@ -1,6 +1,6 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """
-What larger bases and more GPUs would need, on paper: the tables of docs/scaling.md, from one measured training step.
+Estimates what larger bases and more GPUs would need: the tables of docs/scaling.md, from one measured training step.
 
     python -m benchmarks.scaling                                     chunks of 16 tokens, as in training
     python -m benchmarks.scaling --chunk_length 64
@@ -36,17 +36,17 @@ SHAPES = {
         "vocab_size": 128256,
     },
 }
-TOKENS = 256  # of a query, and of an answer
-CHUNK_LENGTH = 16  # in the measured step
-ROWS = 64  # of a step in the table
+TOKENS = 256  # length of a query, and of an answer
+CHUNK_LENGTH = 16  # of the measured step
+ROWS = 64  # rows per step in the table
 GPUS = (1, 8, 64)
-MEMORY = 80.0  # GB of a GPU
-BANDWIDTH = 3.35e12  # bytes/s of an H100
-OTHER_ACTIVATIONS = 0.70e9  # bytes a row, measured: HyperNetwork, not checkpointed, and, less, logits
+MEMORY = 80.0  # of a GPU, in GB
+BANDWIDTH = 3.35e12  # of an H100, in bytes/s
+OTHER_ACTIVATIONS = 0.70e9  # bytes per row, measured: the HyperNetwork, not checkpointed, and some logits
 
 
 class Parameters(NamedTuple):
-    """Of a model, counted on the meta device; `column` is the keys and values of one position."""
+    """Numbers of parameters of a model and its parts."""
 
     layers: int
     head: int
@@ -55,78 +55,120 @@ class Parameters(NamedTuple):
     config: Phase15Config
 
     @property
-    def column(self) -> int:
-        text = self.config.text_config
-        return 2 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
+    def llm(self) -> int:
+        return self.total - self.hypernet
+
+    @property
+    def position_size(self) -> int:
+        """Returns the number of keys and values of one position, in all layers."""
+        text_config = self.config.text_config
+        head_dim = text_config.hidden_size // text_config.num_attention_heads
+        return 2 * text_config.num_hidden_layers * text_config.num_key_value_heads * head_dim
+
+
+class Work(NamedTuple):
+    """Work of a row in a training step."""
+
+    full_flop: int  # stage 2, which trains everything
+    frozen_flop: int  # stage 1, which trains only the HyperNetwork
+    positions: int  # of the LLM
 
 
 def count(shape: dict) -> Parameters:
+    """Counts the parameters of a shape on the meta device, without memory for them."""
     with torch.device("meta"):
         model = Phase15ForCausalLM(Phase15Config(text_config=LlamaConfig(**shape)))
     parts = (model.llm.model.layers, model.llm.lm_head, model.hypernet, model)
-    return Parameters(*(sum(p.numel() for p in part.parameters()) for part in parts), model.config)
+    numbers = [sum(parameter.numel() for parameter in part.parameters()) for part in parts]
+    return Parameters(*numbers, model.config)
 
 
-def work(parameters: Parameters, chunk_length: int, chunks_per_record: int | None = None) -> tuple[int, int, int]:
-    """FLOP of a row in stage 2 and in stage 1, and the LLM's positions; 6 FLOP a parameter and position."""
-    num_slots, num_chunks = parameters.config.num_soft_tokens, math.ceil(TOKENS / chunk_length)
-    seen = min(chunks_per_record or num_chunks, num_chunks)
-    positions, targets = seen * (num_slots + chunk_length - 1), min(seen * chunk_length, TOKENS)
-    steps = math.ceil(TOKENS / parameters.config.max_query_length) + num_chunks - 1
-    flop = parameters.layers * positions + parameters.head * targets + parameters.hypernet * steps * num_slots
-    return 6 * flop, 6 * flop - 2 * parameters.layers * positions, positions
+def work(parameters: Parameters, chunk_length: int, chunks_per_record: int | None = None) -> Work:
+    """
+    Counts the work of a row: 6 FLOP per parameter and position, 4 without a weight gradient.
+
+    Args:
+        parameters (`Parameters`): of the model.
+        chunk_length (`int`): tokens per chunk.
+        chunks_per_record (`int`, *optional*): chunks of a record that the LLM sees; all by default.
+    """
+    config = parameters.config
+    num_chunks = math.ceil(TOKENS / chunk_length)
+    num_segments = math.ceil(TOKENS / config.max_query_length)
+    num_seen = min(chunks_per_record or num_chunks, num_chunks)
+    positions = num_seen * (config.num_soft_tokens + chunk_length - 1)
+    targets = min(num_seen * chunk_length, TOKENS)
+    steps = num_segments + num_chunks - 1  # the recursion takes all steps, whatever the LLM sees
+    layers_flop = parameters.layers * positions
+    head_flop = parameters.head * targets
+    hypernet_flop = parameters.hypernet * steps * config.num_soft_tokens
+    full_flop = 6 * (layers_flop + head_flop + hypernet_flop)
+    return Work(full_flop, full_flop - 2 * layers_flop, positions)
 
 
 def training_table(args: argparse.Namespace, models: dict[str, Parameters]) -> str:
-    first = next(iter(models.values()))
-    rate = args.rows * work(first, CHUNK_LENGTH)[0] / args.seconds  # FLOP/s
-    lines = [
-        "| base | stage | states | activations a row | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in GPUS) + " |",
-        "|---" * (4 + len(GPUS)) + "|",
-    ]
+    """Returns the table of memory and seconds of a training step."""
+    measured = next(iter(models.values()))
+    flop_per_second = args.rows * work(measured, CHUNK_LENGTH).full_flop / args.seconds
+    header = ["base", "stage", "states", "activations a row"]
+    header += [f"{number} GPU" if number == 1 else f"{number} GPUs" for number in GPUS]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for name, parameters in models.items():
-        full, frozen, positions = work(parameters, args.chunk_length, args.chunks_per_record)
-        text = parameters.config.text_config
-        kept = positions * text.hidden_size * text.num_hidden_layers * 2
-        kept += OTHER_ACTIVATIONS * math.ceil(TOKENS / args.chunk_length) / (TOKENS / CHUNK_LENGTH)
-        llm = parameters.total - parameters.hypernet
-        for stage, flop, states in (
-            (1, frozen, 2 * llm + 16 * parameters.hypernet),
-            (2, full, 16 * parameters.total),
-        ):
-            cells = [name if stage == 1 else "", str(stage), f"{shown(states / 1e9)} GB", f"{kept / 1e9:.1f} GB"]
+        row_work = work(parameters, args.chunk_length, args.chunks_per_record)
+        text_config = parameters.config.text_config
+        # The input of each checkpointed layer, in bfloat16. The rest grows with the number of steps.
+        activations = row_work.positions * text_config.hidden_size * text_config.num_hidden_layers * 2
+        num_steps = math.ceil(TOKENS / args.chunk_length)
+        activations += OTHER_ACTIVATIONS * num_steps / (TOKENS / CHUNK_LENGTH)
+        # Bytes per parameter: 16 with gradient and AdamW's states, 2 if frozen, in bfloat16.
+        stages = (
+            (1, row_work.frozen_flop, 2 * parameters.llm + 16 * parameters.hypernet),
+            (2, row_work.full_flop, 16 * parameters.total),
+        )
+        for stage, flop, states in stages:
+            cells = [name if stage == 1 else "", str(stage)]
+            cells += [f"{shown(states / 1e9)} GB", f"{activations / 1e9:.1f} GB"]
             for number in GPUS:
-                each = states / number / 1e9
-                fits = f"{shown(ROWS * flop / rate / number)} s, {shown(each)} GB"
-                cells.append(fits if each < MEMORY else f"does not fit ({shown(each)} GB)")
+                gigabytes = states / number / 1e9
+                if gigabytes < MEMORY:
+                    seconds = ROWS * flop / flop_per_second / number
+                    cells.append(f"{shown(seconds)} s, {shown(gigabytes)} GB")
+                else:
+                    cells.append(f"does not fit ({shown(gigabytes)} GB)")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def inference_table(args: argparse.Namespace, models: dict[str, Parameters]) -> str:
-    lines = [
-        "| base | state of a row | a plain cache at 8,192 tokens | LLM tokens for one said | at least |",
-        "|---" * 5 + "|",
-    ]
+    """Returns the table of memory and time of decoding."""
+    header = ["base", "state of a row", "a plain cache at 8,192 tokens", "LLM tokens per generated token", "at least"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for name, parameters in models.items():
-        num_slots = parameters.config.num_soft_tokens
-        state, plain = (2 * columns * parameters.column for columns in (num_slots + args.chunk_length, 8192))
-        llm = parameters.total - parameters.hypernet - parameters.head  # of the input embeddings it reads single rows
-        read = 2 * (llm + parameters.hypernet / args.chunk_length)
+        length = parameters.config.num_soft_tokens + args.chunk_length
+        # 2 bytes per number, in bfloat16
+        state_bytes = 2 * length * parameters.position_size
+        plain_bytes = 2 * 8192 * parameters.position_size
+        # Of the input embeddings, which are as large as the head, a token reads single rows. The HyperNetwork runs
+        # once per chunk.
+        read_bytes = 2 * (parameters.llm - parameters.head + parameters.hypernet / args.chunk_length)
         cells = [
             name,
-            f"{shown(state / 1e6)} MB",
-            f"{shown(plain / 1e6)} MB",
-            f"{(num_slots + args.chunk_length) / args.chunk_length:.1f}",
-            f"{shown(1e3 * read / BANDWIDTH)} ms a token",
+            f"{shown(state_bytes / 1e6)} MB",
+            f"{shown(plain_bytes / 1e6)} MB",
+            f"{length / args.chunk_length:.1f}",
+            f"{shown(1e3 * read_bytes / BANDWIDTH)} ms a token",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def shown(value: float) -> str:
-    """Three digits at most."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2g}"
+    """Returns a number with at most three digits, or all of a large one before the point."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    if value >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2g}"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
