@@ -72,7 +72,7 @@ def plot_losses(results_by_model: dict[str, dict], path: Path):
             axes.plot(window["loss_by_chunk"], "--", color=line.get_color())
             full_context = full_context or rows.get(BASELINE_FULL_CONTEXT)  # the same model for all
         if full_context is not None:
-            axes.plot(full_context["loss_by_chunk"], color="black", label=label(BASELINE_FULL_CONTEXT))
+            axes.plot(full_context["loss_by_chunk"], color="black", label=display_label(BASELINE_FULL_CONTEXT))
         axes.set(xlabel="chunk index", ylabel="nats per answer token", title="dashed: the window")
         axes.legend()
 
