@@ -3,7 +3,7 @@
 How many facts a model answers, against row-by-row references; and the quickstart's model, which has to remember over
 512 words what its window has long lost.
 
-    python -m pytest -s tests/evaluation/test_recall.py        trains the quickstart if outputs/quickstart is not its run
+    python -m pytest -s tests/evaluation/test_recall.py     trains the quickstart unless outputs/quickstart is its run
 """
 
 import copy
@@ -94,7 +94,7 @@ def test_answers_are_generated_under_each_control(talker, monkeypatch):
         said.setdefault(chat.told, []).append(text)
         return len(text) > 0
 
-    monkeypatch.setattr("phase15.facts.Chat.num_right", count)
+    monkeypatch.setattr("phase15.data.facts.Chat.num_right", count)
     (at,) = recall(model, tokenizer, [5], 2, num_chats=3)
     window = copy.deepcopy(model)
     window.hypernet.alpha.data.zero_()
