@@ -54,7 +54,7 @@ has() { python -c "import $1" 2> /dev/null || { printf '\n== %s: not measured, i
 benchmark decode decode "${DECODE[@]}"
 benchmark train_full train --stage full "${TRAIN[@]}"
 benchmark train_hypernet train --stage hypernet "${TRAIN[@]}"
-has "pytest, accelerate" "the CUDA graphs" && part cuda_graphs python -m pytest -q -rs tests/test_decoding.py -k cuda
+has "pytest, accelerate" "the CUDA graphs" && part cuda_graphs python -m pytest -q -rs tests/model/test_decoding.py -k cuda
 benchmark load load "${LOAD[@]}"
 has "fastapi, uvicorn, openai, prometheus_client" serve && benchmark serve serve "${SERVE[@]}"
 benchmark long long "${LONG[@]}" --picture "$OUT/long.png"
