@@ -181,7 +181,7 @@ def old_folder(tmp_path) -> tuple[Path, list]:
     for name, content in saved["files"].items():
         (folder / name).write_text(json.dumps(content))
     save_file(weights(saved["shapes"]), folder / "model.safetensors", metadata={"format": "pt"})
-    for path in ROOT.glob("*_phase15.py"):
+    for path in (ROOT / "phase15" / "model").glob("*_phase15.py"):
         shutil.copy(path, folder)
     return folder, saved["tokens"]
 
