@@ -43,10 +43,10 @@ QUICK = {
 ALL = "^test_"
 # The tests whose result depends on the versions of libraries: our code calls, overrides or reads an API of theirs that
 # has changed between releases, or may. CI runs them again under the lowest versions that requirements.txt allows. Each
-# library has at least one path here: a model saved, and loaded in a fresh process; training, a stop, a resumed run; all
-# modes of generation; adapters, quantised models and TRL; several processes; the readers of data sets; the Hub; the
-# server, the page and lm-evaluation-harness. Tests of only our own code are left out: their results are the same under
-# any versions with which these pass. Each entry: a file of tests, and a regular expression for the names of its tests.
+# library has at least one path here: a model saved, and loaded in a fresh process; training, a stop, a resumed run;
+# all modes of generation; adapters, quantised models and TRL; several processes; the readers of data sets; the Hub;
+# the server, the page and lm-evaluation-harness. Tests of only our own code are left out: their results are the same
+# under any versions with which these pass. Each entry: a file of tests, and a regular expression for their names.
 VERSIONS = {
     # transformers: from_pretrained, save_pretrained and dynamic modules; configs; attention; offloading, of accelerate
     "test_compat": ALL,
@@ -92,8 +92,8 @@ CACHE_NAMES = {
     "test_generation": "without_a_cache|returned_cache|repeated_cache|greedy_equals|streamer|max_length",
 }
 MARKS = {"versions": VERSIONS, "cache_names": CACHE_NAMES}
-# The files that take longest come first: CI runs each file on one core, and a long one at the end would leave the other
-# core without work. Names only: one that is gone does no harm.
+# The files that take longest come first: CI runs each file on one core, and a long one at the end would leave the
+# other core without work. Names only: one that is gone does no harm.
 LONGEST = [
     "test_train_sft",
     "test_push_to_hub",
