@@ -94,7 +94,7 @@ def test_answers_are_generated_under_each_control(talker, monkeypatch):
         said.setdefault(chat.told, []).append(text)
         return len(text) > 0
 
-    monkeypatch.setattr("phase15.data.facts.Chat.num_right", count)
+    monkeypatch.setattr("phase15.facts.Chat.num_right", count)
     (at,) = recall(model, tokenizer, [5], 2, num_chats=3)
     window = copy.deepcopy(model)
     window.hypernet.alpha.data.zero_()

@@ -62,8 +62,7 @@ import gc, json, os, runpy, sys, traceback
 script = sys.argv[1]
 sys.path[0] = os.path.dirname(script)
 sys.path.append(os.path.join(sys.path[0], "tests"))
-import push_to_hub  # imports everything that the script needs; each run executes the script again
-from phase15.commands import push
+from phase15.commands import push  # imports everything that the script needs; each run executes the script again
 from reference import answer_here
 
 gc.freeze()  # so that forks share what there is

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from phase15.commands import train as train_sft
+from phase15.commands import train as train_command
 from phase15.commands.train import prepare
 from phase15.training.checkpoints import write_manifest
 
@@ -243,8 +243,7 @@ def work(rank: int, processes: int, port: int, config: str, recipe: Path, log: P
     if "fsdp_config" in settings:  # set as the launcher sets it
         os.environ["ACCELERATE_USE_FSDP"] = "true"
         os.environ |= {name.upper(): str(value).lower() for name, value in settings["fsdp_config"].items()}
-    # takes seconds; the launched runs do it
-    train_sft.answer_in_new_process = lambda folder, query, max_new_tokens: query
+    train_command.answer_in_new_process = lambda folder, query, max_new_tokens: query  # slow; the launched runs do it
     sys.argv = [SCRIPTS[config], str(recipe), *FLAGS[config]]
     runpy.run_path(str(ROOT / SCRIPTS[config]), run_name="__main__")
 

@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from phase15 import loading as models
 from phase15.cli.files import write_text
-from phase15.commands import train as train_sft
+from phase15.commands import train as train_command
 from phase15.commands.train import main, prepare
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 from phase15.training.checkpoints import (
@@ -156,7 +156,7 @@ def work(recipe: Path, log: Path, prepare_process):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     # slow, and done in the runs of the real command
-    train_sft.answer_in_new_process = lambda folder, query, max_new_tokens: query
+    train_command.answer_in_new_process = lambda folder, query, max_new_tokens: query
     if prepare_process is not None:
         function, *arguments = prepare_process
         function(*arguments)
