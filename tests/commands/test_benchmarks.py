@@ -177,7 +177,7 @@ def test_nothing_is_needed_but_torch_and_transformers():
 import sys
 for name in {["peft", "datasets", "matplotlib", "fastapi", "torchao", "gguf"]}:
     sys.modules[name] = None
-from phase15.commands.benchmarks.__main__ import main, parse_args
+from benchmarks.__main__ import main, parse_args
 main(parse_args(["train", "--shape", "tiny", "--no-compile", "--rounds", "1", "--new_tokens", "20"]))
 main(parse_args(["long", "--shape", "tiny", "--no-compile", "--new_tokens", "256"]))
 """

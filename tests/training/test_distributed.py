@@ -33,8 +33,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from phase15.commands import train as train_command
 from phase15.commands.train import prepare
+from phase15.hub import runs
 from phase15.training.checkpoints import write_manifest
 
 
@@ -224,9 +224,7 @@ def forked():
                 worker.kill()
 
     with pytest.MonkeyPatch.context() as patch:
-        # the server imports this module; if it cannot, every process imports torch itself, in silence
-        paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))
-        patch.setenv("PYTHONPATH", paths, prepend=os.pathsep)
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}", prepend=os.pathsep)  # for the server
         yield run
 
 
@@ -243,7 +241,7 @@ def work(rank: int, processes: int, port: int, config: str, recipe: Path, log: P
     if "fsdp_config" in settings:  # set as the launcher sets it
         os.environ["ACCELERATE_USE_FSDP"] = "true"
         os.environ |= {name.upper(): str(value).lower() for name, value in settings["fsdp_config"].items()}
-    train_command.answer_in_new_process = lambda folder, query, max_new_tokens: query  # slow; the launched runs do it
+    runs.answer_in_new_process = lambda folder, query, max_new_tokens: query  # slow; the launched runs do it
     sys.argv = [SCRIPTS[config], str(recipe), *FLAGS[config]]
     runpy.run_path(str(ROOT / SCRIPTS[config]), run_name="__main__")
 
@@ -343,7 +341,7 @@ def test_a_process_of_several_leaves_its_interpreter_whole():
     """`leave` runs exit handlers and flushes output, but destroys no object."""
     code = """
 import atexit
-from phase15.training.shutdown import leave
+from phase15.shutdown import leave
 class Thing:
     def __del__(self):
         print("taken apart", flush=True)

@@ -397,8 +397,8 @@ import json, os, sys
 from pathlib import Path
 
 from test_train_sft import At, Killed, epochless, kill, watched
-from phase15.commands.train import prepare
-from phase15.training.shutdown import leave
+from phase15.shutdown import leave
+from train_sft import prepare
 
 runs = []
 for recipe, killed_after, checkpoint in json.loads(sys.argv[1]):
@@ -437,8 +437,7 @@ def test_two_processes_share_a_stream(recipe, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     (tmp_path / "on_two.py").write_text(ON_TWO)
     runs = json.dumps([(on_two, 6, None), (on_two, None, checkpoint)])
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     environment["ACCELERATE_TORCH_DEVICE"] = "cpu"  # torch 2.11 cannot resume on accelerate's "cpu:0"
     command = [*launch, str(tmp_path / "on_two.py"), runs, str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
