@@ -1,10 +1,11 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """
-Fixtures, the mark `integration`, and what tests ask about processes. pytest imports this file in the process that only
-hands out the tests, too, so torch and transformers are imported where they are used.
+Fixtures, the marks `integration`, `versions` and `cache_names`, and helpers for processes. pytest imports this file in
+the process that only hands out the tests, too, so torch and transformers are imported where they are used.
 """
 
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -39,8 +40,83 @@ QUICK = {
     "test_answers",
     "test_tokenizer",
     "test_batch",
+    "test_conftest",
     "test_runs",
 }
+
+
+ALL = "^test_"
+# The tests whose result depends on the versions of libraries: our code calls, overrides or reads an API of theirs that
+# has changed between releases, or may. CI runs them again under the lowest versions that requirements.txt allows. Each
+# library has at least one path here: a model saved, and loaded in a fresh process; training, a stop, a resumed run;
+# all modes of generation; adapters, quantised models and TRL; several processes; the readers of data sets; the Hub;
+# the server, the page and lm-evaluation-harness. Tests of only our own code are left out: their results are the same
+# under any versions with which these pass. Each entry: a file of tests, and a regular expression for their names.
+VERSIONS = {
+    # transformers: from_pretrained, save_pretrained and dynamic modules; configs; attention; offloading, of accelerate
+    "test_compat": ALL,
+    "test_configuration": ALL,
+    "test_loading": ALL,
+    "test_base": ALL,
+    "test_hub": ALL,
+    "test_modeling": ALL,
+    "test_security": "no_code_of_a_folder|the_commands_run_their_own_code",
+    # transformers: generate, its loop, processors, criteria, streamers and beams; torch.compile
+    "test_generation": ALL,
+    "test_chunk_length": "greedy_equals|saved_choice|sampling_and_beams",
+    "test_decoding": "greedy_and_sampling|one_graph_each|compiles_the_steps|library",
+    "test_continuous_batching": "library|generate_batch_gives|damaged_weights",
+    # Trainer, accelerate, PEFT and torch.distributed: steps, checkpoints, resuming, streams, FSDP2
+    "test_trainer": ALL,
+    "test_train_sft": "a_stage_trains|compiled_layers|lora|a_stage_resumes|a_stream_resumes|killed_run|leaves_and_says"
+    "|two_processes",
+    "test_distributed": "fsdp2_trains|ddp_trains|sharded_checkpoints",
+    "test_distillation": "a_step_is_that",
+    "test_baselines": "what_a_baseline_leaves|a_baseline_resumes",
+    "test_faults": "recognised|torn_checkpoint|pickled",
+    # datasets and pyarrow; tokenizers and chat templates
+    "test_records": ALL,
+    "test_examples": ALL,
+    # PEFT, TRL, torchao, bitsandbytes, pipelines
+    "test_integrations": ALL,
+    # huggingface_hub
+    "test_hub_server": ALL,
+    "test_push_to_hub": ALL,
+    # lm_eval, matplotlib
+    "test_eval_lm": "are_those_of|writes_results|chat_template",
+    "test_eval_sft": "writes_and_prints",
+    "test_recovery": ALL,
+    # fastapi, uvicorn, openai, prometheus-client, gradio, playwright
+    "test_openai_api": "is_that_of_generate|usage|log_probabilities|metrics",
+    "test_serve": "is_what_generate_gives",
+    "test_app": "streams_what_generate_gives|grows_beside_its_soft_prompt",
+}
+# transformers 5.24 renamed `past_key_values`. These tests pass or read a cache; CI runs them with 5.23, too.
+CACHE_NAMES = {
+    "test_compat": ALL,
+    "test_generation": "without_a_cache|returned_cache|repeated_cache|greedy_equals|streamer|max_length",
+}
+MARKS = {"versions": VERSIONS, "cache_names": CACHE_NAMES}
+# The files that take longest come first: CI runs each file on one core, and a long one at the end would leave the
+# other core without work. Names only: one that is gone does no harm.
+LONGEST = [
+    "test_train_sft",
+    "test_push_to_hub",
+    "test_distributed",
+    "test_bad_input",
+    "test_faults",
+    "test_benchmarks",
+]
+
+
+def marks_of(path: Path, test: str) -> list[str]:
+    """Returns the marks that this file sets on a test, given the name of its function."""
+    marks = [] if is_quick(path) else ["integration"]
+    for mark, files in MARKS.items():
+        pattern = files.get(path.stem)
+        if pattern and re.search(pattern, test):
+            marks.append(mark)
+    return marks
 
 
 def is_quick(path: Path) -> bool:
@@ -56,8 +132,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]):
     for item in items:
-        if not is_quick(item.path):
-            item.add_marker("integration")
+        for mark in marks_of(item.path, item.originalname):
+            item.add_marker(mark)
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))  # stable: the order of a file's tests stays
 
 
 @pytest.fixture(scope="session")

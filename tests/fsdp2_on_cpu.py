@@ -1,8 +1,8 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """
-train_sft.py under FSDP2 on CPUs, for tests/training/test_distributed.py. accelerate makes a sharded run of one on any kind of
-accelerator, but not of one on CPUs, though torch's FSDP2 works there; so this says that the CPUs are accelerators. To
-be used with `--use_cpu --accelerator_config '{"use_configured_state": true}'`, or Trainer would forget it.
+train_sft.py under FSDP2 on CPUs, for tests/training/test_distributed.py. accelerate shards a run on any kind of
+accelerator, but not on CPUs, though torch's FSDP2 works there; so this declares the CPUs to be accelerators. Needs
+`--use_cpu --accelerator_config '{"use_configured_state": true}'`, or Trainer would forget it.
 """
 
 import runpy

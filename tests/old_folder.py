@@ -1,7 +1,7 @@
 """
 Describes a folder that an earlier commit saved: its JSON files, the names and shapes of its weights, and the tokens
-that it generated. tests/model/test_compat.py makes the folder from this description, puts today's code files beside the
-weights and expects the same tokens. A formula gives the values of the weights, so the repository keeps none.
+that it generated. tests/model/test_compat.py makes the folder from this description, puts today's code files beside
+the weights and expects the same tokens. A formula gives the values of the weights, so the repository keeps none.
 
     git worktree add OLD 5a7a497
     PYTHONPATH=OLD python tests/old_folder.py > tests/folder_5a7a497.json    # with transformers 5.23

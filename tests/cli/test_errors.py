@@ -27,6 +27,6 @@ def test_an_interrupt_ends_with_its_status():
 
 def test_the_message_of_a_worker_is_taken_out_of_its_traceback():
     wrapped = (
-        "Caught Phase15RecordError in worker.\nTraceback:\nphase15.records.Phase15RecordError: f, record 3: bad\n"
+        "Caught Phase15RecordError in worker.\nTraceback:\nphase15.data.records.Phase15RecordError: f, record 3: bad\n"
     )
     assert line_of(ValueError(wrapped)) == "f, record 3: bad"

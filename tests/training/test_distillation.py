@@ -20,6 +20,9 @@ from phase15.data.tokenizer import train_tokenizer
 from phase15.training.distillation import DistillationTrainer, load_teacher
 
 
+pytestmark = pytest.mark.usefixtures("answers_here")
+
+
 @pytest.fixture
 def teacher():
     torch.manual_seed(7)

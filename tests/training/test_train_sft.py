@@ -25,6 +25,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainerCallback
 
+from phase15.commands import train as train_sft
 from phase15.commands.train import main, prepare, runs_to_do
 from phase15.evaluation.losses import display_label
 from phase15.hub.runs import save_recipe
@@ -726,10 +727,11 @@ def test_the_padding_of_a_tokenizer_whose_padding_is_its_end(base, recipe, tmp_p
 
 
 @pytest.fixture
-def two_runs(tmp_path) -> tuple[list[str], Path]:
+def two_runs(tmp_path, monkeypatch) -> tuple[list[str], Path]:
     """The arguments of a run behind that of a base, both tiny, and its folder."""
     common = {"dataset_name": "facts", "facts_records": 16, "facts_distances": [2], "facts_per_chat": 1, **RUN}
     common |= {"validation_split": 0, "max_steps": 2, "overwrite_output_dir": True}
+    monkeypatch.setattr(train_sft, "recall", functools.partial(train_sft.recall, num_chats=4))  # 64 take a minute
     llm = {name: LLM_SIZES[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
     base = {"base_config": {**llm, "vocab_size": 300, "intermediate_size": 64}, "baseline": "full_context"}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump({**common, **base, "output_dir": "not/here"}))
@@ -758,6 +760,8 @@ def test_a_recipe_names_the_one_before_it(two_runs, capsys):
     assert "| words between" in said and "\nWith Δ = 0: " in said
 
     assert len(runs_to_do(arguments)) == 2, "the whole is done anew"
+    with pytest.raises(ValueError, match="holds a finished run"):
+        runs_to_do([*arguments, "--overwrite_output_dir", "false"])
     (folder / "results.json").unlink()  # as after a kill in the second run
     assert runs_to_do(arguments) == [arguments]
     assert len(runs_to_do([*arguments, "--seed", "8"])) == 2, "the base is another"
@@ -770,6 +774,4 @@ def test_what_is_wrong_with_the_last_run_is_told_before_the_first(two_runs):
     for flags, word in ((["--stage", "fulll"], "fulll"), (["--after", "no.yaml"], "no.yaml: no such recipe")):
         with pytest.raises(ValueError, match=word):
             runs_to_do([*arguments, *flags])
-    do(runs_to_do(arguments))
-    with pytest.raises(ValueError, match="holds a finished run"):
-        runs_to_do([*arguments, "--overwrite_output_dir", "false"])
+    assert not folder.exists()
