@@ -15,12 +15,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from phase15.cli.files import QUICKSTART
 from phase15.model.base_phase15 import split_gguf
 from phase15.model.configuration_phase15 import Phase15Config
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 
 
-QUICKSTART = "outputs/quickstart"  # what python train_sft.py leaves
 PHASE15, ADAPTER, CAUSAL_LM = "a Phase15 model", "a PEFT adapter", "a causal LM"
 
 
@@ -184,7 +184,6 @@ def load_tokenizer(name: str | Path, **kwargs) -> PreTrainedTokenizerBase:
 __all__ = [
     "CAUSAL_LM",
     "PHASE15",
-    "QUICKSTART",
     "StrictPhase15ForCausalLM",
     "check_kind",
     "kind_of",

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from phase15.loading import QUICKSTART
+from phase15.cli.files import QUICKSTART
 
 
 @dataclass

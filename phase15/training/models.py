@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from phase15.cli.help import did_you_mean
+from phase15.cli.errors import did_you_mean
 from phase15.data.tokenizer import train_tokenizer
 from phase15.loading import load_phase15
 from phase15.model.configuration_phase15 import Phase15Config

@@ -16,11 +16,12 @@ import torch
 from hub_server import Commit, HubServer, Request
 from reference import SIZES, aligned
 from safetensors.torch import load_file, save_file
+from train_here import prepare
 from transformers import AutoTokenizer
 
 from phase15.commands.evaluate import EvaluationArguments
-from phase15.commands.evaluate import main as evaluate
-from phase15.commands.train import main, prepare
+from phase15.commands.evaluation_run import evaluate
+from phase15.commands.training_run import train
 from phase15.evaluation.losses import label
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 
@@ -209,7 +210,7 @@ def models(shells, folder, answers_here, chat_tokenizer) -> dict[str, Path]:
         "disable_tqdm": True,
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
-    main(*prepare([str(folder / "recipe.yaml")]))
+    train(*prepare([str(folder / "recipe.yaml")]))
     shutil.copytree(folder / "first", folder / "baselines" / "a|<b>")
     (folder / "baselines" / "a|<b>" / "recipe.yaml").unlink()
     numbers = [{"query": f"What is {i}?", "answer": f"Blue light.\n#### {i}"} for i in range(3)]

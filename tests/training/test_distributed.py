@@ -31,9 +31,9 @@ from reference import CHUNK, SIZES
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.testing import assert_close
+from train_here import prepare
 from transformers import AutoModelForCausalLM
 
-from phase15.commands.train import prepare
 from phase15.hub import runs
 from phase15.training.checkpoints import write_manifest
 

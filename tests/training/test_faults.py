@@ -32,11 +32,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from reference import SIZES
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_state_dict
+from train_here import prepare
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from phase15 import loading as models
 from phase15.cli.files import write_text
-from phase15.commands.train import main, prepare
+from phase15.commands.training_run import train
 from phase15.hub import runs
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 from phase15.training.checkpoints import (
@@ -607,7 +608,7 @@ def test_a_torn_checkpoint_that_is_named_is_refused(recipe, folder):
     (named := folder / "checkpoint-12").joinpath("optimizer.pt").unlink()
     path = write(recipe, folder.parent, **SHORT, resume_from_checkpoint=str(named))
     with pytest.raises(SystemExit, match=rf"^train_sft\.py: cannot resume from {named}: optimizer.pt is missing\.$"):
-        main(*prepare([str(path)]))
+        train(*prepare([str(path)]))
     assert named.exists() and not problem_of(folder / "checkpoint-16")
 
 
@@ -657,7 +658,7 @@ def test_a_run_refuses_code_in_one_line(recipe, folder, tmp_path):
     with pytest.raises(
         SystemExit, match=rf"^train_sft\.py: cannot resume from {checkpoint}: optimizer\.pt holds .*\.$"
     ):
-        main(*prepare([str(write(recipe, tmp_path, **SHORT))]))
+        train(*prepare([str(write(recipe, tmp_path, **SHORT))]))
     assert not (tmp_path / "ran").exists()
 
 
