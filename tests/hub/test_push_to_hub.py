@@ -63,8 +63,7 @@ import gc, json, os, runpy, sys, traceback
 script = sys.argv[1]
 sys.path[0] = os.path.dirname(script)
 sys.path.append(os.path.join(sys.path[0], "tests"))
-import push_to_hub  # imports everything that the script needs; each run executes the script again
-from phase15 import runs
+from phase15.commands import push_run  # imports everything that the script needs; each run executes the script again
 from reference import answer_here
 
 gc.freeze()  # so that forks share what there is
@@ -79,7 +78,7 @@ os.environ.update(run["environment"])
 for number, name in enumerate([os.devnull, *run["output"]]):
     os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
 if not run["load"]:
-    runs.answer_in_new_process = answer_here
+    push_run.answer_in_new_process = answer_here
 sys.argv, status = run["argv"], 0
 try:
     runpy.run_path(script, run_name="__main__")

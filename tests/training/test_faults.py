@@ -37,8 +37,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from phase15 import loading as models
 from phase15.cli.files import write_text
+from phase15.commands import training_run
 from phase15.commands.training_run import train
-from phase15.hub import runs
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 from phase15.training.checkpoints import (
     MANIFEST,
@@ -157,7 +157,7 @@ def work(recipe: Path, log: Path, prepare_process):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     # slow, and done in the runs of the real command
-    runs.answer_in_new_process = lambda folder, query, max_new_tokens: query
+    training_run.answer_in_new_process = lambda folder, query, max_new_tokens: query
     if prepare_process is not None:
         function, *arguments = prepare_process
         function(*arguments)
@@ -205,7 +205,11 @@ def fork():
         return Run(runs[-1], log)
 
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}", prepend=os.pathsep)
+        environment.setenv(
+            "PYTHONPATH",
+            f"{ROOT}{os.pathsep}{ROOT / 'tests'}{os.pathsep}{ROOT / 'tests' / 'training'}",
+            prepend=os.pathsep,
+        )
         environment.setenv("OMP_NUM_THREADS", "1")
         environment.setenv("CUDA_VISIBLE_DEVICES", "")
         yield start
@@ -266,7 +270,7 @@ def kills() -> list[tuple]:
     """
     moments = [("call", target, name, 1 + number % 2, die_writing) for number, (name, target) in enumerate(SAVING)]
     moments[-1] = (*moments[-1][:-1], die)  # the manifest is not half written, but not moved to its place
-    moments.append(("call", "phase15.trainer.rotate_checkpoints", "run", 2, die))
+    moments.append(("call", "phase15.training.trainer.rotate_checkpoints", "run", 2, die))
     moments.append(("call", "shutil.rmtree", r"checkpoint-\d+", 1, die_removing))
     moments += [("clock",)] * 6 + [("command", "optimizer.pt"), ("command", "trainer_state.json")]
     random.Random(1).shuffle(moments)
@@ -363,7 +367,7 @@ STOPS = {  # at the call of which function that comes, what it says: after which
     "in a checkpoint": (dict(SAVING)["trainer_state.json"], 1, 6, 6),
     "in the last step": ("transformers.Trainer.training_step", 32, 16, 16),
     "while the model is saved": ("transformers.Trainer.save_model", 4, None, 16),
-    "while rows are compared": ("phase15.evaluation.compare", 1, None, 16),
+    "while rows are compared": ("phase15.commands.training_run.compare", 1, None, 16),
 }
 
 

@@ -398,8 +398,8 @@ import json, os, sys
 from pathlib import Path
 
 from test_train_sft import At, Killed, epochless, kill, watched
-from phase15.shutdown import leave
-from train_sft import prepare
+from phase15.training.shutdown import leave
+from train_here import prepare
 
 runs = []
 for recipe, killed_after, checkpoint in json.loads(sys.argv[1]):
@@ -438,7 +438,8 @@ def test_two_processes_share_a_stream(recipe, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     (tmp_path / "on_two.py").write_text(ON_TWO)
     runs = json.dumps([(on_two, 6, None), (on_two, None, checkpoint)])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    folders = (ROOT, ROOT / "tests", ROOT / "tests" / "training")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, folders))}
     environment["ACCELERATE_TORCH_DEVICE"] = "cpu"  # torch 2.11 cannot resume on accelerate's "cpu:0"
     command = [*launch, str(tmp_path / "on_two.py"), runs, str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
