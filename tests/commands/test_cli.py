@@ -160,3 +160,5 @@ def test_the_package_gives_the_model_when_it_is_asked_for():
 def test_values_that_light_modules_repeat():
     assert set(SHAPES) == set(MEASURED_SHAPES)
     assert EvaluationArguments("x", "y").bootstrap_samples == BOOTSTRAP_SAMPLES
+    assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+    assert f"\n## {VERSION} (" in (ROOT / "CHANGELOG.md").read_text("utf-8")
