@@ -14,12 +14,11 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from phase15.cli.files import QUICKSTART
 from phase15.model.base_phase15 import split_gguf
 from phase15.model.configuration_phase15 import Phase15Config
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 
-
-QUICKSTART_FOLDER = "outputs/quickstart"  # the output folder of `python train_sft.py`
 
 # The kinds of models.
 PHASE15 = "a Phase15 model"
@@ -181,7 +180,7 @@ def load_served(
     Returns a Phase15 model of a folder or of the Hub, and its tokenizer. None of its code is run. A `chunk_length`
     with which the model cannot generate is refused before its weights are read.
     """
-    if name == QUICKSTART_FOLDER and not Path(name).exists():
+    if name == QUICKSTART and not Path(name).exists():
         raise ValueError(f"{name} is not there: run python train_sft.py, or name another model.")
     try:
         source = check_kind(resolve_source(name, revision))
@@ -244,7 +243,6 @@ def load_tokenizer(name: str | Path | Source) -> PreTrainedTokenizerBase:
 __all__ = [
     "CAUSAL_LM",
     "PHASE15",
-    "QUICKSTART_FOLDER",
     "Source",
     "StrictPhase15ForCausalLM",
     "check_kind",

@@ -182,7 +182,7 @@ def answers_here():
     """train_sft.py's answer at the end of a run comes from this process, because a new one takes seconds to import."""
     from reference import answer_here
 
-    from phase15.commands import train as train_sft
+    from phase15.commands import training_run as train_sft
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_sft, "answer_in_new_process", answer_here)

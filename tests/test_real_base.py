@@ -13,9 +13,9 @@ import pytest
 import torch
 from reference import pad, reference_carry
 from torch.testing import assert_close
+from train_here import prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from phase15.commands import train as train_sft
 from phase15.data.records import read_texts
 from phase15.evaluation.recall import recall
 from phase15.loading import load_phase15
@@ -134,7 +134,7 @@ def train(data, folder, *flags):
         "save_strategy": "no",
         "report_to": "none",
     }
-    trainer, *_ = train_sft.prepare([*flags, "--use_cpu", *(f"--{name}={value}" for name, value in settings.items())])
+    trainer, *_ = prepare([*flags, "--use_cpu", *(f"--{name}={value}" for name, value in settings.items())])
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.train()
     trainer.save_model()
@@ -223,7 +223,7 @@ def test_facts_are_known_in_context_and_lost_behind_the_window(medquad, tmp_path
     recipe = Path(__file__).parent.parent / "recipes" / "smollm2_facts.yaml"
     flags = ["--model_name_or_path", REAL_BASE, "--facts_text", str(medquad), "--output_dir", str(tmp_path / "run")]
     flags += ["--facts_records", "4"]
-    trainer, *_ = train_sft.prepare([str(recipe), *flags, "--max_steps", "1", "--warmup_steps", "0", "--use_cpu"])
+    trainer, *_ = prepare([str(recipe), *flags, "--max_steps", "1", "--warmup_steps", "0", "--use_cpu"])
     model, texts = trainer.model, read_texts(str(medquad))
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     (at,) = recall(model, trainer.processing_class, [64], 4, num_chats=8, batch_size=8, texts=texts)

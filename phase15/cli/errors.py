@@ -1,13 +1,14 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """How a command ends on an error: in one line that names the command, with exit status 1."""
 
-from collections.abc import Callable, Iterator
+import difflib
+import io
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from huggingface_hub.errors import HTTPError, StrictDataclassError
 from safetensors import SafetensorError
-
-from phase15.cli.help import print_any_text
 
 
 # Errors about the input, the machine or the network. Any other error is a bug, and shows its traceback.
@@ -22,10 +23,23 @@ INPUT_ERRORS = (
 )
 
 
+def did_you_mean(name: str, names: Sequence[str]) -> str:
+    """Returns the end of an error message about an unknown name, with the most similar known one."""
+    similar = difflib.get_close_matches(str(name), names, n=1)
+    return f"; did you mean {similar[0]!r}?" if similar else "."
+
+
 def line_of(error: Exception) -> str:
     """The message of an error in one line. torch wraps a worker's error in a traceback: only its message is kept."""
     message = str(error).rpartition("Phase15RecordError: ")[2]
     return " ".join(message.split())
+
+
+def print_any_text():
+    """Prints characters that the output's encoding lacks as escapes: a pipe on Windows has no Δ."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
@@ -43,4 +57,4 @@ def one_line_errors(
         raise SystemExit(130) from None
 
 
-__all__ = ["INPUT_ERRORS", "line_of", "one_line_errors"]
+__all__ = ["INPUT_ERRORS", "did_you_mean", "line_of", "one_line_errors", "print_any_text"]

@@ -9,6 +9,9 @@ from tempfile import TemporaryFile
 import yaml
 
 
+QUICKSTART = "outputs/quickstart"  # the folder that `phase15 train` without arguments writes
+
+
 def write_text(path: Path, text: str):
     """Writes a file atomically, also if the process or the machine stops."""
     half = path.with_name(f".{path.name}.half")
@@ -63,4 +66,4 @@ def read_yaml(path: Path) -> list:
         raise ValueError(f"{path} cannot be read: not YAML: {' '.join(str(error).split())}") from error
 
 
-__all__ = ["check_output_dir", "read_yaml", "sync", "write_text"]
+__all__ = ["QUICKSTART", "check_output_dir", "read_yaml", "sync", "write_text"]

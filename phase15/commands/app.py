@@ -1,18 +1,21 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """
-Chat with a Phase15 model, and watch the recursion while the answer grows. This file alone is also a Hub Space.
+A chat with a Phase15 model in the browser, which shows the recursion while the answer grows.
 
-    python -m scripts.app                                  outputs/quickstart, trained first if it is not there
-    python -m scripts.app --model_dir DIR_OR_HUB_ID        any Phase15 model; its code is run: read it before
-    PHASE15_MODEL=HUB_ID python -m scripts.app             the same, as in a Space
-    python -m scripts.app --port 8080                      or GRADIO_SERVER_PORT
-    python -m scripts.app --help                           every flag, with the limits for one visitor
+    phase15 app                                  outputs/quickstart, trained first if it is not there
+    phase15 app --model_dir DIR_OR_HUB_ID        any Phase15 model; its code is run: read it before
+    PHASE15_MODEL=HUB_ID phase15 app             the same, as in a Space
+    phase15 app --port 8080                      or GRADIO_SERVER_PORT
+    phase15 app --help                           every flag, with the limits for one visitor
 
-Needs no other file of this repository when it is given a model.
+A Hub Space needs only this file of the repository, as it is given a model.
 """
+
+from __future__ import annotations
 
 import argparse
 import html
+import importlib.util
 import json
 import math
 import os
@@ -21,54 +24,24 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+
+if TYPE_CHECKING:  # these take seconds to import: each function imports what it uses, so that `--help` is fast
+    import gradio as gr
+    import torch
+    from matplotlib.figure import Figure
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 MAX_CHARACTERS = 100_000  # of a conversation: 40 pages, some 100 steps of reading; the model itself has no limit
 MAX_WAITING = 16  # questions, beside those that are being answered
 NUM_LANES = 8  # questions that are answered at once
-
-
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_dir", default=os.environ.get("PHASE15_MODEL"), help="folder or Hub id")
-    parser.add_argument("--port", type=int, help="default: GRADIO_SERVER_PORT, or the first that is free from 7860")
-    parser.add_argument(
-        "--max_characters", type=int, default=MAX_CHARACTERS, help="of a conversation; default: %(default)s"
-    )
-    parser.add_argument(
-        "--max_waiting",
-        type=int,
-        default=MAX_WAITING,
-        help="questions, beside those being answered; default: %(default)s",
-    )
-    parser.add_argument(
-        "--num_lanes", type=int, default=NUM_LANES, help="questions that are answered at once; default: %(default)s"
-    )
-    return parser.parse_args(argv)
-
-
-import gradio as gr
-import torch
-from matplotlib.figure import Figure
-from safetensors import SafetensorError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TextIteratorStreamer,
-)
-from transformers.utils import cached_file
-
-
-HERE = Path(__file__).parents[2]
-QUICKSTART = HERE / "outputs" / "quickstart"
-COLUMNS = 32  # steps in the table. The picture shows all steps.
+QUICKSTART = Path("outputs", "quickstart")
+TRAIN = [sys.executable, "-m", "phase15", "train"]
+COLUMNS = 32  # steps in the table; the picture has them all
 INVISIBLE = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"})
-FONTS = ["system-ui", "sans-serif"]  # local ones: the page loads nothing from elsewhere
-THEME = gr.themes.Default(primary_hue="orange", font=FONTS, font_mono=["ui-monospace", "monospace"])
+FONTS = ["system-ui", "sans-serif"]  # no font is fetched from anywhere
 CSS = """
 #chat .message-markdown-disabled { white-space: pre-wrap; }
 #slots { direction: rtl; overflow: auto !important; max-height: max(320px, 100vh - 440px); }  /* rtl: newest in view */
@@ -88,6 +61,27 @@ LEGEND = (
     "Below: the vocabulary token nearest to each slot, by cosine. The deeper the colour, the more Δ wrote there. "
     "**Framed bold**: the nearest token before Δ was another one. Hover for numbers."
 )
+
+
+def parse_args(argv: list[str] | None, program: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model_dir", default=os.environ.get("PHASE15_MODEL"), help="folder or Hub id")
+    parser.add_argument("--port", type=int, help="default: GRADIO_SERVER_PORT, or the first that is free from 7860")
+    parser.add_argument(
+        "--max_characters", type=int, default=MAX_CHARACTERS, help="of a conversation; default: %(default)s"
+    )
+    parser.add_argument(
+        "--max_waiting",
+        type=int,
+        default=MAX_WAITING,
+        help="questions, beside those being answered; default: %(default)s",
+    )
+    parser.add_argument(
+        "--num_lanes", type=int, default=NUM_LANES, help="questions that are answered at once; default: %(default)s"
+    )
+    return parser.parse_args(argv)
 
 
 class Step(NamedTuple):
@@ -149,6 +143,8 @@ class Recorder:
 
     def read(self) -> list[Step]:
         """Returns all steps so far."""
+        import torch
+
         for carried, stepped, num_tokens in self.raw[len(self.steps) :]:
             length = int(carried.length[0])
             before = carried.embeds[0, :length].float()
@@ -191,6 +187,9 @@ def reply(
     Yields:
         `tuple[str, list[Step]]`: the text so far and the steps so far.
     """
+    import torch
+    from transformers import TextIteratorStreamer
+
     if tokenizer.chat_template:
         ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)["input_ids"]
     else:
@@ -219,6 +218,9 @@ def reply(
 
 def picture(steps: list[Step], num_slots: int, num_sinks: int) -> Figure:
     """Draws a heat map of the share of Δ in every slot at every step."""
+    import torch
+    from matplotlib.figure import Figure
+
     shares = torch.full((num_slots, len(steps)), math.nan)
     for column, step in enumerate(steps):
         shares[: len(step.shares), column] = torch.tensor(step.shares)
@@ -294,6 +296,8 @@ def build_demo(
         num_lanes (`int`): maximum number of questions that are answered at once.
         opening (`list[dict[str, str]]`, *optional*): conversation that the page opens on, with the model's answer.
     """
+    import gradio as gr
+
     num_slots = model.config.num_soft_tokens
     num_sinks = model.config.num_sink_tokens
     hidden_size = model.get_input_embeddings().weight.shape[1]
@@ -385,6 +389,10 @@ def build_demo(
 
 def load(model_dir: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model and its tokenizer. Refuses other kinds of models before their code is run."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
     model_type = PreTrainedConfig.get_config_dict(model_dir)[0].get("model_type")
     if model_type != "phase15":
         raise ValueError(f"{model_dir} is not a Phase15 model: its config.json says {model_type!r}.")
@@ -409,6 +417,8 @@ def opening_chat(model_dir: str) -> list[dict[str, str]]:
     Returns the conversation in results.json, where train_sft.py leaves the last one it had with the model. The model's
     answer is not part of it. Returns an empty list if there is none.
     """
+    from transformers.utils import cached_file
+
     try:
         path = cached_file(model_dir, "results.json")
     except OSError:  # the model was not trained by train_sft.py
@@ -428,31 +438,35 @@ def train_quickstart():
     """Trains outputs/quickstart as README.md does, if it does not exist."""
     if (QUICKSTART / "config.json").is_file():
         return
-    if not (HERE / "train_sft.py").is_file():
+    if importlib.util.find_spec("phase15") is None:  # in a Space
         raise ValueError("no model: give --model_dir, or set PHASE15_MODEL to a folder or a Hub id.")
     print(f"app.py: there is no {QUICKSTART}; training it, which takes 4 to 6 minutes on two cores", flush=True)
-    status = subprocess.run([sys.executable, "train_sft.py"], cwd=HERE).returncode
+    status = subprocess.run(TRAIN).returncode
     if status:
-        raise ValueError(f"the training of outputs/quickstart ended with exit status {status}.")
+        raise ValueError(f"the training of {QUICKSTART} ended with exit status {status}.")
 
 
-def main(argv: list[str]):
-    args = parse_args(argv)
+def start(argv: list[str] | None, program: str = "phase15 app"):
+    args = parse_args(argv, program)
     if not args.model_dir:
         train_quickstart()
-    name = args.model_dir or os.path.relpath(QUICKSTART)
-    limits = args.max_characters, args.max_waiting, args.num_lanes
-    demo = build_demo(*load(name), name, *limits, opening_chat(name))
-    # no file is taken: the page has no use for any
-    demo.launch(server_port=args.port, theme=THEME, css=CSS, ssr_mode=False, max_file_size=0)
+    name = args.model_dir or str(QUICKSTART)
+    model, tokenizer = load(name)
+    limits = (args.max_characters, args.max_waiting, args.num_lanes)
+    demo = build_demo(model, tokenizer, name, *limits, opening_chat(name))
+    import gradio as gr
+
+    theme = gr.themes.Default(primary_hue="orange", font=FONTS, font_mono=["ui-monospace", "monospace"])
+    # the page takes no files
+    demo.launch(server_port=args.port, theme=theme, css=CSS, ssr_mode=False, max_file_size=0)
 
 
-def run_command():
-    try:  # not phase15.errors: a Space has this file alone
-        main(sys.argv[1:])
+def main(argv: list[str] | None = None, program: str = "phase15 app"):
+    try:  # not phase15.cli.errors: a Space has only this file
+        start(argv, program)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"app.py: {' '.join(str(error).split())}") from error
+        raise SystemExit(f"{program}: {' '.join(str(error).split())}") from error
 
 
 if __name__ == "__main__":
-    run_command()
+    main(program="app.py")

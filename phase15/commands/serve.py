@@ -3,25 +3,21 @@
 An OpenAI-compatible server for a Phase15 model, with many answers at once in lanes that never grow.
 
     pip install -r requirements-extra.txt -c requirements.lock
-    python -m scripts.serve                                          outputs/quickstart, at http://127.0.0.1:8000/v1
-    python -m scripts.serve --model_dir DIR_OR_HUB_ID --port 8001
-    python -m scripts.serve --num_lanes 64 --dtype bfloat16 --device cuda
-    python -m scripts.serve --help                                   every flag, with the limits
+    phase15 serve                                          outputs/quickstart, at http://127.0.0.1:8000/v1
+    phase15 serve --model_dir DIR_OR_HUB_ID --port 8001
+    phase15 serve --num_lanes 64 --dtype bfloat16 --device cuda
+    phase15 serve --help                                   every flag, with the limits
 
 The model's name in requests is `--model_dir`, as /v1/models shows. No code of the model's folder is run. Only this
 machine can reach the server unless `--host` allows others; then set an API key. docs/serving.md has the rest.
 """
 
 import signal
-import sys
 from dataclasses import dataclass, field
 
-import uvicorn
-
-from phase15.cli.arguments import Phase15Parser
+from phase15.cli.arguments import parse_flags
 from phase15.cli.errors import one_line_errors
 from phase15.serving.arguments import Phase15ServerArguments
-from phase15.serving.openai_api import Server, build_app
 
 
 @dataclass
@@ -31,9 +27,12 @@ class ServeArguments(Phase15ServerArguments):
     )
 
 
-def main(argv: list[str]):
-    parser = Phase15Parser(ServeArguments, prog="serve.py", description=__doc__.strip().splitlines()[0])
-    args = ServeArguments(**vars(parser.parse_args(argv)))
+def serve(args: ServeArguments):
+    # these imports take seconds: after `--help` and wrong flags
+    import uvicorn
+
+    from phase15.serving.openai_api import Server, build_app
+
     app = build_app(Server.load(args))
     config = uvicorn.Config(app, host=args.host, port=args.port, timeout_graceful_shutdown=args.shutdown_seconds)
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises the signal again at its end: a clean stop exits 0
@@ -41,6 +40,9 @@ def main(argv: list[str]):
     uvicorn.Server(config).run()
 
 
-def run_command():
-    with one_line_errors("serve.py"):
-        main(sys.argv[1:])
+def main(argv: list[str] | None = None, program: str = "phase15 serve"):
+    with one_line_errors(program):
+        serve(parse_flags(ServeArguments, program, __doc__, argv))
+
+
+__all__ = ["ServeArguments", "main"]

@@ -2,315 +2,36 @@
 """
 Supervised fine-tuning of a Phase15 model, chunk by chunk with teacher forcing.
 
-    python train_sft.py                                   recipes/quickstart.yaml: minutes on two CPU cores, offline
-    python train_sft.py recipes/tinyllama_stage1.yaml     HyperNetwork alone, the LLM frozen
-    python train_sft.py recipes/tinyllama_stage2.yaml     then both, starting from stage 1's output
-    python train_sft.py recipes/smollm2_gsm8k.yaml --model_name_or_path FILE.gguf --dataset_name gsm8k_train.jsonl
-    python train_sft.py recipes/tinyllama_stage2.yaml --baseline window      the baseline to beat
-    python train_sft.py --help                            every flag; flags override the recipe
+    phase15 train                                   recipes/quickstart.yaml: minutes on two CPU cores, offline
+    phase15 train recipes/tinyllama_stage1.yaml     only the HyperNetwork, the LLM frozen
+    phase15 train recipes/tinyllama_stage2.yaml     then both, starting from stage 1's output
+    phase15 train recipes/smollm2_gsm8k.yaml --model_name_or_path FILE.gguf --dataset_name gsm8k_train.jsonl
+    phase15 train recipes/tinyllama_stage2.yaml --baseline window      the baseline to beat
+    phase15 train --help                            every flag; flags override the recipe
     accelerate launch --config_file recipes/accelerate_ddp.yaml train_sft.py RECIPE     on several GPUs; or _fsdp2.yaml
 
 The same command resumes a run that was killed, from its last complete checkpoint. SIGTERM or Ctrl-C ends a run after
-the current step, with a checkpoint.
+the current step, with a checkpoint. `python train_sft.py` is the same command in a checkout.
 """
 
-import json
-import shutil
+import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from importlib.metadata import version
-from pathlib import Path
-
-import torch
-from accelerate.utils import broadcast_object_list
-from datasets import disable_progress_bars
-from torch.utils.data import DataLoader
-from transformers import set_seed
-from transformers.trainer_utils import TrainOutput
-from transformers.utils import logging
 
 from phase15.cli.errors import one_line_errors
-from phase15.cli.files import write_text
-from phase15.data.examples import Phase15Stream, prepare_data
-from phase15.data.facts import Chat, fresh_chats
-from phase15.data.records import Phase15RecordError, open_records, read_texts
-from phase15.evaluation.plots import plot_losses, plot_recall, plot_training
-from phase15.evaluation.recall import encode_chats, format_chat, recall
-from phase15.evaluation.recovery import compare, compare_baseline
-from phase15.evaluation.tables import losses_table, recall_table
-from phase15.hub.runs import answer_in_new_process, check_same_run, held_out_settings, read_run, save_recipe
-from phase15.training.arguments import (
-    Phase15ModelArguments,
-    Phase15TrainingArguments,
-    argv_before,
-    check_together,
-    parse_args,
-)
-from phase15.training.checkpoints import (
-    Phase15CheckpointError,
-    explain_write_errors,
-    find_checkpoint,
-    list_checkpoints,
-)
-from phase15.training.compilation import compile_layers
-from phase15.training.distillation import DistillationTrainer, load_teacher
-from phase15.training.models import make_baseline, make_model
-from phase15.training.shutdown import StopOnSignal, errors_together, leave
-from phase15.training.trainer import FullContextTrainer, Phase15Trainer, check_optimizer
+from phase15.training.arguments import check_names, print_help
 
 
-logger = logging.get_logger("phase15.train")
-
-
-def prepare(argv: list[str]) -> tuple[Phase15Trainer, Phase15ModelArguments, dict, dict]:
-    """
-    Does everything that can fail because of the input, before the first step.
-
-    Returns:
-        the trainer, the model's arguments, the recipe that repeats the run, and the settings that decide which records
-        it holds out.
-    """
-    model_args, data_args, training_args, recipe = parse_args(argv)
-    check_together(model_args, data_args, training_args)
-    check_not_finished(training_args)
-    if not training_args.should_log:  # one process on each machine logs
-        logging.get_logger("phase15").setLevel(logging.ERROR)
-        disable_progress_bars()
-    set_seed(training_args.seed)
-    with training_args.main_process_first(desc="data"):
-        source = (data_args.dataset_name, data_args.dataset_config, data_args.dataset_train_split)
-        records = open_records(*source, data_args.streaming, facts=data_args, seed=training_args.seed)
-        model, tokenizer = make_model(model_args, records)
-        config = model.config
-        train_dataset, eval_dataset, collator = prepare_data(data_args, training_args, records, tokenizer, config)
-    if config.chunk_length >= config.max_answer_length and model_args.baseline is None:
-        logger.warning(
-            f"`chunk_length` is {config.chunk_length} and `max_answer_length` {config.max_answer_length}: every "
-            "answer is one chunk, so queries alone train the recursion."
-        )
-    if model_args.baseline:
-        model = make_baseline(model, model_args)
-    if training_args.compile_layers:
-        compile_layers(model)
-    check_optimizer(training_args, model)
-    trainer_class = Phase15Trainer if model_args.baseline in (None, "window") else FullContextTrainer
-    if model_args.distill:
-        teacher = load_teacher(model_args.distill, tokenizer, model_args.dtype)
-        settings = {"share": model_args.distill_share, "temperature": model_args.distill_temperature}
-        trainer_class = partial(DistillationTrainer, teacher=teacher, **settings)
-    try:
-        trainer = trainer_class(
-            model=model,
-            args=training_args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            data_collator=collator,
-            processing_class=tokenizer,
-            config=config,
-        )
-    except RuntimeError as error:  # of packages that `report_to` and others ask for
-        raise ValueError(str(error)) from error
-    return trainer, model_args, recipe, held_out_settings(data_args, training_args)
-
-
-def check_not_finished(training_args: Phase15TrainingArguments):
-    if is_finished(training_args.output_dir) and not training_args.overwrite_output_dir:
-        raise ValueError(
-            f"{training_args.output_dir} holds a finished run; give another --output_dir or --overwrite_output_dir."
-        )
-
-
-def is_finished(output_dir: str | Path) -> bool:
-    return Path(output_dir, "results.json").exists()
-
-
-def runs_to_do(argv: list[str]) -> list[list[str]]:
-    """
-    The arguments of each run that is still to be done, in their order: those of `after` first. One that the same
-    recipe has finished is left out, unless the run that needs it starts anew.
-    """
-    _, _, training_args, _ = arguments = parse_args(argv)
-    check_together(*arguments[:3])
-    check_not_finished(training_args)
-    before = argv_before(argv)
-    if before is None:
-        return [argv]
-    *_, args_before, recipe = parse_args(before)
-    folder = args_before.output_dir
-    if is_finished(folder) and not is_finished(training_args.output_dir) and read_run(folder).recipes[:1] == [recipe]:
-        logger.warning(f"{folder} holds the finished run of {before[0]}.")
-        return [argv]
-    return [*runs_to_do(before), argv]
-
-
-def main(trainer: Phase15Trainer, model_args: Phase15ModelArguments, recipe: dict, held_out: dict) -> bool:
-    """Trains, saves, compares and reports, or stops on a signal. Whether it came to its end."""
-    with StopOnSignal(trainer) as stop:
-        checkpoint = prepare_output(trainer, recipe)
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        if stop.has_stopped:
-            if trainer.is_world_process_zero():
-                print(stop.report(), flush=True)
-        else:
-            model = trainer.save_final_model(merge_adapter=model_args.merge_adapter)
-            if trainer.is_world_process_zero():
-                texts = read_texts(recipe.get("facts_text"))
-                evaluate_and_report(trainer, model, model_args, result, held_out, texts)
-                show_what_it_says(trainer, model_args, held_out, texts)
-    return not stop.has_stopped
-
-
-def prepare_output(trainer: Phase15Trainer, recipe: dict) -> str | None:
-    """Makes the folder of the run ready; returns the checkpoint to resume from, if there is one."""
-    args, output_dir, found = trainer.args, Path(trainer.args.output_dir), [None]
-    with errors_together("train_sft.py", Phase15CheckpointError):
-        if trainer.is_world_process_zero():
-            with explain_write_errors(output_dir):
-                if (output_dir / "results.json").exists():  # overwrite_output_dir
-                    logger.warning(f"{output_dir} holds a finished run, which is replaced (`overwrite_output_dir`).")
-                    for checkpoint in list_checkpoints(output_dir):
-                        shutil.rmtree(checkpoint)
-                    (output_dir / "results.json").unlink()  # last: it marks the checkpoints as another run's
-                found = [find_checkpoint(output_dir, args.resume_from_checkpoint)]
-                if found[0] is not None and not is_same_run(trainer, recipe, found[0]):
-                    found = [None]
-                save_recipe(recipe, output_dir)
-    broadcast_object_list(found)
-    if found[0] is None:
-        return None
-    logger.warning(f"Resuming from {found[0]}.")
-    if not list(found[0].glob("optimizer*")):
-        logger.warning(
-            f"{found[0]} holds no optimizer (`save_only_model`): optimizer and learning rate start anew, so the run "
-            "is not the one that would have been without the stop."
-        )
-    return str(found[0])
-
-
-def is_same_run(trainer: Phase15Trainer, recipe: dict, checkpoint: Path) -> bool:
-    """Whether to resume from a checkpoint; with `overwrite_output_dir`, those of another run are removed instead."""
-    args = trainer.args
-    try:
-        check_same_run(recipe, checkpoint, Path(args.output_dir), args.world_size)
-    except ValueError as error:
-        if not args.overwrite_output_dir or args.resume_from_checkpoint:
-            raise Phase15CheckpointError(str(error)) from error
-        logger.warning(f"Starting anew: {error}")
-        for other in list_checkpoints(Path(args.output_dir)):
-            shutil.rmtree(other)
-        return False
-    return True
-
-
-def evaluate_and_report(
-    trainer: Phase15Trainer,
-    model,
-    model_args: Phase15ModelArguments,
-    result: TrainOutput,
-    held_out: dict,
-    texts: list[str] | None,
-):
-    """Compares the model with its controls, and writes results.json and the pictures."""
-    args, output_dir = trainer.args, Path(trainer.args.output_dir)
-    with explain_write_errors(output_dir):
-        plot_training(trainer.state.log_history, output_dir / "training_curve.png")
-    if isinstance(trainer.train_dataset, Phase15Stream):  # records read, again in each pass
-        num_training = trainer.state.global_step * trainer.get_total_train_batch_size(args)
-    else:
-        num_training = len(trainer.train_dataset)
-    results = {
-        "train": result.metrics,
-        "steps": trainer.state.global_step,
-        "records": {"training": num_training, "validation": len(trainer.eval_dataset or [])},
-        "held_out": held_out,
-        "device": torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type,
-        "processes": args.world_size,
-        "versions": {package: version(package) for package in ("transformers", "torch", "datasets", "peft")},
-        "validation": {},
-    }
-    if trainer.eval_dataset is not None:
-        loader = DataLoader(trainer.eval_dataset, args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
-        with trainer.accelerator.autocast():
-            if name := model_args.baseline:
-                results |= compare_baseline(model, f"baseline_{name}", loader, trainer.config.chunk_length)
-            else:
-                results |= compare(model, loader)
-        with explain_write_errors(output_dir):
-            plot_losses(results["validation"], output_dir / "loss_by_chunk.png")
-    if "facts_distances" in held_out:
-        distances = {*held_out["facts_distances"]}
-        if not model_args.baseline:
-            distances.add(2 * max(distances))  # further than it was trained on
-        settings = {"facts_per_chat": held_out["facts_per_chat"], "batch_size": args.per_device_eval_batch_size}
-        with trainer.accelerator.autocast():
-            results["recall"] = recall(model, trainer.processing_class, sorted(distances), texts=texts, **settings)
-        results["chat"] = chat_to_show(held_out, texts).messages[:-1]
-        with explain_write_errors(output_dir):
-            plot_recall(results["recall"], output_dir / "recall.png")
-    with explain_write_errors(output_dir):
-        (output_dir / "evaluation.json").unlink(missing_ok=True)  # of an earlier run's model
-        write_text(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
-    if results["validation"]:
-        print(f"\n{losses_table(results)}\n")
-    if "recall" in results:
-        print(f"\n{recall_table(results['recall'])}\n")
-
-
-def chat_to_show(held_out: dict, texts: list[str] | None) -> Chat:
-    (chat,) = fresh_chats(max(held_out["facts_distances"]), 1, held_out["facts_per_chat"], seed=1, texts=texts)
-    return chat
-
-
-def show_one_chat(trainer: Phase15Trainer, held_out: dict, texts: list[str] | None):
-    """Prints a fresh chat at the longest distance, with the answers of the saved model in new processes."""
-    chat = chat_to_show(held_out, texts)
-    (example,), tokenizer = encode_chats([chat], trainer.processing_class), trainer.processing_class
-
-    def say(no_delta: bool) -> str:
-        output = answer_in_new_process(trainer.args.output_dir, example.query, 2 * len(example.answer), no_delta)
-        return tokenizer.decode(output, skip_special_tokens=True)
-
-    with ThreadPoolExecutor() as pool:  # side by side: each takes seconds to import
-        answers = pool.map(say, (False, True))
-    print(f"Saved to {trainer.args.output_dir}. Loaded in new processes:\n\n{format_chat(chat, *answers)}")
-
-
-def show_what_it_says(
-    trainer: Phase15Trainer, model_args: Phase15ModelArguments, held_out: dict, texts: list[str] | None
-):
-    """Prints what the saved model says in a new process, if a Phase15 folder was saved."""
-    is_adapter = model_args.stage == "lora" and not model_args.merge_adapter
-    if is_adapter or model_args.baseline not in (None, "window"):
+def main(argv: list[str] | None = None, program: str = "phase15 train"):
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        print_help(program, __doc__)
         return
-    if "facts_distances" in held_out:
-        show_one_chat(trainer, held_out, texts)
-    else:
-        answer_one_question(trainer)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # several processes agree on an error before one of them ends
+        with one_line_errors(program):
+            check_names(argv)
+    from phase15.commands.training_run import train_all  # imports torch: seconds
+
+    train_all(argv, program)
 
 
-def answer_one_question(trainer: Phase15Trainer):
-    """Loads the saved model in a new process, and prints its answer to the first query."""
-    print(f"Saved to {trainer.args.output_dir}. Loaded in a new process:")
-    first = trainer.data_collator([next(iter(trainer.train_dataset))])
-    query = first["input_ids"][first["labels"] == -100].tolist()
-    answer = answer_in_new_process(trainer.args.output_dir, query, max_new_tokens=64)
-    print("Q:", trainer.processing_class.decode(query, skip_special_tokens=True).strip())
-    print("A:", trainer.processing_class.decode(answer, skip_special_tokens=True))
-
-
-def run_command():
-    with errors_together("train_sft.py"):
-        todo = runs_to_do(sys.argv[1:])
-    for arguments in todo:
-        with errors_together("train_sft.py"):
-            run = prepare(arguments)
-        with one_line_errors("train_sft.py", FloatingPointError, Phase15RecordError, Phase15CheckpointError):
-            if not main(*run):
-                break
-    run[0].accelerator.end_training()
-    if run[0].args.world_size > 1:
-        leave()
-
-
-__all__ = ["run_command"]
+__all__ = ["main"]

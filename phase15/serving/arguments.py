@@ -5,6 +5,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from phase15.cli.files import QUICKSTART
+
 
 MINIMUMS = {
     "num_lanes": 1,
@@ -30,7 +32,7 @@ class Phase15ServerArguments:
         default=8000, metadata={"help": "Port to listen on, 0 to 65535. With `serve`, 0 takes a free one and logs it."}
     )
     model_dir: str = field(
-        default="outputs/quickstart", metadata={"help": "Folder or Hub id of a Phase15 model. Its name in requests."}
+        default=QUICKSTART, metadata={"help": "Folder or Hub id of a Phase15 model. Its name in requests."}
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a model on the Hub."})
     dtype: str = field(default="auto", metadata={"help": "Data type of the weights: auto, float32 or bfloat16."})

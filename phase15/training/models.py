@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from phase15.cli.help import did_you_mean
+from phase15.cli.errors import did_you_mean
 from phase15.data.tokenizer import train_tokenizer
 from phase15.loading import load_phase15
 from phase15.model.configuration_phase15 import Phase15Config
@@ -32,7 +32,9 @@ def make_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM
     if args.stage == "hypernet":
         model.llm.requires_grad_(False)
     elif args.stage == "lora":
-        model = get_peft_model(model, lora_config(args, target_modules=r".*llm\..*_proj", modules_to_save=["hypernet"]))
+        model = get_peft_model(
+            model, lora_config(args, target_modules=r".*llm\..*_proj", modules_to_save=["hypernet"])
+        )
     return model, tokenizer
 
 

@@ -14,8 +14,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from phase15.cli.errors import INPUT_ERRORS, line_of
-from phase15.cli.help import print_any_text
+from phase15.cli.errors import INPUT_ERRORS, line_of, print_any_text
 from phase15.training.checkpoints import describe_restart
 
 

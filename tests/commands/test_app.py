@@ -288,7 +288,7 @@ def test_closing_the_reply_frees_the_lane(model, chat_tokenizer, lanes):
 
 def test_a_folder_with_earlier_code_is_named(model_dir, monkeypatch):
     model_and_info = (torch.nn.Linear(1, 1), {"missing_keys": []})
-    monkeypatch.setattr(app.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: model_and_info)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: model_and_info)
     with pytest.raises(ValueError, match="holds code from before .* save it again with `save_pretrained`"):
         app.load(model_dir)
 
@@ -311,34 +311,40 @@ def loaded(monkeypatch) -> list[str]:
 
 def test_the_model_is_the_flag_the_variable_or_the_quickstart(loaded, monkeypatch, tmp_path):
     (tmp_path / "config.json").touch()
-    monkeypatch.setattr(app, "HERE", tmp_path)  # nothing can be trained
+    monkeypatch.setattr(app.importlib.util, "find_spec", lambda name: None)  # nothing can be trained
     monkeypatch.setattr(app, "QUICKSTART", tmp_path)
     for argv in (["--model_dir", "a"], []):
         monkeypatch.setenv("PHASE15_MODEL", "b")
         with pytest.raises(ValueError, match="end"):
-            app.main(argv)
+            app.start(argv)
     monkeypatch.delenv("PHASE15_MODEL")
     with pytest.raises(ValueError, match="end"):
-        app.main([])
+        app.start([])
     assert loaded[:2] == ["a", "b"] and Path(loaded[2]).resolve() == tmp_path
 
 
 def test_the_quickstart_is_trained_if_it_is_not_there(loaded, monkeypatch, tmp_path, capfd):
     monkeypatch.delenv("PHASE15_MODEL", raising=False)
-    monkeypatch.setattr(app, "HERE", tmp_path)
-    monkeypatch.setattr(app, "QUICKSTART", tmp_path / "outputs" / "quickstart")
-    with pytest.raises(ValueError, match="--model_dir"):  # a Space that holds app.py alone
-        app.main([])
-    (tmp_path / "train_sft.py").write_text("print('step 1')\nraise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ValueError, match="--model_dir"),
+    ):
+        # a Space that holds only app.py
+        patch.setattr(app.importlib.util, "find_spec", lambda name: None)
+        app.start([])
+    assert app.TRAIN[1:] == ["-m", "phase15", "train"]
+    monkeypatch.setattr(app, "TRAIN", [sys.executable, "train.py"])
+    (tmp_path / "train.py").write_text("print('step 1')\nraise SystemExit(3)")
     with pytest.raises(ValueError, match="exit status 3"):
-        app.main([])
+        app.start([])
     out = capfd.readouterr().out
     assert re.search(r"training it.*minutes.*\nstep 1", out) and loaded == []
     make = "import pathlib as p; d = p.Path('outputs/quickstart'); d.mkdir(parents=True); (d / 'config.json').touch()"
-    (tmp_path / "train_sft.py").write_text(make)
+    (tmp_path / "train.py").write_text(make)
     for _ in range(2):  # the second time it is there, and the script would fail
         with pytest.raises(ValueError, match="end"):
-            app.main([])
+            app.start([])
     assert len(loaded) == 2
 
 
@@ -366,7 +372,7 @@ def started(folder: Path, model_dir: str):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shutil.copy(app.__file__, folder)
+    shutil.copy(ROOT / "phase15" / "commands" / "app.py", folder)
     settings = {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1"}
     settings |= {"PHASE15_MODEL": model_dir, "HF_MODULES_CACHE": str(folder / "modules")}
     with open(folder / "log", "w") as log:
@@ -629,7 +635,7 @@ def hostile(tokenizer, tmp_path_factory):
             "launch",
             lambda demo, **settings: demos.append(demo) or launch(demo, **settings, prevent_thread_lock=True),
         )
-        app.main(["--model_dir", str(folder), "--max_characters", "1700", "--max_waiting", "1", "--num_lanes", "1"])
+        app.start(["--model_dir", str(folder), "--max_characters", "1700", "--max_waiting", "1", "--num_lanes", "1"])
     yield model.eval(), tokenizer, folder, demos[0].local_url.rstrip("/")
     demos[0].close()
 
@@ -693,7 +699,7 @@ def test_the_limits_are_flags_with_defaults(monkeypatch, tiny, tokenizer):
     monkeypatch.setattr(app, "load", lambda name: (tiny, tokenizer))
     monkeypatch.setattr(gradio.Blocks, "launch", lambda demo, **settings: made.update(demo=demo, **settings))
     for flags, limit, waiting in (((), 100_000, 16), (("--max_characters", "5", "--max_waiting", "2"), 5, 2)):
-        app.main(["--model_dir", "m", *flags])
+        app.start(["--model_dir", "m", *flags])
         (respond,) = (block.fn for block in made["demo"].fns.values() if block.fn)
         assert made["demo"]._queue.max_size == waiting and made.get("server_name") is None
         history = [{"role": "assistant", "content": [{"type": "text", "text": "&lt;"}]}]  # one character

@@ -1,6 +1,7 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """python -m benchmarks at the tiny shape: its report and tables, and that variants compute what they are named for."""
 
+import argparse
 import json
 import re
 import subprocess
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from phase15.commands.benchmarks import __main__ as benchmark
 from phase15.commands.benchmarks import decode as decode_benchmark
-from phase15.commands.benchmarks import harness
+from phase15.commands.benchmarks import harness, measuring
 from phase15.commands.benchmarks import train as train_benchmark
 from phase15.commands.benchmarks.serve import Job, count_flops
 from phase15.model import decoding_phase15
@@ -24,8 +25,12 @@ from phase15.model import decoding_phase15
 ROOT = Path(__file__).parents[2]
 
 
+def parse(argv: list[str]) -> argparse.Namespace:
+    return measuring.resolve(benchmark.parse_args(argv))
+
+
 def report_of(*argv: str, capsys) -> tuple[dict, str]:
-    benchmark.main(benchmark.parse_args([*argv, "--shape", "tiny", "--no-compile"]))
+    measuring.measure(parse([*argv, "--shape", "tiny", "--no-compile"]))
     *text, last = capsys.readouterr().out.splitlines()
     report = json.loads(last)
     assert report["settings"]["shape"] == "tiny" and report["benchmark"] == argv[0]
@@ -115,8 +120,8 @@ def test_lengths_of_a_chunk_beside_the_cards(capsys):
     assert rows["base"]["state_mb"] == 4 * (40 + 20 - 1) * position / 2**20
     with pytest.raises(SystemExit):
         benchmark.parse_args(["decode", "--chunk_lengths", "0"])
-    with pytest.raises(SystemExit):
-        benchmark.parse_args(["decode", "--compile", "--chunk_lengths", "1", "2", "3", "4"])
+    with pytest.raises(ValueError, match="a chunk of 1"):
+        parse(["decode", "--compile", "--chunk_lengths", "1", "2", "3", "4"])
 
 
 @pytest.mark.parametrize(
@@ -139,7 +144,7 @@ def test_the_steps_of_a_chunk_add_up(monkeypatch):
     """The steps run without a compiler, which would take a minute. A step's time is divided by the chunk's tokens."""
     monkeypatch.setattr(decoding_phase15, "compiled", lambda function: function)
     monkeypatch.setattr(decode_benchmark, "CALLS", 1)  # more make the times steadier, which nothing here asks for
-    args = benchmark.parse_args(["decode", "--shape", "tiny", "--no-compile", "--rounds", "1", "--chunk_lengths", "8"])
+    args = parse(["decode", "--shape", "tiny", "--no-compile", "--rounds", "1", "--chunk_lengths", "8"])
     model, _ = harness.make_models(args)
     prompt = random_ids(1, 300)
     for length in (8, 16):
@@ -175,7 +180,7 @@ def test_int8_beside_float32(capsys):
 @pytest.mark.extra
 def test_int8_weights_are_int8():
     torchao = pytest.importorskip("torchao", reason="requirements-extra.txt")
-    model, base = harness.make_models(benchmark.parse_args(["decode", "--shape", "tiny", "--no-compile"]))
+    model, base = harness.make_models(parse(["decode", "--shape", "tiny", "--no-compile"]))
     for name, candidate in decode_benchmark.quantise(model, base).items():
         layer = (candidate if name == "base_int8" else candidate.llm).model.layers[0]
         assert isinstance(layer.mlp.up_proj.weight, torchao.utils.TorchAOBaseTensor), name
@@ -187,12 +192,12 @@ def test_nothing_is_needed_but_torch_and_transformers():
 import sys
 for name in ("accelerate", "peft", "datasets", "trl", "matplotlib", "fastapi", "uvicorn", "openai", "torchao", "gguf"):
     sys.modules[name] = None  # importing it is an ImportError
-from phase15.commands.benchmarks.__main__ import main, parse_args
+from phase15.commands.benchmarks.__main__ import main
 flags = ["--shape", "tiny", "--no-compile", "--rounds", "1"]
-main(parse_args(["train", *flags, "--new_tokens", "20"]))
-main(parse_args(["decode", *flags, "--new_tokens", "4", "--prompt_length", "8"]))
-main(parse_args(["load", *flags]))
-main(parse_args(["long", *flags, "--new_tokens", "256"]))
+main(["train", *flags, "--new_tokens", "20"])
+main(["decode", *flags, "--new_tokens", "4", "--prompt_length", "8"])
+main(["load", *flags])
+main(["long", *flags, "--new_tokens", "256"])
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0 and "none, without matplotlib" in run.stdout, run.stderr

@@ -28,7 +28,8 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from phase15.commands import eval_lm  # noqa: E402
+from phase15.commands import lm_harness  # noqa: E402
+from phase15.commands.eval_lm import evaluate as evaluate_words  # noqa: E402
 
 
 pytestmark = pytest.mark.extra
@@ -145,7 +146,7 @@ def manager(task_folder):
     return TaskManager(include_path=str(task_folder), include_defaults=False)  # the defaults take ten seconds to list
 
 
-def load(folder: str, model_class=eval_lm.Phase15LM, **kwargs):
+def load(folder: str, model_class=lm_harness.Phase15LM, **kwargs):
     return model_class(pretrained=folder, device="cpu", **kwargs)
 
 
@@ -216,7 +217,7 @@ def test_scores_are_those_of_the_reference(trained, folders, pairs, batch_size):
 
 
 def test_scores_do_not_depend_on_the_predictions_at_a_time(trained, folders, pairs, monkeypatch):
-    monkeypatch.setattr(eval_lm, "PREDICTIONS", 6)
+    monkeypatch.setattr(lm_harness, "PREDICTIONS", 6)
     scores = load(folders["trained"], batch_size=2).loglikelihood(requests_of("loglikelihood", *pairs))
     assert_same(scores, reference_scores(trained, pairs))
 
@@ -254,14 +255,14 @@ def test_an_automatic_batch_size_changes_no_answer(trained, folders, pairs, answ
     close(rolling, [logprob for logprob, _ in reference_scores(trained, [("", text) for text in documents])])
     sizes.clear()
     requests = [(document["context"], {"max_gen_toks": NEW_TOKENS, "do_sample": False}) for document in DOCUMENTS]
-    lanes_class = eval_lm.Phase15Lanes
+    lanes_class = lm_harness.Phase15Lanes
     numbers = []
 
     def make_lanes(model, num_lanes, **kwargs):
         numbers.append(num_lanes)
         return lanes_class(model, num_lanes, **kwargs)
 
-    monkeypatch.setattr(eval_lm, "Phase15Lanes", make_lanes)
+    monkeypatch.setattr(lm_harness, "Phase15Lanes", make_lanes)
     assert model.generate_until(requests_of("generate_until", *requests)) == answers
     assert (sizes, numbers, model.batch_size) == ([3], [3], "auto")
 
@@ -291,7 +292,7 @@ def test_settings_of_a_task_are_those_of_generate(trained, folders, tokenizer, k
 
 def test_scores_of_a_new_model_are_those_of_its_base(folders, manager):
     results = {}
-    for name, model_class in (("base", HFLM), ("new", eval_lm.Phase15LM)):
+    for name, model_class in (("base", HFLM), ("new", lm_harness.Phase15LM)):
         model = load(folders[name], model_class, batch_size=3)
         results[name] = lm_eval.simple_evaluate(model, tasks=["choice"], task_manager=manager, limit=2)
     ours = results["new"]
@@ -396,7 +397,7 @@ def runs(folders, task_folder, tmp_path_factory) -> dict[str, tuple[Path, str]]:
     with subprocess.Popen(command, cwd=plain, env=os.environ | environment, **streams) as process:
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as stdout:
             patch.setattr(sys, "argv", sys.argv)  # main replaces it
-            eval_lm.main(["--model_dir", folders["trained"], *options, str(ours / "out")])
+            evaluate_words(["--model_dir", folders["trained"], *options, str(ours / "out")], "phase15 eval-lm")
         output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-3000:]
     return {"hf": (plain, output), "phase15": (ours, stdout.getvalue())}
@@ -454,13 +455,13 @@ def test_an_unknown_task_and_another_model_are_named(folders, monkeypatch):
     monkeypatch.setattr(sys, "argv", sys.argv)  # main replaces it
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     with pytest.raises(ValueError, match="Tasks not found: nonsense"):
-        eval_lm.main(["--model_dir", folders["trained"], "--tasks", "nonsense"])
+        evaluate_words(["--model_dir", folders["trained"], "--tasks", "nonsense"], "phase15 eval-lm")
     with pytest.raises(ValueError, match="is not a Phase15 model, but a causal LM"):
-        eval_lm.main(["--model_dir", folders["base"], "--tasks", "nonsense"])
+        evaluate_words(["--model_dir", folders["base"], "--tasks", "nonsense"], "phase15 eval-lm")
     with pytest.raises(ValueError, match="`--model` cannot be given"):
-        eval_lm.main(["--model_dir", folders["trained"], "--tasks", "nonsense", "--model", "hf"])
+        evaluate_words(["--model_dir", folders["trained"], "--tasks", "nonsense", "--model", "hf"], "phase15 eval-lm")
     with pytest.raises(ValueError, match="`--model` cannot be given"):
-        eval_lm.main([f"--model_dir={folders['trained']}", "--tasks", "nonsense", "-M", "hf"])
+        evaluate_words([f"--model_dir={folders['trained']}", "--tasks", "nonsense", "-M", "hf"], "phase15 eval-lm")
 
 
 def test_the_models_arguments_are_lm_evals_beside_the_folder(monkeypatch, tmp_path):
@@ -474,7 +475,7 @@ def test_the_models_arguments_are_lm_evals_beside_the_folder(monkeypatch, tmp_pa
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"task": "mine", **TASKS["choice"], "dataset_path": "json"}))
     options = ["--tasks", "mine", "--include_path", str(tmp_path), "--model_args", "dtype=bfloat16", "--limit", "2"]
-    eval_lm.main([*options[:4], "--model_dir", str(folder), *options[4:]])
+    evaluate_words([*options[:4], "--model_dir", str(folder), *options[4:]], "phase15 eval-lm")
     (arguments,) = calls
     assert arguments["model"] == "phase15" and arguments["limit"] == 2 and arguments["tasks"] == ["mine"]
     assert arguments["model_args"] == {"dtype": "bfloat16", "pretrained": str(folder)}
@@ -483,7 +484,7 @@ def test_the_models_arguments_are_lm_evals_beside_the_folder(monkeypatch, tmp_pa
 def test_help_shows_the_flags_of_both(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", sys.argv)
     with pytest.raises(SystemExit) as raised:
-        eval_lm.main(["--help"])
+        evaluate_words(["--help"], "phase15 eval-lm")
     output = capsys.readouterr().out
-    assert raised.value.code == 0 and "usage: python -m scripts.eval_lm --model_dir DIR" in output
+    assert raised.value.code == 0 and "usage: phase15 eval-lm --model_dir DIR" in output
     assert all(flag in output for flag in ("--model_dir", "--tasks", "--batch_size", "--output_path"))

@@ -17,10 +17,10 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from reference import LLM_SIZES, SIZES, randomise_alpha
 from test_losses import ROWS, Tokenizer, close, naive
 from torch.testing import assert_close
+from train_here import prepare
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from phase15.commands import evaluate as eval_sft
-from phase15.commands.train import prepare
+from phase15.commands import evaluation_run as eval_sft
 from phase15.evaluation import losses as evaluation
 from phase15.evaluation import recovery
 from phase15.evaluation.losses import Example
@@ -190,7 +190,7 @@ def test_context_recovery_takes_its_rows(evaluated):
 
 
 def test_nothing_is_generated_where_nothing_is_asked_for(home, tmp_path, capsys):
-    eval_sft.main(arguments(home, tmp_path, generated_records=0, max_records=4))
+    eval_sft.evaluate(arguments(home, tmp_path, generated_records=0, max_records=4))
     results = json.loads((tmp_path / "evaluation.json").read_text())
     assert "exact_match" not in results and not results["free_running"] and len(results["context_recovery"]) == 2
     assert list(results["validation"]) == ROWS and results["records"] == {"validation": 4, "generated": 0}
@@ -208,7 +208,7 @@ def test_another_length_of_a_chunk_is_that_of_a_model_with_it(home, tmp_path):
     with_it = {"model_dir": str(tmp_path / "model"), "baselines": [str(tmp_path / "window")]}
     without = {"baselines": [str(home / "window")]}
     for name, given in (("a", {"chunk_length": length} | without), ("b", with_it), ("c", without)):
-        eval_sft.main(arguments(home, tmp_path / name, **settings | given))
+        eval_sft.evaluate(arguments(home, tmp_path / name, **settings | given))
         results.append(json.loads((tmp_path / name / "evaluation.json").read_text()))
     assert results[0]["chunk_length"] == results[1]["chunk_length"] == length
     assert results[2]["chunk_length"] == config["chunk_length"]
@@ -227,7 +227,7 @@ def test_scores_are_those_of_the_length_with_which_the_model_speaks(home, tmp_pa
     results = []
     for name, folder, given in (("a", home, {"chunk_length": 1}), ("b", tmp_path, {}), ("c", home, {})):
         flags = {"model_dir": str(folder / "model"), "generated_records": 2, "max_records": 4, **given}
-        eval_sft.main(arguments(home, tmp_path / name, **flags))
+        eval_sft.evaluate(arguments(home, tmp_path / name, **flags))
         results.append(json.loads((tmp_path / name / "evaluation.json").read_text()))
     asked, saved, trained = results
     assert saved["chunk_length"] == 1 != trained["chunk_length"]
@@ -239,7 +239,7 @@ def test_scores_are_those_of_the_length_with_which_the_model_speaks(home, tmp_pa
 
 def test_answers_without_numbers_have_no_exact_match(home, tmp_path):
     (tmp_path / "words.jsonl").write_text('{"prompt": "Why", "completion": " it is 4"}\n' * 3)
-    eval_sft.main(arguments(home, tmp_path, dataset=str(tmp_path / "words.jsonl"), validation_split=1.0))
+    eval_sft.evaluate(arguments(home, tmp_path, dataset=str(tmp_path / "words.jsonl"), validation_split=1.0))
     results = json.loads((tmp_path / "evaluation.json").read_text())
     assert "exact_match" not in results and results["free_running"]
     assert "no recipe.yaml says" in results["evaluated"]
@@ -258,9 +258,9 @@ def test_what_is_evaluated_is_what_the_run_held_out(settings, home, tmp_path):
     flags = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "report_to": "none"}
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(recipe | flags))
-    trainer, _, recipe, _ = prepare([str(path)])
+    trainer, run = prepare([str(path)])
     trainer.processing_class.save_pretrained(tmp_path)
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(run.recipe))
     args = arguments(home, tmp_path, model_dir=str(tmp_path))
     rows, where, _ = eval_sft.validation_examples(args, trainer.processing_class, trainer.config)
     expected = [record for batch in trainer.get_eval_dataloader() for record in recovery.unbatch(batch)]
@@ -299,7 +299,7 @@ def test_bad_input_is_named_before_anything_is_written(case, home, tmp_path):
     fill = lambda value: value.format(home=home) if isinstance(value, str) else value  # noqa: E731
     flags = {key: [*map(fill, v)] if isinstance(v, list) else fill(v) for key, v in flags.items()}
     with pytest.raises(ValueError, match=message):
-        eval_sft.main(arguments(home, tmp_path / "new", **flags))
+        eval_sft.evaluate(arguments(home, tmp_path / "new", **flags))
     assert not (tmp_path / "new").exists()
 
 
@@ -309,14 +309,14 @@ def test_facts_are_asked_for_by_distance(talker, tmp_path, capsys):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     arguments = {"model_dir": str(folder), "dataset": "facts", "facts_distances": [6, 3], "generated_records": 2}
-    eval_sft.main(eval_sft.EvaluationArguments(**arguments, device="cpu"))
+    eval_sft.evaluate(eval_sft.EvaluationArguments(**arguments, device="cpu"))
     measured = json.loads((folder / "recall_evaluation.json").read_text())
     assert measured == recall(model, tokenizer, [3, 6], 4, 2) and (folder / "recall_evaluation.png").is_file()
     assert "| words between (8 facts each) |" in capsys.readouterr().out
     settings, spoken = folder / "generation_config.json", 2 * model.config.chunk_length
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chunk_length": spoken}))
     for given, expected in (({}, spoken), ({"chunk_length": 5}, 5)):
-        eval_sft.main(eval_sft.EvaluationArguments(**arguments, device="cpu", **given))
+        eval_sft.evaluate(eval_sft.EvaluationArguments(**arguments, device="cpu", **given))
         measured = json.loads((folder / "recall_evaluation.json").read_text())
         assert {row["chunk_length"] for row in measured} == {expected}
         assert f"with chunks of {expected} tokens, not the {model.config.chunk_length}" in capsys.readouterr().out

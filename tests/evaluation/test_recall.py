@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from train_here import parse
 
 from phase15.data.facts import fresh_chats
 from phase15.evaluation.recall import encode_chats, format_chat, recall, shorten
 from phase15.hub.runs import read_run
 from phase15.loading import load_phase15
-from phase15.training.arguments import parse_args
 
 
 ROOT = Path(__file__).parents[2]
@@ -134,7 +134,7 @@ def test_what_is_shown(talker):
 @pytest.mark.slow
 def test_the_quickstart_remembers_over_512_words():
     """The run that README.md begins with. Its model is measured here, not read from its results."""
-    folder, recipe = ROOT / "outputs" / "quickstart", parse_args([])[-1]
+    folder, recipe = ROOT / "outputs" / "quickstart", parse([])[-1]
     if not (folder / "results.json").is_file() or read_run(folder).recipes[0] != recipe:
         subprocess.run([sys.executable, "train_sft.py"], cwd=ROOT, check=True)
     model, tokenizer = load_phase15(folder)

@@ -16,11 +16,12 @@ import torch
 from hub_server import Commit, HubServer, Request
 from reference import SIZES, aligned
 from safetensors.torch import load_file, save_file
+from train_here import prepare
 from transformers import AutoTokenizer
 
 from phase15.commands.evaluate import EvaluationArguments
-from phase15.commands.evaluate import main as evaluate
-from phase15.commands.train import main, prepare
+from phase15.commands.evaluation_run import evaluate
+from phase15.commands.training_run import train
 from phase15.evaluation.losses import display_label
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 
@@ -52,7 +53,7 @@ import gc, json, os, runpy, sys, traceback
 script = sys.argv[1]
 sys.path[0] = os.path.dirname(script)
 sys.path.append(os.path.join(sys.path[0], "tests"))
-from phase15.commands import push  # imports everything that the script needs; each run executes the script again
+from phase15.commands import push_run  # imports everything that the script needs; each run executes the script again
 from reference import answer_here
 
 gc.freeze()  # so that forks share what there is
@@ -67,7 +68,7 @@ os.environ.update(run["environment"])
 for number, name in enumerate([os.devnull, *run["output"]]):
     os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
 if not run["load"]:
-    push.answer_in_new_process = answer_here
+    push_run.answer_in_new_process = answer_here
 sys.argv, status = run["argv"], 0
 try:
     runpy.run_path(script, run_name="__main__")
@@ -198,7 +199,7 @@ def models(shells, folder, answers_here, chat_tokenizer) -> dict[str, Path]:
         "disable_tqdm": True,
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
-    main(*prepare([str(folder / "recipe.yaml")]))
+    train(*prepare([str(folder / "recipe.yaml")]))
     shutil.copytree(folder / "first", folder / "baselines" / "a|<b>")
     (folder / "baselines" / "a|<b>" / "recipe.yaml").unlink()
     numbers = [{"query": f"What is {i}?", "answer": f"Blue light.\n#### {i}"} for i in range(3)]

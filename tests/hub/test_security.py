@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from phase15 import loading
 from phase15.commands import push as push_to_hub
+from phase15.commands import push_run
 from phase15.evaluation import losses, tables
 from phase15.hub import cards, runs
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
@@ -183,7 +184,7 @@ def card_of(model, tokenizer, text: str, is_evaluated: bool) -> ModelCard:
     model.config.text_config._name_or_path = text
     arguments = push_to_hub.PushArguments(**ARGUMENTS, license=text)
     run = runs.Run([recipe, recipe], results, evaluation if is_evaluated else {})
-    return cards.model_card(arguments, run, model, tokenizer, list(push_to_hub.PICTURES))
+    return cards.model_card(arguments, run, model, tokenizer, list(push_run.PICTURES))
 
 
 def shape(markdown: str) -> tuple[list, list[str]]:

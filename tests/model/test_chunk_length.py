@@ -120,7 +120,9 @@ def test_each_length_has_buffers_of_its_own(tiny, fast):  # noqa: F811
 @pytest.mark.parametrize("chunk_length", LENGTHS)
 def test_lanes_say_the_same_tokens(tiny, chunk_length, is_static, monkeypatch):
     if not is_static:
-        monkeypatch.setattr("phase15.model.continuous_batching_phase15.unsupported_model", lambda model: "forward hooks")
+        monkeypatch.setattr(
+            "phase15.model.continuous_batching_phase15.unsupported_model", lambda model: "forward hooks"
+        )
     prompts = [prompt.tolist() for prompt in LONG_PROMPTS]
     settings = {"max_new_tokens": 45, "do_sample": False, "num_lanes": 2}
     outputs = tiny.generate_batch(prompts, chunk_length=chunk_length, **settings)

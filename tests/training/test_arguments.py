@@ -1,14 +1,19 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """Recipes, flags, and values that cannot work."""
 
+from argparse import ArgumentParser
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 from reference import SIZES
 from test_train_sft import ROOT, RUN, STREAM, WORDS, argv, base, data, recipe, script, sentence, write  # noqa: F401
+from train_here import parse
 
-from phase15.training.arguments import argv_before, parse_args
+from phase15.commands.training_run import plan
+from phase15.training.arguments import Phase15TrainingFields, check_names, library_names
+from phase15.training.runs import Phase15TrainingArguments, RunParser, TrainingRun
 
 
 RECIPES = sorted(path for path in ROOT.glob("recipes/*.yaml") if not path.stem.startswith("accelerate_"))
@@ -80,7 +85,7 @@ def test_flags_override_the_recipe(recipe, tmp_path):
     path = write(recipe, tmp_path, stage="hypernet", warmup_steps=7)
     flags = ["--stage", "lora", "--chunk_length", "6", "--learning_rate", "3e-3", "--dataset_name", "x.csv"]
     for arguments in ([path, *flags], [*flags, path], ["--config", path, *flags]):
-        model, data, training, _ = parse_args(arguments)
+        model, data, training, _ = parse(arguments)
         assert (model.stage, model.chunk_length, data.dataset_name) == ("lora", 6, "x.csv")
         assert (training.learning_rate, training.warmup_steps, training.max_steps) == (3e-3, 7, 3)
         assert model.config_fields == {name: recipe[name] for name in model.config_fields} | {"chunk_length": 6}
@@ -88,13 +93,47 @@ def test_flags_override_the_recipe(recipe, tmp_path):
 
 
 def test_without_arguments_it_is_the_quickstart():
-    model, data, _, _ = parse_args([])
+    model, data, _, _ = parse([])
     assert (data.dataset_name, model.stage) == ("facts", "hypernet")
-    before, data, _, _ = parse_args(argv_before([]))
-    assert (data.dataset_name, before.baseline) == ("facts", "full_context") and before.base_config[
-        "hidden_size"
-    ] <= 256
-    assert parse_args(["--model_name_or_path", "x", "--dataset_name", "y"])[0].base_config is None
+    parser = RunParser()
+    before = TrainingRun.parse([], parser).run_before(parser)
+    assert (before.data.dataset_name, before.model.baseline) == ("facts", "full_context")
+    assert before.model.base_config["hidden_size"] <= 256
+    assert parse(["--model_name_or_path", "x", "--dataset_name", "y"])[0].base_config is None
+
+
+def test_each_text_is_parsed_once(tmp_path, monkeypatch):
+    """The command line, and each recipe."""
+    parsed = []
+    passes = ArgumentParser.parse_known_args
+    monkeypatch.setattr(
+        ArgumentParser, "parse_known_args", lambda self, *args: parsed.append(args[0]) or passes(self, *args)
+    )
+    runs = plan(["--seed", "7", "--output_dir", str(tmp_path / "run")])
+    assert [Path(run.path).name for run in runs] == ["facts_base.yaml", "quickstart.yaml"]
+    assert [run.training.seed for run in runs] == [7, 7]
+    assert len(parsed) == 3 and parsed[0] == ["--seed", "7", "--output_dir", str(tmp_path / "run")]
+    assert "--stage=hypernet" in parsed[1] and "--baseline=full_context" in parsed[2]
+
+
+def test_a_value_of_a_recipe_is_checked_like_a_flag(argv, tmp_path):
+    for values, flag in (({"facts_distances": [1, "far"]}, "facts_distances"), ({"max_steps": 1.5}, "max_steps")):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(values))
+        message = script(str(path))
+        assert "recipe.yaml" in message and f"--{flag}" in message and "invalid int value" in message
+
+
+def test_a_wrong_flag_is_answered_without_torch():
+    with pytest.raises(ValueError, match="unrecognized arguments: --lerning_rate=3; did you mean 'learning_rate'"):
+        check_names(["recipes/quickstart.yaml", "--lerning_rate=3"])
+    with pytest.raises(ValueError, match="--warmup-stepps; did you mean 'warmup_steps'"):
+        check_names(["--warmup-stepps", "3"])
+    check_names(
+        ["--learning-rate", "-1", "--no_dataloader_pin_memory", "--rival", "lora", "--config", "x", "--max_st=3"]
+    )
+    names = {f.name for f in fields(Phase15TrainingArguments) if f.init}
+    assert names == {*library_names(), *(f.name for f in fields(Phase15TrainingFields))}
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -107,7 +146,7 @@ def test_another_data_set_leaves_the_parts_of_the_recipes_own(tmp_path):
         (["--dataset_name", "data.jsonl"], None),
         (["--dataset_name", "me/data", "--dataset_config", "mine"], "mine"),
     ):
-        _, data, _, recipe = parse_args([str(path), "--use_cpu", "--output_dir", str(tmp_path), *flags])
+        _, data, _, recipe = parse([str(path), "--use_cpu", "--output_dir", str(tmp_path), *flags])
         assert data.dataset_config == config == recipe.get("dataset_config"), flags
 
 
@@ -115,7 +154,7 @@ def test_another_data_set_leaves_the_parts_of_the_recipes_own(tmp_path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes(path, tmp_path):
     """Every recipe parses; the ones of TinyLlama hold the values of the design."""
-    model, data, training, _ = parse_args([str(path), "--use_cpu", "--output_dir", str(tmp_path)])
+    model, data, training, _ = parse([str(path), "--use_cpu", "--output_dir", str(tmp_path)])
     assert data.dataset_name and (model.model_name_or_path or model.base_config)
     if "facts" in (data.dataset_name, path.stem) or path.stem == "docstrings":
         return

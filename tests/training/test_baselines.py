@@ -15,10 +15,11 @@ from reference import CHUNK, LLM_SIZES, SIZES, SLOTS, randomise_alpha, reference
 from safetensors.torch import load_file
 from test_train_sft import RUN, At, Killed, changed, epochless, kill, losses_of, sentence, state, watched, write
 from torch.testing import assert_close
+from train_here import prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from phase15.commands.push import PushArguments
-from phase15.commands.train import main, prepare
+from phase15.commands.training_run import train
 from phase15.evaluation.losses import display_label
 from phase15.hub.cards import model_card
 from phase15.hub.runs import read_run
@@ -180,7 +181,7 @@ def test_what_a_baseline_leaves(baseline, llm, recipe, tmp_path, capfd):
     """Loaded again it has the loss that was reported: its own row, and the validation loss of the training."""
     trainer, *rest = baseline_run(baseline, recipe, tmp_path)
     with torch.enable_grad():
-        main(trainer, *rest)
+        train(trainer, *rest)
     folder = recipe["output_dir"]
     model = loaded(baseline, folder, llm)
     losses = []

@@ -13,9 +13,10 @@ from reference import CHUNK, LLM_SIZES, reference_logits
 from test_train_sft import base, data, recipe, script, write  # noqa: F401 - fixtures
 from test_trainer import ANSWERS, QUERIES, RATES, check_step, records, state, trainer_of
 from torch.testing import assert_close
+from train_here import prepare
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from phase15.commands.train import main, prepare
+from phase15.commands.training_run import train
 from phase15.data.tokenizer import train_tokenizer
 from phase15.training.distillation import DistillationTrainer, load_teacher
 
@@ -90,14 +91,14 @@ def test_model_and_window_are_distilled_from_one_command(baseline, base, recipe,
         values |= {"output_dir": str(tmp_path / name), "max_steps": 2, "baseline": baseline}
         run = prepare([write({k: v for k, v in (recipe | values).items() if v is not None}, tmp_path)])
         assert isinstance(run[0], DistillationTrainer) == (name == "distilled")
-        main(*run)
+        train(*run)
         results = json.loads((tmp_path / name / "results.json").read_text())
         losses.append(results["validation"]["model" if baseline is None else "baseline_window"]["loss"])
     assert losses[0] != losses[1]
 
 
 def test_a_teacher_may_be_the_llm_of_a_phase15_model(base, recipe, tmp_path, chat_tokenizer):  # noqa: F811
-    main(*prepare([write(recipe | {"max_steps": 1, "stage": "hypernet"}, tmp_path)]))
+    train(*prepare([write(recipe | {"max_steps": 1, "stage": "hypernet"}, tmp_path)]))
     ours, bases = (load_teacher(name, chat_tokenizer) for name in (recipe["output_dir"], base))
     assert type(ours) is type(bases)
     assert all(torch.equal(ours.state_dict()[name], value) for name, value in bases.state_dict().items())

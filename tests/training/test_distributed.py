@@ -31,10 +31,10 @@ from reference import CHUNK, SIZES
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.testing import assert_close
+from train_here import prepare
 from transformers import AutoModelForCausalLM
 
-from phase15.commands import train as train_command
-from phase15.commands.train import prepare
+from phase15.commands import training_run
 from phase15.training.checkpoints import write_manifest
 
 
@@ -224,7 +224,11 @@ def forked():
                 worker.kill()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}", prepend=os.pathsep)  # for the server
+        patch.setenv(
+            "PYTHONPATH",
+            f"{ROOT}{os.pathsep}{ROOT / 'tests'}{os.pathsep}{ROOT / 'tests' / 'training'}",
+            prepend=os.pathsep,
+        )  # for the server
         yield run
 
 
@@ -241,7 +245,7 @@ def work(rank: int, processes: int, port: int, config: str, recipe: Path, log: P
     if "fsdp_config" in settings:  # set as the launcher sets it
         os.environ["ACCELERATE_USE_FSDP"] = "true"
         os.environ |= {name.upper(): str(value).lower() for name, value in settings["fsdp_config"].items()}
-    train_command.answer_in_new_process = lambda folder, query, max_new_tokens: query  # slow; the launched runs do it
+    training_run.answer_in_new_process = lambda folder, query, max_new_tokens: query  # slow; the launched runs do it
     sys.argv = [SCRIPTS[config], str(recipe), *FLAGS[config]]
     runpy.run_path(str(ROOT / SCRIPTS[config]), run_name="__main__")
 

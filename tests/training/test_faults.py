@@ -32,12 +32,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from reference import SIZES
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_state_dict
+from train_here import prepare
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from phase15 import loading
 from phase15.cli.files import write_text
-from phase15.commands import train as train_command
-from phase15.commands.train import main, prepare
+from phase15.commands import training_run
+from phase15.commands.training_run import train
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 from phase15.training.checkpoints import (
     MANIFEST,
@@ -156,7 +157,7 @@ def work(recipe: Path, log: Path, prepare_process):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     # slow, and done in the runs of the real command
-    train_command.answer_in_new_process = lambda folder, query, max_new_tokens: query
+    training_run.answer_in_new_process = lambda folder, query, max_new_tokens: query
     if prepare_process is not None:
         function, *arguments = prepare_process
         function(*arguments)
@@ -204,7 +205,11 @@ def fork():
         return Run(runs[-1], log)
 
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}", prepend=os.pathsep)
+        environment.setenv(
+            "PYTHONPATH",
+            f"{ROOT}{os.pathsep}{ROOT / 'tests'}{os.pathsep}{ROOT / 'tests' / 'training'}",
+            prepend=os.pathsep,
+        )
         environment.setenv("OMP_NUM_THREADS", "1")
         environment.setenv("CUDA_VISIBLE_DEVICES", "")
         yield start
@@ -362,7 +367,7 @@ STOPS = {  # at the call of which function that comes, what it says: after which
     "in a checkpoint": (dict(SAVING)["trainer_state.json"], 1, 6, 6),
     "in the last step": ("transformers.Trainer.training_step", 32, 16, 16),
     "while the model is saved": ("transformers.Trainer.save_model", 4, None, 16),
-    "while rows are compared": ("phase15.commands.train.compare", 1, None, 16),
+    "while rows are compared": ("phase15.commands.training_run.compare", 1, None, 16),
 }
 
 
@@ -607,7 +612,7 @@ def test_a_torn_checkpoint_that_is_named_is_refused(recipe, folder):
     (named := folder / "checkpoint-12").joinpath("optimizer.pt").unlink()
     path = write(recipe, folder.parent, **SHORT, resume_from_checkpoint=str(named))
     with pytest.raises(SystemExit, match=rf"^train_sft\.py: cannot resume from {named}: optimizer.pt is missing\.$"):
-        main(*prepare([str(path)]))
+        train(*prepare([str(path)]))
     assert named.exists() and not find_problem(folder / "checkpoint-16")
 
 
@@ -657,7 +662,7 @@ def test_a_run_refuses_code_in_one_line(recipe, folder, tmp_path):
     with pytest.raises(
         SystemExit, match=rf"^train_sft\.py: cannot resume from {checkpoint}: optimizer\.pt holds .*\.$"
     ):
-        main(*prepare([str(write(recipe, tmp_path, **SHORT))]))
+        train(*prepare([str(write(recipe, tmp_path, **SHORT))]))
     assert not (tmp_path / "ran").exists()
 
 

@@ -23,14 +23,15 @@ from reference import LLM_SIZES, SIZES
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
+from train_here import parse, prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainerCallback
 
-from phase15.commands import train as train_sft
-from phase15.commands.train import main, prepare, runs_to_do
+from phase15.commands.training_run import plan, train
+from phase15.commands.training_run import prepare as prepare_run
 from phase15.evaluation.losses import display_label
 from phase15.hub.runs import save_recipe
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
-from phase15.training.arguments import parse_args
+from phase15.training.runs import TrainingRun
 
 
 pytestmark = pytest.mark.usefixtures("answers_here")
@@ -160,7 +161,7 @@ def test_lora(recipe, tmp_path, capfd):
     """Adapter beside a frozen LLM; loaded onto the base again, and merged."""
     trainer, *rest = prepare([write(recipe, tmp_path, stage="lora", lora_r=2)])
     before = state(trainer.model)
-    main(trainer, *rest)
+    train(trainer, *rest)
     moved = changed(before, trainer.model.state_dict())
     lora = {name for name in before if "lora_" in name}
     hypernet = {name for name in before if "model.hypernet.modules_to_save" in name and "embedding_scale" not in name}
@@ -188,7 +189,7 @@ def test_lora(recipe, tmp_path, capfd):
         PeftModel.from_pretrained(others, recipe["output_dir"])
 
     folder = str(tmp_path / "merged")
-    main(*prepare([write(recipe, tmp_path, stage="lora", lora_r=2), "--merge_adapter", "--output_dir", folder]))
+    train(*prepare([write(recipe, tmp_path, stage="lora", lora_r=2), "--merge_adapter", "--output_dir", folder]))
     merged, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     assert not any(info.values())
     with torch.no_grad():
@@ -261,7 +262,7 @@ def test_records_are_split(recipe, tmp_path):
     arguments = [write(recipe, tmp_path, stage="lora", validation_split=0.0), "--max_steps", "1"]
     trainer, *rest = prepare(arguments)
     assert trainer.train_dataset["record"][:] == list(range(1, 16)) and trainer.eval_dataset is None
-    main(trainer, *rest)
+    train(trainer, *rest)
     assert json.loads((Path(recipe["output_dir"]) / "results.json").read_text())["validation"] == {}
 
 
@@ -380,7 +381,7 @@ def test_what_a_run_on_a_stream_leaves(recipe, tmp_path, capfd):
     folder = Path(recipe["output_dir"])
     folder.mkdir(exist_ok=True)
     (folder / "evaluation.json").write_text("{}")  # of another model
-    main(trainer, *rest)
+    train(trainer, *rest)
     assert not (folder / "evaluation.json").exists()
     results = json.loads((folder / "results.json").read_text())
     assert results["records"] == {"training": 24, "validation": 3}  # three steps of two batches of four
@@ -397,8 +398,8 @@ import json, os, sys
 from pathlib import Path
 
 from test_train_sft import At, Killed, epochless, kill, watched
-from phase15.shutdown import leave
-from train_sft import prepare
+from phase15.training.shutdown import leave
+from train_here import prepare
 
 runs = []
 for recipe, killed_after, checkpoint in json.loads(sys.argv[1]):
@@ -437,7 +438,8 @@ def test_two_processes_share_a_stream(recipe, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     (tmp_path / "on_two.py").write_text(ON_TWO)
     runs = json.dumps([(on_two, 6, None), (on_two, None, checkpoint)])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    folders = (ROOT, ROOT / "tests", ROOT / "tests" / "training")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, folders))}
     environment["ACCELERATE_TORCH_DEVICE"] = "cpu"  # torch 2.11 cannot resume on accelerate's "cpu:0"
     command = [*launch, str(tmp_path / "on_two.py"), runs, str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
@@ -532,14 +534,14 @@ def test_what_a_run_leaves_and_says(killed_run):
 
 def test_a_run_leaves_the_recipe_that_repeats_it(killed_run, tmp_path):
     path, folder, *_ = killed_run
-    *arguments, recipe = parse_args([path])
-    *repeated, again = parse_args([str(folder / "recipe.yaml")])
+    *arguments, recipe = parse([path])
+    *repeated, again = parse([str(folder / "recipe.yaml")])
     assert recipe == again == yaml.safe_load((folder / "recipe.yaml").read_text())
     assert [vars(values) for values in arguments[:2]] == [vars(values) for values in repeated[:2]]
     assert arguments[2].to_dict() == repeated[2].to_dict()
     assert not {"bf16", "stage", "recipe"} & set(recipe)  # defaults, and no flag
     flags = ["--learning_rate", "0.5", "--stage", "lora", "--hub_token", "hf_secret"]
-    assert parse_args([path, *flags])[3] == recipe | {"learning_rate": 0.5, "stage": "lora"}
+    assert parse([path, *flags])[3] == recipe | {"learning_rate": 0.5, "stage": "lora"}
 
 
 def test_the_recipes_of_earlier_stages_are_kept(recipe, tmp_path):
@@ -580,13 +582,13 @@ def test_a_finished_run_is_not_overwritten_unasked(killed_run, argv, tmp_path):
 
 def test_overwriting_starts_anew(recipe, tmp_path, caplog):
     arguments = [write(recipe, tmp_path, stage="lora", save_steps=1)]
-    main(*prepare(arguments))
+    train(*prepare(arguments))
     folder = Path(recipe["output_dir"])
     with pytest.raises(ValueError, match="--overwrite_output_dir"):
         prepare(arguments)
     trainer, *rest = prepare([*arguments, "--overwrite_output_dir", "--max_steps", "2"])
     with caplog.at_level("WARNING"):
-        main(trainer, *rest)
+        train(trainer, *rest)
     assert f"{folder} holds a finished run, which is replaced" in caplog.text
     assert list(losses_of(trainer.state.log_history)) == [1, 2] and (folder / "results.json").is_file()
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
@@ -606,7 +608,7 @@ def half(recipe, tmp_path):
 
     def run(**values):
         values = recipe | {"max_steps": 4, "save_steps": 2, "validation_split": 0} | values
-        main(*prepare([write(values, tmp_path)]))
+        train(*prepare([write(values, tmp_path)]))
         folder = Path(recipe["output_dir"])
         for name in ("results.json", "model.safetensors"):
             (folder / name).unlink()
@@ -635,7 +637,7 @@ def test_a_checkpoint_of_another_run_is_refused(half, argv, tmp_path):
             assert word in message
     assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
     trainer, *rest = prepare([write(values | {"seed": 7}, tmp_path), "--overwrite_output_dir"])
-    main(trainer, *rest)
+    train(trainer, *rest)
     assert min(losses_of(trainer.state.log_history)) == 1
 
 
@@ -643,14 +645,14 @@ def test_what_changes_no_step_may_change(half, tmp_path):
     values = half(logging_steps=1)
     changes = {"save_steps": 3, "report_to": "none", "save_total_limit": 1, "max_steps": 5, "eval_steps": 9}
     trainer, *rest = prepare([write(values | changes, tmp_path)])
-    main(trainer, *rest)
+    train(trainer, *rest)
     assert trainer.steps_before == 2 and trainer.state.global_step == 5
 
 
 def test_a_checkpoint_without_optimizer_is_told(half, tmp_path, caplog):
     values = half(save_only_model=True)
     with caplog.at_level("WARNING"):
-        main(*prepare([write(values, tmp_path)]))
+        train(*prepare([write(values, tmp_path)]))
     assert "checkpoint-2 holds no optimizer (`save_only_model`)" in caplog.text
 
 
@@ -731,7 +733,7 @@ def two_runs(tmp_path, monkeypatch) -> tuple[list[str], Path]:
     """The arguments of a run behind that of a base, both tiny, and its folder."""
     common = {"dataset_name": "facts", "facts_records": 16, "facts_distances": [2], "facts_per_chat": 1, **RUN}
     common |= {"validation_split": 0, "max_steps": 2, "overwrite_output_dir": True}
-    monkeypatch.setattr(train_sft, "recall", functools.partial(train_sft.recall, num_chats=4))  # 64 take a minute
+    monkeypatch.setattr(training_run, "recall", functools.partial(training_run.recall, num_chats=4))  # 64 take a minute
     llm = {name: LLM_SIZES[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
     base = {"base_config": {**llm, "vocab_size": 300, "intermediate_size": 64}, "baseline": "full_context"}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump({**common, **base, "output_dir": "not/here"}))
@@ -740,15 +742,19 @@ def two_runs(tmp_path, monkeypatch) -> tuple[list[str], Path]:
     return [str(tmp_path / "last.yaml"), "--seed", "7"], tmp_path / "run"
 
 
-def do(todo: list[list[str]]) -> list[bool]:
-    return [main(*prepare(arguments)) for arguments in todo]
+def do(todo: list[TrainingRun]) -> list[bool]:
+    return [train(prepare_run(run), run) for run in todo]
+
+
+def names(todo: list[TrainingRun]) -> list[str]:
+    return [Path(run.path).name for run in todo]
 
 
 def test_a_recipe_names_the_one_before_it(two_runs, capsys):
     """Both run, the second from the model of the first, and with the same flags."""
     arguments, folder = two_runs
-    todo = runs_to_do(arguments)
-    assert [Path(words[0]).name for words in todo] == ["base.yaml", "last.yaml"] and do(todo) == [True, True]
+    todo = plan(arguments)
+    assert names(todo) == ["base.yaml", "last.yaml"] and do(todo) == [True, True]
     last, before = (yaml.safe_load((path / "recipe.yaml").read_text()) for path in (folder, folder / "base"))
     assert (last["seed"], before["seed"], last["model_name_or_path"]) == (7, 7, str(folder / "base"))
     assert (last["stage"], before["baseline"]) == ("hypernet", "full_context") and "after" not in last
@@ -759,19 +765,19 @@ def test_a_recipe_names_the_one_before_it(two_runs, capsys):
     said = capsys.readouterr().out
     assert "| words between" in said and "\nWith Δ = 0: " in said
 
-    assert len(runs_to_do(arguments)) == 2, "the whole is done anew"
+    assert len(plan(arguments)) == 2, "the whole is done anew"
     with pytest.raises(ValueError, match="holds a finished run"):
-        runs_to_do([*arguments, "--overwrite_output_dir", "false"])
+        plan([*arguments, "--overwrite_output_dir", "false"])
     (folder / "results.json").unlink()  # as after a kill in the second run
-    assert runs_to_do(arguments) == [arguments]
-    assert len(runs_to_do([*arguments, "--seed", "8"])) == 2, "the base is another"
+    assert names(plan(arguments)) == ["last.yaml"]
+    assert len(plan([*arguments, "--seed", "8"])) == 2, "the base is another"
     start = ["--model_name_or_path", str(folder / "base")]
-    assert runs_to_do([*arguments, *start]) == [[*arguments, *start]]
+    assert names(plan([*arguments, *start])) == ["last.yaml"]
 
 
 def test_what_is_wrong_with_the_last_run_is_told_before_the_first(two_runs):
     arguments, folder = two_runs
     for flags, word in ((["--stage", "fulll"], "fulll"), (["--after", "no.yaml"], "no.yaml: no such recipe")):
         with pytest.raises(ValueError, match=word):
-            runs_to_do([*arguments, *flags])
+            plan([*arguments, *flags])
     assert not folder.exists()

@@ -16,7 +16,7 @@ from test_train_sft import At, state
 from torch.testing import assert_close
 
 from phase15.data.examples import Phase15DataCollator
-from phase15.training.arguments import Phase15TrainingArguments
+from phase15.training.runs import Phase15TrainingArguments
 from phase15.training.trainer import Phase15Trainer
 
 

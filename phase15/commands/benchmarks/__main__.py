@@ -2,35 +2,25 @@
 """
 Speed and memory of Phase15 beside its baselines, with random weights at a named shape or with saved folders.
 
-    python -m benchmarks decode --shape tinyllama    ms per token, beside the base under transformers' `generate`
-    python -m benchmarks long --shape tinyllama      the same as the answer grows: a table and a curve
-    python -m benchmarks train --shape tinyllama     a step, beside chunk by chunk and full-context fine-tuning
-    python -m benchmarks load --shape smollm2        `from_pretrained`, beside the bare base's
-    python -m benchmarks serve --shape smollm2       the server at 1, 4 and 16 clients, beside `transformers serve`
+    phase15 bench decode --shape tinyllama    ms per token, beside the base under transformers' `generate`
+    phase15 bench long --shape tinyllama      the same as the answer grows: a table and a curve
+    phase15 bench train --shape tinyllama     a step, beside chunk by chunk and full-context fine-tuning
+    phase15 bench load --shape smollm2        `from_pretrained`, beside the bare base's
+    phase15 bench serve --shape smollm2       the server at 1, 4 and 16 clients, beside `transformers serve`
 
 Every variant first runs uncounted. Then all take turns; figures are medians over the rounds. Ceilings are measured in
 the same run: bytes/s of a large copy, FLOP/s of a large matrix product. The last line is JSON,
-with --json the only one.
+and the only one with --json.
 """
 
 import argparse
-import json
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 from phase15.cli.errors import one_line_errors
-from phase15.commands.benchmarks.decode import decode
-from phase15.commands.benchmarks.harness import LABELS, SHAPES, commit, device, device_name, quiet, shown, table
-from phase15.commands.benchmarks.load import load
-from phase15.commands.benchmarks.long import long
-from phase15.commands.benchmarks.serve import serve
-from phase15.commands.benchmarks.train import train
-from phase15.model.decoding_phase15 import MAX_DECODERS
 
 
-KINDS = {"decode": decode, "long": long, "train": train, "load": load, "serve": serve}
+KINDS = ["decode", "long", "train", "load", "serve"]
+SHAPES = ["tinyllama", "smollm2", "tiny"]
 # The flags that not every kind has.
 KINDS_OF = {
     "rounds": ("decode", "long", "train", "load"),
@@ -46,14 +36,13 @@ KINDS_OF = {
 }
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    cuda = torch.cuda.is_available()
-    parser.add_argument("kind", choices=list(KINDS))
-    parser.add_argument("--shape", choices=list(SHAPES), default="tinyllama" if cuda else "smollm2")
-    parser.add_argument("--json", action="store_true", help="print the JSON line alone")
+def parse_args(argv: list[str] | None = None, program: str = "phase15 bench") -> argparse.Namespace:
+    """Returns the flags. Defaults that depend on the machine are `None`: `measuring.resolve` sets them."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(program, description=__doc__, formatter_class=formatter)
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--shape", choices=SHAPES, help="default: tinyllama on CUDA, else smollm2")
+    parser.add_argument("--json", action="store_true", help="print only the JSON line")
     parser.add_argument("--rounds", type=int, help="counted calls of each variant (default 5; load 30; long 1)")
     parser.add_argument("--batch_sizes", type=int, nargs="+", help="rows (default: decode 1, on CUDA 1 64; train 8)")
     parser.add_argument("--prompt_length", type=int, default=256, help="tokens of the prompt or query")
@@ -63,7 +52,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--int8", action="store_true", help="decode: both models with torchao's int8 weights, too")
     parser.add_argument("--sample", action="store_true", help="decode: sampling instead of greedy search")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="the compiled variants")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="the compiled variants (default: on CUDA)"
+    )
     parser.add_argument("--stage", choices=["hypernet", "full"], default="full", help="train: what is trained")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="train: recompute the LLM's activations")
     parser.add_argument("--folders", nargs=2, metavar=("PHASE15", "BASE"), help="load: these, not random weights")
@@ -79,8 +70,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--before", nargs=2, metavar=("CHECKOUT", "SITE"), help="serve: an earlier checkout, and packages for it"
     )
     parser.add_argument("--picture", type=Path, help="long: the curve (default outputs/long_SHAPE.png)")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16" if cuda else "float32")
-    parser.add_argument("--device", type=device, default=torch.device("cuda" if cuda else "cpu"))
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on CUDA, else float32")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     args = parser.parse_args(argv)
     for name, kinds in KINDS_OF.items():
         if args.kind not in kinds and getattr(args, name) != parser.get_default(name):
@@ -92,68 +83,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for folder in args.folders or ():
         if not Path(folder, "config.json").is_file():
             parser.error(f"argument --folders: {folder} is no folder of a model, it has no config.json")
-    if args.compile and 1 in args.chunk_lengths:
-        parser.error("argument --chunk_lengths: a chunk of 1 has no token step to be timed")
-    if args.compile and len(args.chunk_lengths) >= MAX_DECODERS:
-        parser.error(f"argument --chunk_lengths: {MAX_DECODERS - 1} at most, or the model drops a compiled decoder")
-    args.dtype = getattr(torch, args.dtype)
-    args.rounds = args.rounds or {"load": 30, "long": 1}.get(args.kind, 5)
-    args.new_tokens = args.new_tokens or (8192 if args.kind == "long" else 256)
-    if args.batch_sizes is None:
-        args.batch_sizes = {"decode": [1, 64] if cuda else [1], "train": [8]}.get(args.kind, [1])
-    args.picture = args.picture or Path("outputs") / f"long_{args.shape}.png"
     return args
 
 
-def print_tables(report: dict):
-    settings = report["settings"]
-    results = report["results"]
-    kind = report["benchmark"]
-    print(f"{kind}, {settings['shape']}, {settings['dtype']}, {report['device']}, commit {report['commit']}")
-    if "ceilings" in report:
-        copy = report["ceilings"]["bytes_per_second"] / 1e9
-        product = report["ceilings"]["flop_per_second"] / 1e12
-        print(f"ceilings: a large copy {copy:.0f} GB/s, a large matrix product {product:.2f} TFLOP/s")
-    if kind == "load":  # one table
-        print(f"\n{table(results)}")
-        results = {}
-    for name, rows in results.items():
-        heading = LABELS.get(name, name.replace("_", " "))
-        if "faster_than_base_from_token" in rows:
-            token = shown(rows["faster_than_base_from_token"])
-            heading += f"; whole answer faster than the base's from token: {token}"
-        rows = {key: row for key, row in rows.items() if isinstance(row, dict)}  # without the heading's number
-        print(f"\n{heading}\n{table(rows)}")
-    for name, reason in report.get("not_measured", {}).items():
-        print(f"\n{LABELS.get(name, name)}: not measured, {reason}")
-    print()
+def main(argv: list[str] | None = None, program: str = "phase15 bench"):
+    with one_line_errors(program):
+        args = parse_args(argv, program)
+        from phase15.commands.benchmarks.measuring import measure, resolve  # imports torch: seconds
 
-
-def main(args: argparse.Namespace) -> dict:
-    with quiet():
-        report = KINDS[args.kind](args)
-    settings = {
-        name: value for name, value in vars(args).items() if name not in ("json", "picture", "folders", "before")
-    }
-    settings |= {name: str(settings[name]).removeprefix("torch.") for name in ("dtype", "device")}
-    report = {
-        "benchmark": args.kind,
-        "commit": commit(),
-        "device": device_name(args.device),
-        "versions": {package: version(package) for package in ("torch", "transformers")},
-        "settings": settings,
-        **report,
-    }
-    if not args.json:
-        print_tables(report)
-    print(json.dumps(report))
-    return report
-
-
-def run_command():
-    with one_line_errors("benchmarks"):
-        main(parse_args())
+        measure(resolve(args))
 
 
 if __name__ == "__main__":
-    run_command()
+    main()
+
+
+__all__ = ["KINDS", "SHAPES", "main", "parse_args"]

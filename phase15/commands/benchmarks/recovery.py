@@ -5,9 +5,9 @@ Makes one table and one picture of all that `benchmarks/recovery_gpu.sh` has mea
     python -m benchmarks.recovery outputs/recovery
 """
 
+import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 from phase15.cli.files import write_text
@@ -77,16 +77,23 @@ def plot_losses(results_by_model: dict[str, dict], path: Path):
         axes.legend()
 
 
-def run_command():
-    folder = Path(sys.argv[1])
-    results_by_model = evaluations(folder)
-    if not results_by_model:
-        sys.exit(f"{folder}: no evaluation.json in any folder of it.")
-    text = recovery_table(results_by_model)
+def main(argv: list[str] | None = None, program: str = "benchmarks.recovery"):
+    parser = argparse.ArgumentParser(
+        program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="what benchmarks/recovery_gpu.sh writes")
+    folder = parser.parse_args(argv).folder
+    results = evaluations(folder)
+    if not results:
+        raise SystemExit(f"{folder}: no evaluation.json in any folder of it.")
+    text = recovery_table(results)
     print(f"\n{text}\n")
     write_text(folder / "recovery.md", f"{text}\n")
-    plot_losses(results_by_model, folder / "recovery.png")
+    plot_losses(results, folder / "recovery.png")
 
 
 if __name__ == "__main__":
-    run_command()
+    main()
+
+
+__all__ = ["evaluations", "main", "plot_losses", "recovery_table"]

@@ -171,9 +171,9 @@ def shown(value: float) -> str:
     return f"{value:.2g}"
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None, program: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "benchmarks.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--chunk_length", type=int, default=CHUNK_LENGTH, help="tokens of a chunk")
     parser.add_argument("--chunks_per_record", type=int, help="chunks of a record that the LLM sees; all by default")
@@ -189,15 +189,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None):
-    args = parse_args(argv)
+def main(argv: list[str] | None = None, program: str = "benchmarks.scaling"):
+    args = parse_args(argv, program)
     models = {name: count(shape) for name, shape in SHAPES.items()}
     print(f"{training_table(args, models)}\n\n{inference_table(args, models)}")
 
 
-def run_command():
-    main()
-
-
 if __name__ == "__main__":
-    run_command()
+    main()
