@@ -157,7 +157,7 @@ def reply(
 ) -> Iterator[tuple[str, list[Step]]]:
     """
     Answers a conversation: the text so far and the steps so far, again and again. Closing the iterator frees the lane.
-    Errors of the answer are raised here. `lanes` is a model's `open_lanes()`, started.
+    Errors of the answer are raised here. `lanes` is a model's `init_continuous_batching()`, started.
     """
     if tokenizer.chat_template:
         ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -241,7 +241,7 @@ def build_demo(
     config = model.config
     sizes = config.num_soft_tokens, config.num_sink_tokens
     width, number_size = model.get_input_embeddings().weight.shape[1], model.dtype.itemsize
-    lanes = model.open_lanes(num_lanes)
+    lanes = model.init_continuous_batching(max_batch_size=num_lanes)
     lanes.start()
     state = f"{sizes[0]} slots × {width} numbers: {sizes[0] * width * number_size / 1024:,.0f} kB"
 
@@ -326,7 +326,7 @@ def load(model_dir: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise ValueError(f"{model_dir}: model.safetensors cannot be read: {error}") from error
     if missing := sorted(info["missing_keys"]):  # the library would go on with random weights
         raise ValueError(f"{model_dir}: {len(missing)} of the weights are missing: {missing[0]}.")
-    if not hasattr(model, "open_lanes"):
+    if not hasattr(model, "generation_chunk_length"):
         raise ValueError(
             f"{model_dir} holds code from before this page answered several visitors at once: load the model with the "
             "code of this repository, and save it again with `save_pretrained`."

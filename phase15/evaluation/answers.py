@@ -36,7 +36,7 @@ def greedy_answers(
     if isinstance(model, Phase15ForCausalLM):
         settings["chunk_length"] = model.config.chunk_length  # the scores have it, too
         outputs = model.generate_batch(
-            queries, num_lanes=batch_size, progress_bar=len(queries) > batch_size, **settings
+            queries, max_batch_size=batch_size, progress_bar=len(queries) > batch_size, **settings
         )
         return [cut(output.generated_tokens, ends) for output in outputs.values()]
     is_prompt = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning

@@ -34,6 +34,7 @@ from .batch_phase15 import Rows, check_arguments, check_batch, left_align, query
 from .cache_phase15 import Phase15Cache, check_cache
 from .compat_phase15 import CACHE_NAME, both_cache_names, one_cache
 from .configuration_phase15 import Phase15Config
+from .continuous_batching_phase15 import Phase15ContinuousBatchingMixin
 from .generation_phase15 import Phase15GenerationMixin, supported_settings
 from .recursion_phase15 import FirstLayers, HyperNetwork, SoftPrompt, carry
 
@@ -429,7 +430,7 @@ class Phase15Model(Phase15PreTrainedModel):
         return self.predict(cache.soft_prompt, tokens, cache.llm_cache, cache.chunk.shape[1], **kwargs)
 
 
-class Phase15ForCausalLM(Phase15Model, Phase15GenerationMixin):
+class Phase15ForCausalLM(Phase15Model, Phase15ContinuousBatchingMixin, Phase15GenerationMixin):
     """
     A causal language model whose LLM sees a recursive soft prompt and the current chunk of 16 tokens: the body, and on
     it the LLM's own head.

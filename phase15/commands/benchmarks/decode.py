@@ -18,7 +18,6 @@ from phase15.commands.benchmarks.harness import (
     read_parameters,
     rounds,
 )
-from phase15.model import decoding_phase15
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 
 
@@ -132,7 +131,7 @@ def steps_of(args: argparse.Namespace, model: Phase15ForCausalLM, rows: dict, ba
     """What a token of the compiled path costs, by step, for each length of a chunk."""
     decoders = {
         decoder.chunk.shape[1]: decoder
-        for decoder in decoding_phase15._DECODERS[model].values()
+        for decoder in model.decoders.static.values()
         if len(decoder.chunk) == batch_size
     }
     variants = {

@@ -14,7 +14,6 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from phase15.commands.benchmarks.harness import LABELS, commit, device_name, in_turn, make_models, synchronize
-from phase15.model import decoding_phase15
 from phase15.model.cache_phase15 import Phase15Cache
 from phase15.model.compat_phase15 import CACHE_NAME
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
@@ -30,7 +29,7 @@ def state_bytes(cache) -> int:
 
 def decoder_bytes(model: Phase15ForCausalLM) -> int:
     """Bytes of all buffers of the compiled path."""
-    decoders = decoding_phase15._DECODERS[model].values()
+    decoders = model.decoders.static.values()
     tensors = (
         (*d.soft_prompt, d.chunk, d.finished, d.column, *d.slot_cache.keys, *d.slot_cache.values) for d in decoders
     )

@@ -243,14 +243,14 @@ def order(model, base, rows: int) -> dict:
     Milliseconds in which `rows` answers each grow by a token: of the lanes, and of the base behind caches of several
     lengths; and from which length on the lanes are faster, by a straight line through the base's times.
     """
-    thread = model.open_lanes(rows)
+    manager = model.init_continuous_batching(max_batch_size=rows)
     for job in workload(rows, model.config.text_config.vocab_size):
-        thread.lanes.submit(
-            thread.lanes.request(job.prompt[:64], max_new_tokens=10**6, do_sample=False, pad_token_id=0)
+        manager.processor.submit(
+            manager.processor.request(job.prompt[:64], max_new_tokens=10**6, do_sample=False, pad_token_id=0)
         )
     for _ in range(3 + model.config.num_soft_tokens // model.config.chunk_length):  # until all slots are used
-        thread.lanes.advance()
-    ours = statistics.median(timed(thread.lanes.advance) for _ in range(3)) / model.config.chunk_length
+        manager.processor.advance()
+    ours = statistics.median(timed(manager.processor.advance) for _ in range(3)) / model.config.chunk_length
     text, times = model.config.text_config, {}
     shape = (rows, text.num_key_value_heads, text.hidden_size // text.num_attention_heads)
     for length in LENGTHS:
