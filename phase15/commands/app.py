@@ -178,7 +178,7 @@ def reply(
     Answers a conversation. Closing the iterator frees the lane.
 
     Args:
-        lanes (`Phase15LaneThread`): lanes of the model, from `open_lanes`, started.
+        lanes (`Phase15ContinuousBatchingManager`): from `init_continuous_batching`, started.
         tokenizer (`PreTrainedTokenizerBase`): tokenizer of the model.
         conversation (`list[dict[str, str]]`): messages, the last one of the user.
         temperature (`float`): of sampling. 0 is greedy search.
@@ -303,7 +303,7 @@ def build_demo(
     hidden_size = model.get_input_embeddings().weight.shape[1]
     kilobytes = num_slots * hidden_size * model.dtype.itemsize / 1024
     state = f"{num_slots} slots × {hidden_size} numbers: {kilobytes:,.0f} kB"
-    lanes = model.open_lanes(num_lanes)
+    lanes = model.init_continuous_batching(max_batch_size=num_lanes)
     lanes.start()
 
     def to_chat(message: dict[str, str]) -> dict:
@@ -404,7 +404,7 @@ def load(model_dir: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     missing = sorted(info["missing_keys"])
     if missing:  # transformers only warns, and the model would answer with random weights
         raise ValueError(f"{model_dir}: {len(missing)} of the weights are missing: {missing[0]}.")
-    if not hasattr(model, "open_lanes"):
+    if not hasattr(model, "generation_chunk_length"):
         raise ValueError(
             f"{model_dir} holds code from before this page answered several visitors at once: load the model with the "
             "code of this repository, and save it again with `save_pretrained`."

@@ -22,7 +22,7 @@ from transformers import AutoConfig
 
 from phase15.loading import StrictPhase15ForCausalLM, check_kind
 from phase15.model.configuration_phase15 import Phase15Config
-from phase15.model.continuous_batching_phase15 import Phase15Lanes
+from phase15.model.continuous_batching_phase15 import Phase15ContinuousBatchProcessor
 from phase15.model.requests_phase15 import request_of
 
 
@@ -107,7 +107,7 @@ class Phase15LM(HFLM):
             chunk_lengths = []
             for request in requests:
                 chunk_length = request.args[1].get("chunk_length")
-                chunk_lengths.append(chunk_length or self.model.spoken_chunk_length)
+                chunk_lengths.append(chunk_length or self.model.generation_chunk_length)
             query = [0] * self.config.max_query_length
             self.num_lanes = self.largest_batch_size((None, query, [0] * max(chunk_lengths)))
         uses_beams = any(num_beams(request.args[1]) > 1 for request in requests)
@@ -129,7 +129,7 @@ class Phase15LM(HFLM):
         requests = []
         with self.autocast():
             num_lanes = min(self.num_lanes, len(context))
-            lanes = Phase15Lanes(self.model, num_lanes, chunk_length=kwargs.get("chunk_length"))
+            lanes = Phase15ContinuousBatchProcessor(self.model, num_lanes, chunk_length=kwargs.get("chunk_length"))
             for ids, mask in zip(context, attention_mask, strict=True):
                 prompt = ids[mask.bool()].tolist()
                 criteria = stop_sequences_criteria(self.tokenizer, stop, len(prompt), 1)

@@ -47,7 +47,7 @@ def greedy_answers(
         # losses are measured with this length, and so not with that of the generation config
         settings["chunk_length"] = model.config.resolve_chunk_length(chunk_length)
         outputs = model.generate_batch(
-            queries, num_lanes=batch_size, progress_bar=len(queries) > batch_size, **settings
+            queries, max_batch_size=batch_size, progress_bar=len(queries) > batch_size, **settings
         )
         return [cut(output.generated_tokens, end) for output in outputs.values()]
     is_prompt = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning

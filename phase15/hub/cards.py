@@ -86,7 +86,7 @@ def model_card(
         name=name,
         repo_id=args.repo_id,
         config=model.config,
-        generation_chunk_length=model.spoken_chunk_length,
+        generation_chunk_length=model.generation_chunk_length,
         base_model=base_model,
         llm_class=type(model.llm).__name__,
         llm_parameters=model.llm.num_parameters(),

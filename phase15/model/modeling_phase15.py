@@ -37,6 +37,7 @@ from .batch_phase15 import IGNORED, Rows, add_query_lengths, check_arguments
 from .cache_phase15 import Phase15Cache, check_cache
 from .compat_phase15 import CACHE_NAME, one_cache, with_cache_alias
 from .configuration_phase15 import VERSION, Phase15Config, auto_map
+from .continuous_batching_phase15 import Phase15ContinuousBatchingMixin
 from .generation_phase15 import Phase15GenerationMixin, supported_settings
 from .recursion_phase15 import (
     HyperNetwork,
@@ -462,7 +463,7 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
         return self.predict(cache.soft_prompt, tokens, cache.llm_cache, cache.chunk.shape[1], **kwargs)
 
 
-class Phase15ForCausalLM(Phase15PreTrainedModel, Phase15GenerationMixin):
+class Phase15ForCausalLM(Phase15PreTrainedModel, Phase15ContinuousBatchingMixin, Phase15GenerationMixin):
     """
     A causal language model whose LLM sees a recursive soft prompt and the current chunk of 16 tokens: the body
     (`model`), and on it the LLM's own head.

@@ -30,7 +30,7 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from phase15.loading import load_served
-from phase15.model.continuous_batching_phase15 import Phase15Lanes
+from phase15.model.continuous_batching_phase15 import Phase15ContinuousBatchProcessor
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 from phase15.model.requests_phase15 import Phase15Request, request_of
 from phase15.serving.arguments import Phase15ServerArguments
@@ -69,9 +69,9 @@ class Server:
         self.key = arguments.read_key()
         # The first call can change a tokenizer's state (truncation, padding). Later calls run in several threads.
         tokenizer("")
-        lanes = Phase15Lanes(
+        lanes = Phase15ContinuousBatchProcessor(
             model,
-            num_lanes=arguments.num_lanes,
+            max_batch_size=arguments.num_lanes,
             compile=arguments.compile,
             max_kept_conversations=arguments.max_kept_conversations,
             chunk_length=arguments.chunk_length,

@@ -13,7 +13,11 @@ from contextlib import suppress
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from transformers import PreTrainedTokenizerBase
 
-from phase15.model.continuous_batching_phase15 import LaneCounts, Phase15Lanes, Phase15LaneThread
+from phase15.model.continuous_batching_phase15 import (
+    LaneCounts,
+    Phase15ContinuousBatchingManager,
+    Phase15ContinuousBatchProcessor,
+)
 from phase15.model.requests_phase15 import Phase15Request
 from phase15.serving.text_stream import Choice, Piece, TextStream
 
@@ -35,10 +39,10 @@ class Metrics:
     Metrics of a server, in the types of the Prometheus client.
 
     Args:
-        lanes (`Phase15Lanes`): lanes of the server.
+        lanes (`Phase15ContinuousBatchProcessor`): lanes of the server.
     """
 
-    def __init__(self, lanes: Phase15Lanes):
+    def __init__(self, lanes: Phase15ContinuousBatchProcessor):
         self.registry = CollectorRegistry()
         self.requests = self._counter("phase15_requests", "Finished answers, by finish reason.", ["reason"])
         self.prompt_tokens = self._counter("phase15_prompt_tokens", "Tokens of the prompts that got a lane.")
@@ -91,16 +95,16 @@ def num_active(requests: Iterable[Phase15Request]) -> int:
     return sum(request.finish_reason is None for request in requests)
 
 
-class LaneWorker(Phase15LaneThread):
+class LaneWorker(Phase15ContinuousBatchingManager):
     """
     Thread that advances lanes, with metrics and a waiting queue of limited length.
 
     Args:
-        lanes (`Phase15Lanes`): lanes of the served model.
+        lanes (`Phase15ContinuousBatchProcessor`): lanes of the served model.
         max_waiting (`int`): maximum number of requests that wait for a lane.
     """
 
-    def __init__(self, lanes: Phase15Lanes, max_waiting: int):
+    def __init__(self, lanes: Phase15ContinuousBatchProcessor, max_waiting: int):
         super().__init__(lanes)
         self.max_waiting = max_waiting
         self.metrics = Metrics(lanes)
@@ -115,7 +119,7 @@ class LaneWorker(Phase15LaneThread):
         """
         for request in requests:
             self.lanes.check(request)
-        with self.news:
+        with self.condition:
             self.active = [request for request in self.active if request.finish_reason is None]
             if len(self.active) + len(requests) > self.max_waiting + self.lanes.num_lanes:
                 raise LanesBusyError

@@ -266,7 +266,7 @@ def test_an_error_in_the_thread_reaches_the_caller_and_the_user(tiny, tokenizer,
         raise RuntimeError("out of memory")
 
     thread = lanes(tiny)
-    monkeypatch.setattr(type(thread.lanes), "_speak", fail)
+    monkeypatch.setattr(type(thread.lanes), "_decode_chunk", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(app.reply(thread, tokenizer, CHAT))
     (respond,) = (block.fn for block in app.build_demo(tiny, tokenizer, "tiny").fns.values() if block.fn)

@@ -1,5 +1,5 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""Speaking and scoring with chunks of another length than the model was trained with."""
+"""Generation and scoring with chunks of another length than the model was trained with."""
 
 import copy
 
@@ -10,10 +10,9 @@ from test_decoding import fast  # noqa: F401
 from test_generation import LONG_PROMPTS, PROMPTS, generate, reference_greedy
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from phase15.model import continuous_batching_phase15 as lanes_phase15
-from phase15.model import decoding_phase15
+from phase15.model import continuous_batching_phase15, decoding_phase15
 from phase15.model.cache_phase15 import Phase15Cache
-from phase15.model.continuous_batching_phase15 import Phase15Lanes, Phase15LaneThread
+from phase15.model.continuous_batching_phase15 import Phase15ContinuousBatchProcessor
 from phase15.model.decoding_phase15 import Phase15Decoder
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 
@@ -118,13 +117,11 @@ def test_each_length_has_buffers_of_its_own(tiny, fast):  # noqa: F811
 
 @pytest.mark.parametrize("is_static", [True, False])
 @pytest.mark.parametrize("chunk_length", LENGTHS)
-def test_lanes_say_the_same_tokens(tiny, chunk_length, is_static, monkeypatch):
+def test_continuous_batching_gives_the_same_tokens(tiny, chunk_length, is_static, monkeypatch):
     if not is_static:
-        monkeypatch.setattr(
-            "phase15.model.continuous_batching_phase15.unsupported_model", lambda model: "forward hooks"
-        )
+        monkeypatch.setattr(continuous_batching_phase15, "unsupported_model", lambda model: "forward hooks")
     prompts = [prompt.tolist() for prompt in LONG_PROMPTS]
-    settings = {"max_new_tokens": 45, "do_sample": False, "num_lanes": 2}
+    settings = {"max_new_tokens": 45, "do_sample": False, "max_batch_size": 2}
     outputs = tiny.generate_batch(prompts, chunk_length=chunk_length, **settings)
     answers = torch.tensor([output.generated_tokens for output in outputs.values()])
     assert torch.equal(answers, answers_of_the_reference(tiny, chunk_length))
@@ -151,8 +148,8 @@ def test_forward_is_that_of_a_model_with_this_length(tiny, tmp_path, chunk_lengt
 @pytest.fixture
 def ending(tiny, monkeypatch) -> tuple[torch.LongTensor, dict, list[int], list[str]]:
     """A prompt, settings with which its answer ends inside a long chunk, the answer, and the steps that run for it."""
-    for module in (decoding_phase15, lanes_phase15):
-        monkeypatch.setattr(module, "ASKED_EVERY", 4)
+    for module in (decoding_phase15, continuous_batching_phase15):
+        monkeypatch.setattr(module, "SYNC_INTERVAL", 4)
     for seed in range(99):
         prompt = random_ids(9, seed=seed)
         free = generate(tiny, [prompt], max_new_tokens=SLOTS, chunk_length=SLOTS)[0].tolist()
@@ -166,15 +163,15 @@ def ending(tiny, monkeypatch) -> tuple[torch.LongTensor, dict, list[int], list[s
 
 
 def test_a_short_answer_does_not_cost_a_long_chunk(tiny, fast, ending):  # noqa: F811
-    """The host asks every so many tokens whether all have ended."""
+    """The host checks every N tokens whether all rows have ended."""
     prompt, settings, expected, ran = ending
     assert generate(tiny, [prompt], compile=True, **settings)[0].tolist() == expected
     assert len(expected) <= len(ran) < len(expected) + 4
 
 
-def test_nor_does_it_in_lanes(tiny, ending):
+def test_nor_does_it_in_continuous_batching(tiny, ending):
     prompt, settings, expected, ran = ending
-    outputs = tiny.generate_batch([prompt.tolist()], num_lanes=1, **settings)
+    outputs = tiny.generate_batch([prompt.tolist()], max_batch_size=1, **settings)
     assert outputs["req_0"].generated_tokens == expected
     assert len(expected) <= len(ran) < len(expected) + 4
 
@@ -197,8 +194,12 @@ def test_the_argument_then_the_given_config_then_the_models(tiny, monkeypatch):
     assert said(generation_config=given) == 3
     assert said(generation_config=given, chunk_length=1) == 1
     assert said(past_key_values=Phase15Cache(tiny.config, 1), chunk_length=SLOTS) == SLOTS
-    assert Phase15Lanes(tiny).chunk_length == QUERY + 5 and Phase15Lanes(tiny, chunk_length=1).chunk_length == 1
-    outputs = tiny.generate_batch([LONG_PROMPTS[0].tolist()], given, num_lanes=1)
+    assert tiny.generation_chunk_length == tiny.spoken_chunk_length == QUERY + 5
+    assert Phase15ContinuousBatchProcessor(tiny).chunk_length == QUERY + 5
+    assert Phase15ContinuousBatchProcessor(tiny, chunk_length=1).chunk_length == 1
+    for arguments, length in (((), QUERY + 5), ((given,), 3), ((given, None, None, 1, None, 0, 1), 1)):
+        assert tiny.init_continuous_batching(*arguments).processor.chunk_length == length
+    outputs = tiny.generate_batch([LONG_PROMPTS[0].tolist()], given, max_batch_size=1)
     assert outputs["req_0"].generated_tokens == answers[3][0].tolist()
 
 
@@ -273,7 +274,7 @@ def test_the_next_turn_may_have_another_length(tiny, lengths):
 
 
 def test_an_open_chunk_that_is_too_long_ends_with_its_next_token(tiny):
-    """The answer goes on with a shorter chunk than has been said already."""
+    """The answer is continued with a shorter chunk than the open one."""
     first = generate(tiny, [PROMPTS[0]], max_new_tokens=11, chunk_length=SLOTS, return_dict_in_generate=True)
     got = tiny.generate(
         first.sequences,
@@ -324,17 +325,19 @@ def test_a_length_that_is_not_the_caches_is_refused(tiny):
         Phase15Cache(tiny.config, 1000)
 
 
-def test_a_request_with_another_length_than_its_lanes_is_refused(tiny):
-    lanes, prompt = Phase15Lanes(tiny, num_lanes=1, chunk_length=3), PROMPTS[0].tolist()
-    lanes.submit(lanes.request(prompt, max_new_tokens=5, chunk_length=3))
+def test_a_request_with_another_length_than_its_batch_is_refused(tiny):
+    manager = tiny.init_continuous_batching(max_batch_size=1, chunk_length=3)
+    processor, prompt = manager.processor, PROMPTS[0].tolist()
+    processor.submit(processor.request(prompt, max_new_tokens=5, chunk_length=3))
     for settings in ({"chunk_length": 4}, {"generation_config": GenerationConfig(chunk_length=4)}):
-        with pytest.raises(ValueError, match="`chunk_length` is 4, but these lanes say chunks of 3 tokens"):
-            lanes.submit(lanes.request(prompt, **settings))
-    assert len(lanes.waiting) == 1
-    thread = Phase15LaneThread(lanes)
+        with pytest.raises(ValueError, match="`chunk_length` is 4, but this batch decodes chunks of 3"):
+            processor.submit(processor.request(prompt, **settings))
+    assert len(processor.waiting) == 1
     with pytest.raises(ValueError, match="`chunk_length` is 4"):
-        thread.submit([lanes.request(prompt), lanes.request(prompt, chunk_length=4)])  # all or none
-    assert len(lanes.waiting) == 1
+        manager.submit([processor.request(prompt), processor.request(prompt, chunk_length=4)])  # all or none
+    with pytest.raises(ValueError, match="`chunk_length` is 4"):
+        manager.add_request(prompt, chunk_length=4)
+    assert len(processor.waiting) == 1
 
 
 def test_the_argument_of_generate_batch_comes_before_its_config(tiny):

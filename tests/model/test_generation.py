@@ -345,11 +345,6 @@ def test_assisted_decoding_is_refused(tiny, pair):
         generate(tiny, [PROMPTS[0]], max_new_tokens=4, assistant_model=pair[0])
 
 
-def test_continuous_batching_with_pages_is_refused(tiny):
-    with pytest.raises(ValueError, match="Phase15 does not support paged continuous batching.* Call `generate_batch`"):
-        tiny.init_continuous_batching()
-
-
 def test_a_foreign_cache_is_refused(tiny):
     with pytest.raises(ValueError, match="`cache`.* DynamicCache"):
         generate(tiny, [PROMPTS[0]], max_new_tokens=4, past_key_values=DynamicCache())

@@ -292,7 +292,7 @@ def test_a_key_is_asked_for_everywhere_but_health(chatter, chat_tokenizer, tmp_p
 
 def test_an_error_of_the_model_is_a_500_and_the_next_request_is_answered(client, server, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(type(server.worker.lanes), "_speak", lambda *args: 1 / 0)
+        patch.setattr(type(server.worker.lanes), "_decode_chunk", lambda *args: 1 / 0)
         assert client.post("/v1/chat/completions", json=CHAT).status_code == 500
         response = client.post("/v1/chat/completions", json=CHAT | {"stream": True})
         events = response.text.split("\n\n")

@@ -85,7 +85,7 @@ def test_an_error_of_the_lanes_ends_what_is_under_way_and_no_more(worker, chatte
         return [piece async for piece in call.pieces()]
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(worker.lanes), "_speak", lambda *args: 1 / 0)
+        patch.setattr(type(worker.lanes), "_decode_chunk", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             asyncio.run(read())
     assert asyncio.run(read())[-1].finish_reason == "length"

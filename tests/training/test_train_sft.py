@@ -26,6 +26,7 @@ from torch.testing import assert_close
 from train_here import parse, prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainerCallback
 
+from phase15.commands import training_run
 from phase15.commands.training_run import plan, train
 from phase15.commands.training_run import prepare as prepare_run
 from phase15.evaluation.losses import display_label
@@ -733,7 +734,9 @@ def two_runs(tmp_path, monkeypatch) -> tuple[list[str], Path]:
     """The arguments of a run behind that of a base, both tiny, and its folder."""
     common = {"dataset_name": "facts", "facts_records": 16, "facts_distances": [2], "facts_per_chat": 1, **RUN}
     common |= {"validation_split": 0, "max_steps": 2, "overwrite_output_dir": True}
-    monkeypatch.setattr(training_run, "recall", functools.partial(training_run.recall, num_chats=4))  # 64 take a minute
+    monkeypatch.setattr(
+        training_run, "recall", functools.partial(training_run.recall, num_chats=4)
+    )  # 64 take a minute
     llm = {name: LLM_SIZES[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
     base = {"base_config": {**llm, "vocab_size": 300, "intermediate_size": 64}, "baseline": "full_context"}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump({**common, **base, "output_dir": "not/here"}))

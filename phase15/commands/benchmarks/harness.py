@@ -17,7 +17,6 @@ import torch
 from transformers import LlamaConfig
 from transformers.utils import logging
 
-from phase15.model import decoding_phase15
 from phase15.model.configuration_phase15 import TINYLLAMA, Phase15Config
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 
@@ -178,7 +177,7 @@ def hypernet_parameters(model: Phase15ForCausalLM) -> int:
 
 def compiled_decoders(model: Phase15ForCausalLM) -> list:
     """Returns the decoders, with their buffers, that `generate(compile=True)` has made for a model."""
-    return list(decoding_phase15._DECODERS[model].values())
+    return list(model.decoders.static.values())
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from phase15.commands.benchmarks.harness import SHAPES, ceilings, make_models, timed
 from phase15.model.compat_phase15 import CACHE_NAME
+from phase15.model.continuous_batching_phase15 import Phase15ContinuousBatchProcessor
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 
 
@@ -295,13 +296,13 @@ def time_order(model: Phase15ForCausalLM, base: torch.nn.Module, rows: int) -> d
         the lanes are faster, by a straight line through the base's times (`None` if that does not rise).
     """
     config = model.config
-    thread = model.open_lanes(rows)
+    processor = Phase15ContinuousBatchProcessor(model, rows)
     for job in workload(rows, config.text_config.vocab_size):
-        request = thread.lanes.request(job.prompt[:64], max_new_tokens=10**6, do_sample=False, pad_token_id=0)
-        thread.lanes.submit(request)
+        request = processor.request(job.prompt[:64], max_new_tokens=10**6, do_sample=False, pad_token_id=0)
+        processor.submit(request)
     for _ in range(3 + config.num_soft_tokens // config.chunk_length):  # until all slots are in use
-        thread.lanes.advance()
-    lanes_seconds = statistics.median(timed(thread.lanes.advance) for _ in range(3)) / config.chunk_length
+        processor.advance()
+    lanes_seconds = statistics.median(timed(processor.advance) for _ in range(3)) / config.chunk_length
     base_seconds = {}  # by length of the cache
     for length in CACHE_LENGTHS:
         cache = random_cache(base, rows, length)
