@@ -92,7 +92,7 @@ def naive_soft_prompts_with_the_delta_of(model, record: Example, other: Example)
         carried = reference_carry(other_slots, list(tokens))
         arguments = (as_soft_prompt(state, tokens.shape[1]) for state in (carried, other_slots))
         padded = torch.cat([tokens, none])[None]
-        (read,) = model.first_layers(padded, padded.shape[1])
+        (read,) = model.model.first_layers(padded, padded.shape[1])
         delta = model.hypernet(*arguments, padded, torch.tensor([len(tokens)]), read)[0]
         other_slots = [slot + delta[i] for i, slot in enumerate(carried)] if len(tokens) else other_slots
         if ids is not None:
