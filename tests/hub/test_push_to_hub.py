@@ -38,6 +38,7 @@ FILES = {
     "evaluation.json",
     "generation_config.json",
     "loss_by_chunk.png",
+    "cache_phase15.py",
     "compat_phase15.py",
     "decoding_phase15.py",
     "generation_phase15.py",
