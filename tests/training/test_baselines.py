@@ -270,7 +270,7 @@ def test_a_baseline_whose_loss_is_not_a_number_stops(baseline, recipe, tmp_path)
         ({"baseline": "full_context", "stage": "lora"}, "full_context.*stage full.*lora"),
         ({"baseline": "prompt_tuning"}, "prompt_tuning.*stage hypernet.*full"),
         ({"baseline": "lora", "stage": "lora"}, "lora.*stage hypernet.*lora"),
-        ({"baseline": "prefix"}, "'prefix'.*window, full_context, prompt_tuning or lora"),
+        ({"baseline": "prefix"}, "'prefix'.*window.*full_context.*prompt_tuning.*lora"),
         ({"baseline": "lora", "stage": "hypernet", "merge_adapter": True}, "merge_adapter.*stage lora"),
     ],
 )
