@@ -148,18 +148,22 @@ def load_phase15(
     """
     source = resolve_source(name)
     if source.kind == PHASE15:
-        model = load_model(source, dtype)
-        for key, value in config_fields.items():
-            own_value = getattr(model.config, key)
-            if value != own_value:
-                raise ValueError(f"`{key}` is {value}, but {source} was made with {own_value}.")
-        return model, load_tokenizer(source)
+        check_fields(source, config_fields)
+        return load_model(source, dtype), load_tokenizer(source)
     with lower_case_suffix(source.name) as readable:
         model = load_strictly(Phase15ForCausalLM.from_base, readable, dtype=dtype, **config_fields)
     tokenizer = load_tokenizer(source)
     if source.gguf_file:  # transformers 5.17 mistakes its end token for the start token
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.text_config.eos_token_id)
     return model, tokenizer
+
+
+def check_fields(source: Source, config_fields: dict):
+    """Raises a ValueError for a field of [`Phase15Config`] that a Phase15 model was made with another value of."""
+    for name, value in config_fields.items():
+        own_value = getattr(source.config, name)
+        if value != own_value:
+            raise ValueError(f"`{name}` is {value}, but {source} was made with {own_value}.")
 
 
 def load_model(source: Source, dtype: str) -> Phase15ForCausalLM:
@@ -245,6 +249,7 @@ __all__ = [
     "PHASE15",
     "Source",
     "StrictPhase15ForCausalLM",
+    "check_fields",
     "check_kind",
     "load_any",
     "load_phase15",

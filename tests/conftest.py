@@ -32,6 +32,7 @@ QUICK = {
     "test_docstrings",
     "test_recursion",
     "test_records",
+    "test_structure",
     "test_reliability",
     "test_tables",
     "test_recovery",

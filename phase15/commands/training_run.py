@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from phase15.cli.errors import one_line_errors
 from phase15.cli.files import write_text
-from phase15.data.examples import Phase15Stream, prepare_data
+from phase15.data.examples import Phase15Stream, prepare_data, read_first
 from phase15.data.facts import Chat, fresh_chats
 from phase15.data.records import Phase15RecordError, open_records, read_texts
 from phase15.evaluation.plots import plot_losses, plot_recall, plot_training
@@ -35,7 +35,7 @@ from phase15.training.checkpoints import (
 )
 from phase15.training.compilation import compile_layers
 from phase15.training.distillation import DistillationTrainer, load_teacher
-from phase15.training.models import make_baseline, make_model
+from phase15.training.models import check_config, make_baseline, make_model
 from phase15.training.runs import Phase15TrainingArguments, RunParser, TrainingRun, check_together
 from phase15.training.shutdown import StopOnSignal, errors_together, leave
 from phase15.training.trainer import FullContextTrainer, Phase15Trainer, check_optimizer
@@ -57,6 +57,8 @@ def prepare(run: TrainingRun) -> Phase15Trainer:
     with training_args.main_process_first(desc="data"):
         source = (data_args.dataset_name, data_args.dataset_config, data_args.dataset_train_split)
         records = open_records(*source, data_args.streaming, facts=data_args, seed=training_args.seed)
+        read_first(records, data_args.dataset_name)
+        check_config(model_args)
         model, tokenizer = make_model(model_args, records)
         config = model.config
         train_dataset, eval_dataset, collator = prepare_data(data_args, training_args, records, tokenizer, config)

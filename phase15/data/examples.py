@@ -62,6 +62,22 @@ class Turns(NamedTuple):
     variables: dict[str, Any]  # of the chat template, beside the messages
 
 
+def read_first(records: Iterable[dict], source: str) -> tuple[dict, tuple[str, ...]]:
+    """
+    Returns the first record and the format that its columns have. Raises a ValueError for a data set without a record,
+    and for unknown columns.
+    """
+    first = next(iter(records), None)
+    if first is None:
+        raise ValueError(f"{source}: there is no usable record.")
+    columns = list(first["fields"])
+    for names in FORMATS:
+        if set(names) <= set(columns):
+            return first, names
+    expected = "; ".join(", ".join(names) for names in FORMATS)
+    raise ValueError(f"{source}, record 1: unknown format with columns {columns}; expected one of: {expected}.")
+
+
 class Phase15Encoder:
     """
     Turns records, rows of `phase15.data.records.open_records`, into examples: `input_ids` (query, then answer),
@@ -93,16 +109,7 @@ class Phase15Encoder:
         self.source = source
         self.vocab_size = vocab_size
         self.warned_names = set()  # unused columns and message fields that the log has named
-        first = next(iter(records), None)
-        if first is None:
-            raise ValueError(f"{source}: there is no usable record.")
-        columns = list(first["fields"])
-        self.fields = next((names for names in FORMATS if set(names) <= set(columns)), None)
-        if self.fields is None:
-            expected = "; ".join(", ".join(names) for names in FORMATS)
-            raise ValueError(
-                f"{source}, record 1: unknown format with columns {columns}; expected one of: {expected}."
-            )
+        first, self.fields = read_first(records, source)
         if tokenizer.eos_token_id is None:
             raise ValueError(f"{source}: the tokenizer has no end token (`eos_token`) to close the answers with.")
         self.encode(first)
@@ -478,4 +485,4 @@ def prepare_data(data_args, training_args, records: IterableDataset, tokenizer: 
     return training, validation, Phase15DataCollator(pad_token_id)
 
 
-__all__ = ["Phase15Encoder", "Phase15Stream", "load_examples", "prepare_data"]
+__all__ = ["Phase15Encoder", "Phase15Stream", "load_examples", "prepare_data", "read_first"]

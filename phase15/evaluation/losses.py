@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
-from phase15.model.recursion_phase15 import HyperNetwork, SoftPrompt
+from phase15.model.recursion_phase15 import Phase15HyperNetwork, SoftPrompt
 
 
 # Keys of the rows of results.json and evaluation.json.
@@ -186,7 +186,7 @@ def measure(name: str, batch_size: int, score_batch: Callable[..., Losses], *lis
 @contextmanager
 def no_delta(model: Phase15ForCausalLM) -> Iterator[None]:
     """Sets Δ to exactly zero while the block runs: only the window of `carry` is left."""
-    alphas = [module.alpha for module in model.modules() if isinstance(module, HyperNetwork)]
+    alphas = [module.alpha for module in model.modules() if isinstance(module, Phase15HyperNetwork)]
     saved = [alpha.detach().clone() for alpha in alphas]
     for alpha in alphas:
         alpha.data.zero_()

@@ -165,14 +165,19 @@ def register_hypernet(name: str) -> Callable[[type[Phase15HyperNetwork]], type[P
     return register
 
 
-def make_hypernet(config: Phase15Config) -> Phase15HyperNetwork:
-    """Returns a new HyperNetwork of the config's type. Raises a ValueError for a type that is not registered."""
-    if config.hypernet_type not in HYPERNETS:
+def check_type(hypernet_type: str):
+    """Raises a ValueError for a HyperNetwork that is not registered."""
+    if hypernet_type not in HYPERNETS:
         registered = ", ".join(sorted(HYPERNETS))
         raise ValueError(
-            f"`hypernet_type` is {config.hypernet_type!r}, but the registered types are {registered}. "
+            f"`hypernet_type` is {hypernet_type!r}, but the registered types are {registered}. "
             "Import the file that registers it first, or load the folder with `trust_remote_code=True`."
         )
+
+
+def make_hypernet(config: Phase15Config) -> Phase15HyperNetwork:
+    """Returns a new HyperNetwork of the config's type."""
+    check_type(config.hypernet_type)
     return HYPERNETS[config.hypernet_type](config)
 
 
@@ -498,6 +503,7 @@ __all__ = [
     "SoftPrompt",
     "carry",
     "check_first_layers",
+    "check_type",
     "formula_digest",
     "make_hypernet",
     "register_hypernet",

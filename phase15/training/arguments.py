@@ -84,6 +84,13 @@ class Phase15ModelArguments:
     hypernet_num_hidden_layers: int | None = None
     hypernet_num_attention_heads: int | None = None
     hypernet_intermediate_size: int | None = None
+    hypernet_type: str | None = field(
+        default=None, metadata={"help": "Name of a registered HyperNetwork: docs/hypernetworks.md."}
+    )
+    hypernet_file: str | None = field(
+        default=None,
+        metadata={"help": "Python file that registers hypernet_type. It is run, and saved with the model."},
+    )
     hypernet_slot_gate: bool | None = None
     hypernet_reads_layers: int | None = None
     hypernet_signed_alpha: bool | None = None

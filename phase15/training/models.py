@@ -1,22 +1,22 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """The models that a run trains: a Phase15 model, new or loaded, ready for its stage; and the baselines made of it."""
 
+import importlib.util
 import json
+import sys
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from transformers import (
-    LlamaConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from phase15.cli.errors import did_you_mean
 from phase15.data.tokenizer import train_tokenizer
-from phase15.loading import load_phase15
+from phase15.loading import PHASE15, check_fields, load_phase15, resolve_source
 from phase15.model.configuration_phase15 import Phase15Config
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
+from phase15.model.recursion_phase15 import check_type
 from phase15.training.arguments import Phase15ModelArguments
 
 
@@ -36,6 +36,40 @@ def make_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM
             model, lora_config(args, target_modules=r".*llm\..*_proj", modules_to_save=["hypernet"])
         )
     return model, tokenizer
+
+
+def check_config(args: Phase15ModelArguments):
+    """
+    Raises a ValueError for a model that cannot be made of `args`, before any weight is read: a missing base, sizes
+    that do not fit it, an unknown HyperNetwork.
+    """
+    if args.hypernet_file:
+        import_file(args.hypernet_file)
+    if args.model_name_or_path is None:
+        return
+    source = resolve_source(args.model_name_or_path)
+    config = source.config
+    if source.kind == PHASE15:
+        check_fields(source, args.config_fields)
+    elif source.gguf_file:  # reading its config takes as long as reading its weights
+        sizes = {name: value for name, value in args.config_fields.items() if name != "hypernet_reads_layers"}
+        config = Phase15Config(**sizes)
+    else:
+        text_config = AutoConfig.from_pretrained(source.folder).get_text_config()
+        config = Phase15Config(text_config=text_config, **args.config_fields)
+    check_type(config.hypernet_type)
+
+
+def import_file(path: str):
+    """Imports a Python file, which registers a HyperNetwork. Raises a ValueError if it is missing."""
+    if not Path(path).is_file():
+        raise ValueError(f"`hypernet_file` is {path}, but there is no such file.")
+    name = Path(path).stem
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
 
 
 def new_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM, PreTrainedTokenizerBase]:
@@ -97,4 +131,4 @@ def make_baseline(model: Phase15ForCausalLM, args: Phase15ModelArguments) -> Pre
     return get_peft_model(model.llm, prompt)
 
 
-__all__ = ["make_baseline", "make_model"]
+__all__ = ["check_config", "make_baseline", "make_model"]

@@ -28,7 +28,7 @@ from phase15.evaluation.losses import sums_by_chunk
 from phase15.model.base_phase15 import SIZES
 from phase15.model.configuration_phase15 import Phase15Config
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
-from phase15.model.recursion_phase15 import HyperNetwork, SoftPrompt
+from phase15.model.recursion_phase15 import Phase15HyperNetwork, SoftPrompt
 from phase15.training.checkpoints import (
     Phase15CheckpointError,
     explain_write_errors,
@@ -127,7 +127,7 @@ class Phase15Trainer(Trainer):
         if self.is_fsdp_enabled:
             self._prepare_fsdp()
         for module in self.model.modules():
-            if isinstance(module, HyperNetwork):
+            if isinstance(module, Phase15HyperNetwork):
                 module.register_forward_hook(lambda _, inputs, delta: self.meters.add_delta(delta.detach(), *inputs))
 
     def _prepare_fsdp(self):

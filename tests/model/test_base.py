@@ -1,11 +1,14 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """Arguments and bases that are refused or work, and weights that lie elsewhere than in memory."""
 
+import copy
 import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from reference import SIZES, VOCAB, random_ids, randomise_alpha
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -24,6 +27,48 @@ def test_sizes_of_an_adapter_from_before_a_choice(known, bases):
     fields = ", ".join(f"{name}={old[name]}" for name in earlier)
     with pytest.raises(ValueError, match=fields):
         check_sizes(Phase15ForCausalLM.from_base(bases["llama"], **SIZES), state, "")
+
+
+# weights that were saved before 0.6.0, when the head was its own body
+
+
+def earlier(name: str) -> str:
+    """The name of a weight before 0.6.0."""
+    return name.replace("model.llm.", "llm.", 1).replace("model.hypernet.", "hypernet.", 1)
+
+
+def test_folders_and_checkpoints_of_before_load(tiny, tmp_path):
+    """A folder by `from_pretrained`, a checkpoint by `load_state_dict` as Trainer does; strictly."""
+    ids = random_ids(2, 20)
+    tiny.save_pretrained(tmp_path / "model")
+    weights = {earlier(name): weight for name, weight in load_file(tmp_path / "model" / "model.safetensors").items()}
+    assert not any(name.startswith("model.") for name in weights)
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    loaded, info = Phase15ForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(info.values()) and torch.equal(loaded(ids).logits, tiny(ids).logits)
+    fresh = Phase15ForCausalLM(tiny.config).eval()
+    assert not torch.equal(fresh(ids).logits, tiny(ids).logits)
+    fresh.load_state_dict({earlier(name): weight for name, weight in tiny.state_dict().items()}, strict=True)
+    assert torch.equal(fresh(ids).logits, tiny(ids).logits)
+
+
+def test_an_adapter_of_before_loads(tiny, bases, tmp_path):
+    """Its weights by PEFT's own renaming; a pattern of whole names by the edit that CHANGELOG.md gives."""
+    ids = random_ids(2, 20)
+    settings = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=2,
+        target_modules=r".*llm\..*_proj",
+        modules_to_save=["hypernet"],
+        init_lora_weights=False,
+    )
+    adapted = get_peft_model(copy.deepcopy(tiny), settings).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({earlier(name): weight for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
+    loaded = PeftModel.from_pretrained(copy.deepcopy(tiny), tmp_path / "adapter").eval()
+    assert torch.equal(loaded(ids).logits, adapted(ids).logits)
+    assert not torch.equal(loaded(ids).logits, tiny(ids).logits)
 
 
 # offloaded weights
