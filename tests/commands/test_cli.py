@@ -89,6 +89,12 @@ def test_help_of_every_command():
         assert said.count(f"{HELP[name][1]} ") or said.count(f"{HELP[name][1]},"), name
 
 
+def test_help_prints_no_empty_defaults():
+    (_, train), (_, serve) = answers([("phase15", ["train", "--help"]), ("phase15", ["serve", "--help"])])
+    assert "None)" not in train and "None)" not in serve
+    assert "(default: 8000)" in " ".join(serve.split())
+
+
 def test_old_spellings_say_the_same():
     scripts = installed(SCRIPTS)
     old = answers([(script, ["--help"]) for script in scripts])
