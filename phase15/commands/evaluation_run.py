@@ -18,11 +18,11 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from phase15.cli.files import write_text
-from phase15.commands.evaluate import EvaluationArguments
 from phase15.data.examples import Phase15Encoder, load_examples
 from phase15.data.facts import FACTS, FactsArguments
 from phase15.data.records import open_records, read_texts
 from phase15.evaluation.answers import greedy_answers
+from phase15.evaluation.arguments import EvaluationArguments
 from phase15.evaluation.losses import (
     BASE,
     FREE_RUNNING,

@@ -10,7 +10,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
-from phase15.commands.push import AGAIN, PushArguments
+from phase15.hub.arguments import AGAIN, PushArguments
 from phase15.hub.cards import is_unmodified, model_card, sign_card
 from phase15.hub.runs import answer_in_new_process, dump_yaml, read_run, strip_folders
 from phase15.loading import check_kind, load_phase15

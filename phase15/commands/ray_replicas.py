@@ -11,8 +11,7 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
-from phase15.commands.serve_ray import RayArguments
-from phase15.serving.arguments import Phase15ServerArguments
+from phase15.serving.arguments import Phase15ServerArguments, RayArguments
 from phase15.serving.openai_api import Server, build_app, busy_error, to_api_error
 from phase15.serving.openai_requests import ApiError
 

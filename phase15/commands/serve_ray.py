@@ -11,26 +11,9 @@ conversation goes back to the replica that keeps it. If a replica dies, requests
 another. docs/serving.md has the rest.
 """
 
-from dataclasses import dataclass, field
-
 from phase15.cli.arguments import parse_flags
 from phase15.cli.errors import one_line_errors
-from phase15.serving.arguments import Phase15ServerArguments
-
-
-@dataclass
-class RayArguments(Phase15ServerArguments):
-    min_replicas: int = field(default=1, metadata={"help": "Minimum number of replicas, kept while idle."})
-    max_replicas: int = field(default=1, metadata={"help": "Maximum number of replicas, started while requests wait."})
-    address: str | None = field(
-        default=None, metadata={"help": "Address of a Ray cluster; default: one on this machine."}
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 1 <= self.min_replicas <= self.max_replicas:
-            values = f"{self.min_replicas} and {self.max_replicas}"
-            raise ValueError(f"`min_replicas` and `max_replicas` are {values}, but 1 <= min_replicas <= max_replicas.")
+from phase15.serving.arguments import RayArguments
 
 
 def main(argv: list[str] | None = None, program: str = "phase15 serve-ray"):
@@ -41,4 +24,4 @@ def main(argv: list[str] | None = None, program: str = "phase15 serve-ray"):
         serve_replicas(args)
 
 
-__all__ = ["RayArguments", "main"]
+__all__ = ["main"]

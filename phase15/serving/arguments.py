@@ -100,4 +100,19 @@ class Phase15ServerArguments:
         return key
 
 
-__all__ = ["Phase15ServerArguments"]
+@dataclass
+class RayArguments(Phase15ServerArguments):
+    min_replicas: int = field(default=1, metadata={"help": "Minimum number of replicas, kept while idle."})
+    max_replicas: int = field(default=1, metadata={"help": "Maximum number of replicas, started while requests wait."})
+    address: str | None = field(
+        default=None, metadata={"help": "Address of a Ray cluster; default: one on this machine."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 1 <= self.min_replicas <= self.max_replicas:
+            values = f"{self.min_replicas} and {self.max_replicas}"
+            raise ValueError(f"`min_replicas` and `max_replicas` are {values}, but 1 <= min_replicas <= max_replicas.")
+
+
+__all__ = ["Phase15ServerArguments", "RayArguments"]

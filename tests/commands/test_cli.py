@@ -14,7 +14,7 @@ import phase15
 from phase15.__main__ import COMMANDS, main
 from phase15.commands.benchmarks.__main__ import SHAPES
 from phase15.commands.benchmarks.harness import SHAPES as MEASURED_SHAPES
-from phase15.commands.evaluate import EvaluationArguments
+from phase15.evaluation.arguments import EvaluationArguments
 from phase15.evaluation.recovery import BOOTSTRAP_SAMPLES
 from phase15.model.configuration_phase15 import VERSION, Phase15Config
 from phase15.model.modeling_phase15 import Phase15ForCausalLM

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from train_here import prepare
 from transformers import AutoTokenizer
 
-from phase15.commands.evaluate import EvaluationArguments
 from phase15.commands.evaluation_run import evaluate
 from phase15.commands.training_run import train
+from phase15.evaluation.arguments import EvaluationArguments
 from phase15.evaluation.losses import display_label
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 

@@ -18,9 +18,9 @@ from torch.testing import assert_close
 from train_here import prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from phase15.commands.push import PushArguments
 from phase15.commands.training_run import train
 from phase15.evaluation.losses import display_label
+from phase15.hub.arguments import PushArguments
 from phase15.hub.cards import model_card
 from phase15.hub.runs import read_run
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
