@@ -107,7 +107,8 @@ class Phase15PreTrainedModel(PreTrainedModel):
     config_class = Phase15Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _keep_in_fp32_modules = ["hypernet"]  # float16 is too coarse for it; quantizers convert only the LLM
+    # float16 is too coarse for it, and quantizers convert only the LLM: as a part of the body, and of the head.
+    _keep_in_fp32_modules = ["hypernet", "model.hypernet"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True

@@ -126,6 +126,10 @@ class LaneWorker(Phase15ContinuousBatchingManager):
             self.active += requests
             super().submit(requests)
 
+    def stop(self):
+        """Cancels unfinished requests, and waits for the current chunk."""
+        super().stop(hard_stop=True)
+
     def advance(self):
         before = self.lanes.counts
         try:

@@ -255,14 +255,14 @@ def test_an_automatic_batch_size_changes_no_answer(trained, folders, pairs, answ
     close(rolling, [logprob for logprob, _ in reference_scores(trained, [("", text) for text in documents])])
     sizes.clear()
     requests = [(document["context"], {"max_gen_toks": NEW_TOKENS, "do_sample": False}) for document in DOCUMENTS]
-    lanes_class = lm_harness.Phase15Lanes
+    lanes_class = lm_harness.Phase15ContinuousBatchProcessor
     numbers = []
 
     def make_lanes(model, num_lanes, **kwargs):
         numbers.append(num_lanes)
         return lanes_class(model, num_lanes, **kwargs)
 
-    monkeypatch.setattr(lm_harness, "Phase15Lanes", make_lanes)
+    monkeypatch.setattr(lm_harness, "Phase15ContinuousBatchProcessor", make_lanes)
     assert model.generate_until(requests_of("generate_until", *requests)) == answers
     assert (sizes, numbers, model.batch_size) == ([3], [3], "auto")
 

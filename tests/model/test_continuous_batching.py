@@ -586,7 +586,7 @@ def test_a_streamed_request_gives_a_result_after_every_token(model, managers):
 
 def test_a_managers_seeds_and_children(model, managers):
     sampled = {"max_new_tokens": 2 * CHUNK, "do_sample": True, "top_k": 0}
-    manager = managers(GenerationConfig(num_return_sequences=3, pad_token_id=0))
+    manager = managers(GenerationConfig(do_sample=True, num_return_sequences=3, pad_token_id=0))
     manager.start()
     first, again = (manager.add_request(PROMPTS[2], seed=7, **sampled) for _ in range(2))
     names = [first, f"{first}__child#0", f"{first}__child#1"]

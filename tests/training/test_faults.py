@@ -611,7 +611,7 @@ def test_the_newest_complete_checkpoint_is_used(folder, caplog):
 def test_a_torn_checkpoint_that_is_named_is_refused(recipe, folder):
     (named := folder / "checkpoint-12").joinpath("optimizer.pt").unlink()
     path = write(recipe, folder.parent, **SHORT, resume_from_checkpoint=str(named))
-    with pytest.raises(SystemExit, match=rf"^train_sft\.py: cannot resume from {named}: optimizer.pt is missing\.$"):
+    with pytest.raises(SystemExit, match=rf"^phase15 train: cannot resume from {named}: optimizer.pt is missing\.$"):
         train(*prepare([str(path)]))
     assert named.exists() and not find_problem(folder / "checkpoint-16")
 
@@ -660,7 +660,7 @@ def test_a_run_refuses_code_in_one_line(recipe, folder, tmp_path):
     torch.save({"state": Payload(tmp_path / "ran")}, checkpoint / "optimizer.pt")
     write_manifest(checkpoint)
     with pytest.raises(
-        SystemExit, match=rf"^train_sft\.py: cannot resume from {checkpoint}: optimizer\.pt holds .*\.$"
+        SystemExit, match=rf"^phase15 train: cannot resume from {checkpoint}: optimizer\.pt holds .*\.$"
     ):
         train(*prepare([str(write(recipe, tmp_path, **SHORT))]))
     assert not (tmp_path / "ran").exists()

@@ -59,7 +59,7 @@ def naive_losses(model, record) -> torch.Tensor:
 def check_step(before: dict[str, torch.Tensor], stepped, expected):
     """Each parameter moved by its learning rate times the gradient that `expected` holds."""
     for name, parameter in expected.named_parameters():
-        rate = 3.0 if name.endswith("alpha") else 0.5 if name.startswith("hypernet") else 0.2
+        rate = 3.0 if name.endswith("alpha") else 0.5 if name.startswith("model.hypernet") else 0.2
         step = before[name] - stepped.get_parameter(name).detach()
         assert parameter.grad.abs().max() > 0 and step.abs().max() > 0, name
         assert_close(step, rate * parameter.grad, atol=2e-5, rtol=2e-3, msg=lambda text, name=name: f"{name}: {text}")
