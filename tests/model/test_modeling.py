@@ -3,6 +3,7 @@
 
 import contextlib
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from transformers import (
     MambaConfig,
 )
 
+from phase15.model import batch_phase15, modeling_phase15
 from phase15.model.cache_phase15 import Phase15Cache
 from phase15.model.configuration_phase15 import Phase15Config
 from phase15.model.modeling_phase15 import Phase15ForCausalLM, Phase15Model
@@ -251,6 +253,33 @@ def test_the_body_is_the_model_without_its_head(tiny):
     asked[:, -1] = True
     last = body(**batch, query_lengths=query_lengths, predict_mask=asked).last_hidden_state
     assert_close(last[:, -1], full.last_hidden_state[:, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_is_aligned_and_checked_once(tiny, monkeypatch):
+    """In one training forward: one sort, one cumulative sum of the mask, one check of the cache, one of a length."""
+    batch, query_lengths, _ = make_batch()
+    counts = Counter()
+
+    def counted(owner, name):
+        function = getattr(owner, name)
+
+        def count(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, count)
+
+    for owner, name in (
+        (torch.Tensor, "argsort"),
+        (torch.Tensor, "cumsum"),
+        (modeling_phase15, "check_cache"),
+        (modeling_phase15, "one_cache"),
+        (batch_phase15, "check_batch"),
+        (Phase15Config, "check_chunk_length"),
+    ):
+        counted(owner, name)
+    tiny(**batch, query_lengths=query_lengths, chunk_length=CHUNK)
+    assert set(counts.values()) == {1} and len(counts) == 6, counts
 
 
 def test_the_head_is_called_on_targets_or_kept_columns_only(tiny):
