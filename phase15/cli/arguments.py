@@ -15,7 +15,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64", "float", "half", 
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Keeps the line breaks of a module's docstring, and prints the defaults that say something."""
+    """Keeps the line breaks of a module's docstring, and leaves out empty defaults."""
 
     def _get_help_string(self, action: Action) -> str:
         if action.default in (None, [], ""):

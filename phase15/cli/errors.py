@@ -1,5 +1,5 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""How a command ends on an error: in one line that names the command, with exit status 1."""
+"""Ends a command on an error: in one line that names the command, with exit status 1."""
 
 import difflib
 import io

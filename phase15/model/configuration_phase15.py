@@ -156,7 +156,7 @@ class Phase15Config(PreTrainedConfig):
             if not is_known(name):
                 close = close_field(name)
                 hint = f"; did you mean `{close}`?" if close else "."
-                raise ValueError(f"`{name}` is no field of Phase15Config{hint}")
+                raise ValueError(f"`{name}` is not a field of Phase15Config{hint}")
         if self.text_config is None:
             self.text_config = dict(TINYLLAMA)
         if isinstance(self.text_config, dict):

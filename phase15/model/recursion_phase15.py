@@ -128,8 +128,8 @@ class Phase15HyperNetwork(nn.Module, ABC):
     def init_weights(self, config: Phase15Config):
         """
         Initialises what transformers' generic initialisation of linear layers, embeddings and norms does not cover.
-        Extend it for parameters of other kinds, with the functions of `transformers.initialization`, which leave
-        loaded weights alone.
+        Extend it for parameters of other kinds, with the functions of `transformers.initialization`, which do not
+        touch loaded weights.
         """
         init.zeros_(self.alpha)
         # A base's own scale is measured by `from_base`. Not every config of an LLM has the field.

@@ -44,18 +44,21 @@ class Phase15ModelArguments:
             "help": "Fields of a LlamaConfig: without model_name_or_path, the size of a new Llama and tokenizer."
         },
     )
-    dtype: str = field(default="float32", metadata={"help": "Of the weights in training; use bf16 to compute in it."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Data type of the weights in training. With --bf16 the computation is in bfloat16."},
+    )
     stage: str = field(
         default="full",
         metadata={
-            "help": "What is trained: hypernet (LLM frozen), full (both), lora (HyperNetwork and LoRA on the LLM).",
+            "help": "Trained parts: hypernet (LLM frozen), full (both), lora (HyperNetwork and LoRA on the LLM).",
             "choices": STAGES,
         },
     )
     baseline: str | None = field(
         default=None,
         metadata={
-            "help": "Train a baseline instead. Of stage full: window (the LLM behind the sliding window, "
+            "help": "Train a baseline instead. Of stage full: window (the LLM with the sliding window, "
             "Δ = 0) or full_context (the LLM as an ordinary causal LM). Of hypernet: prompt_tuning (num_soft_tokens "
             "virtual tokens, at learning_rate) or lora, both by PEFT with the full context.",
             "choices": list(BASELINES),
@@ -69,21 +72,21 @@ class Phase15ModelArguments:
             "model and for baseline window."
         },
     )
-    distill_share: float = field(default=0.7, metadata={"help": "Share of the loss that is the teacher's."})
-    distill_temperature: float = field(default=1.0, metadata={"help": "Divides the logits of both."})
+    distill_share: float = field(default=0.7, metadata={"help": "Weight of the teacher's loss, 0 to 1."})
+    distill_temperature: float = field(default=1.0, metadata={"help": "Divisor of the logits of teacher and student."})
     lora_r: int = field(default=16, metadata={"help": "Rank of LoRA."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA, divided by lora_r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA, 0 to 1."})
     merge_adapter: bool = field(default=False, metadata={"help": "Save the merged model instead of the adapter."})
-    num_soft_tokens: int | None = field(default=None, metadata={"help": "These sizes: see Phase15Config."})
-    num_sink_tokens: int | None = None
-    chunk_length: int | None = None
-    max_query_length: int | None = None
-    max_answer_length: int | None = None
-    hypernet_hidden_size: int | None = None
-    hypernet_num_hidden_layers: int | None = None
-    hypernet_num_attention_heads: int | None = None
-    hypernet_intermediate_size: int | None = None
+    num_soft_tokens: int | None = field(default=None, metadata={"help": "Slots of the soft prompt."})
+    num_sink_tokens: int | None = field(default=None, metadata={"help": "Slots that keep the first tokens."})
+    chunk_length: int | None = field(default=None, metadata={"help": "Answer tokens between two steps."})
+    max_query_length: int | None = field(default=None, metadata={"help": "Maximum query tokens of a step."})
+    max_answer_length: int | None = field(default=None, metadata={"help": "Maximum answer length, in tokens."})
+    hypernet_hidden_size: int | None = field(default=None, metadata={"help": "Width of the HyperNetwork."})
+    hypernet_num_hidden_layers: int | None = field(default=None, metadata={"help": "Blocks of the HyperNetwork."})
+    hypernet_num_attention_heads: int | None = field(default=None, metadata={"help": "Attention heads of a block."})
+    hypernet_intermediate_size: int | None = field(default=None, metadata={"help": "Width of a block's MLP."})
     hypernet_type: str | None = field(
         default=None, metadata={"help": "Name of a registered HyperNetwork: docs/hypernetworks.md."}
     )
@@ -91,9 +94,15 @@ class Phase15ModelArguments:
         default=None,
         metadata={"help": "Python file that registers hypernet_type. It is run, and saved with the model."},
     )
-    hypernet_slot_gate: bool | None = None
-    hypernet_reads_layers: int | None = None
-    hypernet_signed_alpha: bool | None = None
+    hypernet_slot_gate: bool | None = field(
+        default=None, metadata={"help": "Add a gate that all channels of a slot share."}
+    )
+    hypernet_reads_layers: int | None = field(
+        default=None, metadata={"help": "Number of the LLM's first layers whose hidden states the HyperNetwork reads."}
+    )
+    hypernet_signed_alpha: bool | None = field(
+        default=None, metadata={"help": "Use the sign of α. Only for weights trained before 2026-11-27."}
+    )
 
     def __post_init__(self):
         check_choice("stage", self.stage, STAGES)
@@ -139,11 +148,11 @@ class Phase15DataArguments(FactsArguments):
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split of a Hub data set to train on."})
     validation_split: float = field(
-        default=0.1, metadata={"help": "Share of the records, the last ones, held out to validate."}
+        default=0.1, metadata={"help": "Share of the records, from the end, held out for validation, 0 to 1."}
     )
     max_validation_records: int | None = field(
         default=None,
-        metadata={"help": "Validate on at most so many of them; of a stream, on the first so many."},
+        metadata={"help": "Maximum number of validation records. A stream validates on its first N records."},
     )
     shuffle_records: bool = field(
         default=False,
@@ -169,22 +178,24 @@ class Phase15DataArguments(FactsArguments):
 class Phase15TrainingFields:
     """The fields that Phase15 adds to transformers' TrainingArguments, or whose default differs."""
 
-    learning_rate: float = field(default=1e-4, metadata={"help": "Of the HyperNetwork, or of prompt tuning."})
-    llm_learning_rate: float = field(default=3e-5, metadata={"help": "Of the LLM, or of its LoRA."})
+    learning_rate: float = field(
+        default=1e-4, metadata={"help": "Learning rate of the HyperNetwork, or of prompt tuning."}
+    )
+    llm_learning_rate: float = field(default=3e-5, metadata={"help": "Learning rate of the LLM, or of its LoRA."})
     alpha_learning_rate: float = field(
         default=1e-2,
-        metadata={"help": "Of α, which scales Δ and starts at zero: at other rates it would stay there."},
+        metadata={
+            "help": "Learning rate of α, which scales Δ and starts at zero. At smaller rates it stays near zero."
+        },
     )
     bptt_chunks: int | None = field(
-        default=None, metadata={"help": "Stop the gradient through the recursion after every so many chunks."}
+        default=None, metadata={"help": "Stop the gradient through the recursion every N chunks."}
     )
     compile_layers: bool = field(
         default=False,
         metadata={"help": "torch.compile the layers of LLM and HyperNetwork (torch_compile: all)."},
     )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew where output_dir holds a finished run."}
-    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished run in output_dir."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator selects the columns."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every step uses all of them."})
 

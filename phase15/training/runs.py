@@ -57,14 +57,14 @@ class Phase15TrainingArguments(Phase15TrainingFields, TrainingArguments):
             check_output_dir(self.output_dir)
         checkpoint = self.resume_from_checkpoint
         if checkpoint is not None and not Path(checkpoint, "trainer_state.json").is_file():
-            raise ValueError(f"`resume_from_checkpoint` is {checkpoint}, but that is no folder of a checkpoint.")
+            raise ValueError(f"`resume_from_checkpoint` is {checkpoint}, but that is not the folder of a checkpoint.")
         try:
             super().__post_init__()
         except TypeError as error:  # unknown fields of `accelerator_config`, for example
             raise ValueError(f"the training arguments do not fit together: {error}") from error
 
 
-# What makes the run the run that it is: not handed on to the run before it.
+# Flags of one run, which the run of `after` does not inherit.
 OWN_FLAGS = {
     "after",
     "baseline",

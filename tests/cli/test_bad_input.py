@@ -303,7 +303,7 @@ CASES = {
     "no end token": train("eos_token", build=fields("base/tokenizer_config.json", eos_token=None)),
     # Phase15 models
     "misspelt field of the config": train(
-        "model: `num_soft_token` is no field",
+        "model: `num_soft_token` is not a field",
         "`num_soft_tokens`",
         build=fields("model/config.json", num_soft_token=8),
         recipe=OF_THE_MODEL | {"model_name_or_path": "{model}"},
@@ -382,7 +382,7 @@ CASES = {
     ),
     "push nan": command("push_to_hub.py", PUSH, "not finite", "damaged", build=weights("model", damaged)),
     "push a misspelt field": command(
-        "push_to_hub.py", PUSH, "`num_soft_token` is no field", build=fields("model/config.json", num_soft_token=8)
+        "push_to_hub.py", PUSH, "`num_soft_token` is not a field", build=fields("model/config.json", num_soft_token=8)
     ),
     "push without a tokenizer": command(
         "push_to_hub.py", PUSH, "tokenizer cannot be loaded", build=removed("model/tokenizer.json")
@@ -431,7 +431,7 @@ CASES = {
     ),
     "from_pretrained, misspelt": api(
         lambda _, folder: Phase15ForCausalLM.from_pretrained(folder / "model"),
-        "model: `num_soft_token` is no field",
+        "model: `num_soft_token` is not a field",
         build=fields("model/config.json", num_soft_token=8),
     ),
     "forward, large id": api(lambda model, _: model(IDS + 264), "Row 0 ", "holds 270", " 1, but", "0 to 269"),

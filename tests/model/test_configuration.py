@@ -149,12 +149,12 @@ def test_a_config_from_before_the_choice_keeps_alphas_sign(tmp_path):
 
 
 def test_a_misspelt_field_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="`num_soft_token` is no field .*did you mean `num_soft_tokens`"):
+    with pytest.raises(ValueError, match="`num_soft_token` is not a field .*did you mean `num_soft_tokens`"):
         Phase15Config(num_soft_token=64)
-    with pytest.raises(ValueError, match="`wormhole` is no field"):
+    with pytest.raises(ValueError, match="`wormhole` is not a field"):
         Phase15Config(wormhole=64)
     Phase15Config().save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(file.read_text().replace('"num_sink_tokens"', '"num_sinks_tokens"'))
-    with pytest.raises(ValueError, match=f"^{tmp_path}: `num_sinks_tokens` is no field .*`num_sink_tokens`"):
+    with pytest.raises(ValueError, match=f"^{tmp_path}: `num_sinks_tokens` is not a field .*`num_sink_tokens`"):
         Phase15Config.from_pretrained(tmp_path)

@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None = None, program: str = "phase15 bench") ->
     parser.add_argument(
         "--rivals", nargs="*", choices=rivals, default=rivals, help="serve: the base under transformers serve"
     )
-    parser.add_argument("--soak", type=int, default=0, help="serve: so many more requests, for the memory")
+    parser.add_argument("--soak", type=int, default=0, help="serve: number of further requests, to measure memory")
     parser.add_argument(
         "--before", nargs=2, metavar=("CHECKOUT", "SITE"), help="serve: an earlier checkout, and packages for it"
     )
