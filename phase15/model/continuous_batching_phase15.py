@@ -223,7 +223,7 @@ class Phase15ContinuousBatchProcessor:
         length = request.chunk_length
         if length not in (None, self.chunk_length):
             raise ValueError(
-                f"`chunk_length` is {asked}, but this batch decodes chunks of {self.chunk_length} tokens."
+                f"`chunk_length` is {length}, but this batch decodes chunks of {self.chunk_length} tokens."
             )
 
     def request(self, prompt_ids: list[int], *args, **kwargs) -> Phase15Request:

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 from reference import BASES, CHUNK, QUERY, SLOTS, pad, random_ids, reference_carry, reference_read, reference_step
-from test_decoding import fast  # noqa: F401
+from test_decoding import fast, uncompiled  # noqa: F401
 from test_generation import LONG_PROMPTS, PROMPTS, generate, reference_greedy
 from transformers import AutoModelForCausalLM, GenerationConfig
 

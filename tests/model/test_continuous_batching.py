@@ -1,7 +1,9 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""Lanes against `generate` on each request alone, and their sampling against the library's own warpers."""
+"""Continuous batching against `generate` on each request by itself, and its manager against the library's."""
 
+import inspect
 import math
+import threading
 
 import hypothesis.strategies as st
 import pytest
@@ -10,24 +12,23 @@ from hypothesis import given, settings
 from reference import CHUNK, LLM_SIZES, QUERY, SIZES, SLOTS, VOCAB, random_ids, randomise_alpha
 from test_decoding import Replayed
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LogitsProcessor, LogitsProcessorList
-from transformers.generation import (
-    MinPLogitsWarper,
-    StoppingCriteria,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation import GenerationMixin, StoppingCriteria
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 from transformers.utils import logging
 
-from phase15.model import continuous_batching_phase15 as lanes_phase15
-from phase15.model import decoding_phase15
+from phase15.model import continuous_batching_phase15, decoding_phase15
 from phase15.model.cache_phase15 import KeptConversations
 from phase15.model.configuration_phase15 import Phase15Config
-from phase15.model.continuous_batching_phase15 import Phase15Lanes
+from phase15.model.continuous_batching_phase15 import (
+    Phase15ContinuousBatchingManager,
+    Phase15Lanes,
+    Phase15LaneThread,
+)
+from phase15.model.continuous_batching_phase15 import Phase15ContinuousBatchProcessor as Processor
 from phase15.model.decoding_phase15 import LibraryDecoder, Phase15Decoder
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
-from phase15.model.requests_phase15 import Phase15Request, Sampling, request_of, sample_tokens, width_of
+from phase15.model.requests_phase15 import Phase15Request, make_request
 
 
 LENGTHS = (1, QUERY - 1, QUERY, QUERY + 1, 3 * QUERY, 3, 2 * SLOTS)
@@ -50,7 +51,7 @@ def way(request, model, monkeypatch) -> str:
 
 
 def take(way: str, model, patch):
-    """Lanes on static buffers; as a CUDA graph would replay them; or by the calls of `generate`'s own loop."""
+    """On static buffers; as a CUDA graph would replay them; or by the calls of the transformers loop."""
     if way == "replayed":
         replayed = Replayed()
         run, recorded = Phase15Decoder.run, set()  # what Python code picks is never recorded
@@ -59,9 +60,9 @@ def take(way: str, model, patch):
             Phase15Decoder, "run", lambda self, *args: (replayed.run if self in recorded else run)(self, *args)
         )
         patch.setattr(decoding_phase15, "compiled", lambda function: function)
-        patch.setattr(lanes_phase15, "AUTOMATIC_ON", ("cpu",))
+        patch.setattr(decoding_phase15, "AUTOMATIC_ON", ("cpu",))
     elif way == "library":
-        patch.setattr(lanes_phase15, "unsupported_model", lambda model: "forward hooks")
+        patch.setattr(continuous_batching_phase15, "unsupported_model", lambda model: "forward hooks")
 
 
 def alone(model, prompt: list[int], length: int = 9, **kwargs) -> list[int]:
@@ -70,16 +71,16 @@ def alone(model, prompt: list[int], length: int = 9, **kwargs) -> list[int]:
     return model.generate(ids, max_new_tokens=length, **kwargs)[0, len(prompt) :].tolist()
 
 
-def answer(lanes: Phase15Lanes, *requests: Phase15Request) -> list[list[int]]:
+def answer(processor: Processor, *requests: Phase15Request) -> list[list[int]]:
     for request in requests:
-        lanes.submit(request)
-    while lanes.advance():
+        processor.submit(request)
+    while processor.advance():
         pass
     return [request.generated_tokens for request in requests]
 
 
 def asked(model, prompt: list[int], length: int = 9, **kwargs) -> Phase15Request:
-    return request_of(model, prompt, max_new_tokens=length, **{"do_sample": False} | kwargs)
+    return make_request(model, prompt, max_new_tokens=length, **{"do_sample": False} | kwargs)
 
 
 # greedy tokens are those of `generate`
@@ -103,7 +104,7 @@ REQUESTS = st.lists(
 def test_any_order_of_arrival_and_departure_gives_the_same_tokens(model, way, requests, num_lanes, kept):
     with pytest.MonkeyPatch.context() as patch:
         take(way, model, patch)
-        lanes = Phase15Lanes(model, num_lanes, max_kept_conversations=kept)
+        lanes = Processor(model, num_lanes, max_kept_conversations=kept)
         asks = [asked(model, PROMPTS[prompt], length) for prompt, length, *_ in requests]
         boundary, goes_on = 0, True
         while goes_on or boundary <= 6:
@@ -126,7 +127,7 @@ def test_any_order_of_arrival_and_departure_gives_the_same_tokens(model, way, re
 
 
 def test_a_finished_answer_leaves_at_the_next_boundary_and_a_waiting_one_takes_its_lane(model, way):
-    lanes = Phase15Lanes(model, 2)
+    lanes = Processor(model, 2)
     first, second, third = (asked(model, PROMPTS[0], length) for length in (CHUNK + 1, 5 * CHUNK, 2))
     for request in (first, second, third):
         lanes.submit(request)
@@ -139,7 +140,7 @@ def test_a_finished_answer_leaves_at_the_next_boundary_and_a_waiting_one_takes_i
 
 
 def test_a_long_query_is_read_a_segment_at_a_boundary_beside_the_others(model, way):
-    lanes = Phase15Lanes(model, 2)
+    lanes = Processor(model, 2)
     short, long = asked(model, PROMPTS[0], 9 * CHUNK), asked(model, random_ids(5 * QUERY).tolist(), 3)
     lanes.submit(short)
     lanes.submit(long)
@@ -155,23 +156,29 @@ def test_an_end_token_ends_its_answer_alone(model, way):
     ends = [tokens[index] for index, tokens in enumerate(free)]
     asks = [asked(model, prompt, 12, eos_token_id=[end, 1]) for prompt, end in zip(PROMPTS, ends, strict=True)]
     expected = [alone(model, prompt, 12, eos_token_id=[end, 1]) for prompt, end in zip(PROMPTS, ends, strict=True)]
-    assert answer(Phase15Lanes(model, 3), *asks) == expected
+    assert answer(Processor(model, 3), *asks) == expected
     assert {ask.finish_reason for ask in asks} == {"stop"}
 
 
-def test_nothing_is_said_when_all_answers_have_ended(model, monkeypatch):
+def test_nothing_is_decoded_when_all_answers_have_ended(model, monkeypatch):
     names, run = [], Phase15Decoder.run
     monkeypatch.setattr(Phase15Decoder, "run", lambda self, name, model: (names.append(name), run(self, name, model)))
     ends = alone(model, PROMPTS[0], CHUNK)[:1]
-    answer(Phase15Lanes(model, 2), asked(model, PROMPTS[0], 50, eos_token_id=ends, on_token=lambda request: None))
+    answer(
+        Processor(model, 2),
+        asked(model, PROMPTS[0], 50, eos_token_id=ends, on_token=lambda request: None),
+    )
     assert names == ["prefill"]
     names.clear()
-    answer(Phase15Lanes(model, 2), asked(model, PROMPTS[0], 50, eos_token_id=ends))  # the host asks once a chunk
+    answer(Processor(model, 2), asked(model, PROMPTS[0], 50, eos_token_id=ends))  # the host checks once a chunk
     assert names == ["prefill"] + ["decode"] * (CHUNK - 1)
 
 
 def test_buffers_serve_lanes_of_every_number(model, way):
-    lanes, prompts = Phase15Lanes(model, 5), [random_ids(3, seed=seed).tolist() for seed in range(5)]
+    lanes, prompts = (
+        Processor(model, 5),
+        [random_ids(3, seed=seed).tolist() for seed in range(5)],
+    )
     for number in (1, 5, 2, 4, 3):
         asks = [asked(model, prompt, 2 * CHUNK) for prompt in prompts[:number]]
         assert answer(lanes, *asks) == [alone(model, prompt, 2 * CHUNK) for prompt in prompts[:number]]
@@ -195,7 +202,7 @@ def test_the_librarys_processors_and_criteria_work_in_a_lane(model, way):
     ]
     asks = [asked(model, PROMPTS[4], 20, **case) for case in cases]
     expected = [alone(model, PROMPTS[4], 20, **case) for case in cases]
-    assert answer(Phase15Lanes(model, 3), *asks) == expected
+    assert answer(Processor(model, 3), *asks) == expected
     assert len({tuple(tokens) for tokens in expected}) == len(cases)
     assert asks[5].finish_reason == "stop" and len(expected[5]) == 6
 
@@ -219,46 +226,10 @@ class Only(LogitsProcessor):
 # sampling
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        Sampling(0.7),
-        Sampling(1.0, top_k=5),
-        Sampling(1.5, top_p=0.6),
-        Sampling(1.0, min_p=0.1),
-        Sampling(0.8, top_k=20, top_p=0.9, min_p=0.02),
-        Sampling(1.0, top_k=1),
-        Sampling(1.0, top_p=1e-6),
-    ],
-)
-def test_every_number_draws_the_token_of_the_librarys_distribution(given):
-    """The share of evenly spaced numbers that draw a token is its probability behind the library's warpers."""
-    torch.manual_seed(0)
-    logits = torch.linspace(0, -6, 50)[torch.randperm(50)][None]  # tokens on both sides of every bound
-    scores = TemperatureLogitsWarper(given.temperature)(None, logits)
-    if given.top_k:
-        scores = TopKLogitsWarper(given.top_k)(None, scores)
-    if given.top_p < 1:
-        scores = TopPLogitsWarper(given.top_p)(None, scores)
-    if given.min_p:
-        scores = MinPLogitsWarper(given.min_p)(None, scores)
-    number = 20_000
-    uniform = torch.linspace(0, 1 - 2**-24, number)[:, None]
-    request = Phase15Request([1], 1, given)
-    greedy = Phase15Request([1], 1)
-    for requests in ([request], [request, greedy]):
-        width = width_of(requests, 50)
-        settings = torch.tensor([request.sampling]).expand(number, -1)
-        drawn = sample_tokens(logits.expand(number, -1), settings, uniform, width)
-        share = torch.bincount(drawn, minlength=50) / number
-        torch.testing.assert_close(share, scores.softmax(dim=-1)[0], atol=2 / number, rtol=0)
-    assert width_of([greedy], 50) is None
-
-
 def test_greedy_lanes_beside_sampled_ones_stay_greedy(model, way):
     asks = [asked(model, PROMPTS[4], 9), asked(model, PROMPTS[4], 9, do_sample=True, top_k=0)]
     asks += [asked(model, PROMPTS[4], 9, do_sample=True, top_p=0.5, top_k=0)]
-    answer(Phase15Lanes(model, 3), *asks)
+    answer(Processor(model, 3), *asks)
     assert asks[0].generated_tokens == alone(model, PROMPTS[4])
     assert len({tuple(ask.generated_tokens) for ask in asks}) == 3
 
@@ -268,9 +239,9 @@ def test_a_seed_gives_the_same_tokens_whatever_the_neighbours(model, way, sampli
     def ask(seed: int) -> Phase15Request:
         return asked(model, PROMPTS[2], 3 * CHUNK, do_sample=True, seed=seed, **sampling)
 
-    (expected,) = answer(Phase15Lanes(model, 1), ask(7))
-    (other,) = answer(Phase15Lanes(model, 1), ask(8))
-    lanes = Phase15Lanes(model, 3)
+    (expected,) = answer(Processor(model, 1), ask(7))
+    (other,) = answer(Processor(model, 1), ask(8))
+    lanes = Processor(model, 3)
     lanes.submit(asked(model, PROMPTS[3], 2 * CHUNK, do_sample=True, top_p=0.4))
     lanes.submit(asked(model, PROMPTS[5], CHUNK))
     lanes.advance()
@@ -280,7 +251,7 @@ def test_a_seed_gives_the_same_tokens_whatever_the_neighbours(model, way, sampli
 
 def test_log_probabilities_are_those_of_forward(model, way):
     request = asked(model, PROMPTS[4], 2 * CHUNK + 1, num_logprobs=4, do_sample=True, top_k=0, seed=1)
-    answer(Phase15Lanes(model, 2), request, asked(model, PROMPTS[0]))
+    answer(Processor(model, 2), request, asked(model, PROMPTS[0]))
     ids = torch.tensor([request.prompt_ids + request.generated_tokens])
     query = torch.tensor([len(request.prompt_ids)])
     with torch.no_grad():
@@ -309,8 +280,11 @@ def reads(monkeypatch) -> list[int]:
     return lengths
 
 
-def test_a_next_turn_reads_what_is_new_and_says_the_same(model, way, reads):
-    lanes, ids = Phase15Lanes(model, 2, max_kept_conversations=5), random_ids(3 * QUERY + 2).tolist()
+def test_a_next_turn_reads_what_is_new_and_gives_the_same(model, way, reads):
+    lanes, ids = (
+        Processor(model, 2, max_kept_conversations=5),
+        random_ids(3 * QUERY + 2).tolist(),
+    )
     for turn in range(20):
         expected = alone(model, ids, 2 * CHUNK)
         reads.clear()
@@ -320,12 +294,15 @@ def test_a_next_turn_reads_what_is_new_and_says_the_same(model, way, reads):
         if turn:  # what was said since, and what did not fill a segment
             assert sum(reads) <= 2 * CHUNK + 3 + QUERY
         ids = ids + request.generated_tokens + random_ids(3, seed=turn).tolist()
-        assert len(lanes.kept.states) == 1
+        assert len(lanes.conversations.states) == 1
     assert len(ids) > 200
 
 
 def test_an_edited_conversation_is_read_afresh(model, way, reads):
-    lanes, ids = Phase15Lanes(model, 2, max_kept_conversations=5), random_ids(3 * QUERY + 2).tolist()
+    lanes, ids = (
+        Processor(model, 2, max_kept_conversations=5),
+        random_ids(3 * QUERY + 2).tolist(),
+    )
     answer(lanes, asked(model, ids))
     edited = [ids[0] - 1 if ids[0] > 3 else 4, *ids[1:], 5]
     expected = alone(model, edited)
@@ -337,7 +314,7 @@ def test_an_edited_conversation_is_read_afresh(model, way, reads):
 
 
 def test_the_least_recently_used_conversation_goes_first(model, reads):
-    lanes = Phase15Lanes(model, 1, max_kept_conversations=2)
+    lanes = Processor(model, 1, max_kept_conversations=2)
     conversations = [random_ids(QUERY + 1, seed=seed).tolist() for seed in range(3)]
     for index in (0, 1, 0, 2):  # 1 is forgotten
         answer(lanes, asked(model, conversations[index]))
@@ -348,7 +325,7 @@ def test_the_least_recently_used_conversation_goes_first(model, reads):
 
 
 def test_a_query_that_is_kept_whole_is_not_read_again(model, way, reads):
-    lanes, ids = Phase15Lanes(model, 1, max_kept_conversations=2), random_ids(2 * QUERY).tolist()
+    lanes, ids = Processor(model, 1, max_kept_conversations=2), random_ids(2 * QUERY).tolist()
     expected = alone(model, ids)
     for _ in range(2):
         reads.clear()
@@ -357,17 +334,17 @@ def test_a_query_that_is_kept_whole_is_not_read_again(model, way, reads):
 
 
 def test_what_is_kept_holds_one_row_each(model):
-    lanes = Phase15Lanes(model, 4, max_kept_conversations=9)
+    lanes = Processor(model, 4, max_kept_conversations=9)
     answer(lanes, *[asked(model, random_ids(QUERY, seed=seed).tolist()) for seed in range(4)])
-    assert len(lanes.kept.states) == 4
-    for soft_prompt in lanes.kept.states.values():
+    assert len(lanes.conversations.states) == 4
+    for soft_prompt in lanes.conversations.states.values():
         assert soft_prompt.embeds.untyped_storage().nbytes() == soft_prompt.embeds.nbytes
 
 
 def test_nothing_is_kept_unless_asked(model):
-    lanes = Phase15Lanes(model, 1)
+    lanes = Processor(model, 1)
     answer(lanes, asked(model, PROMPTS[4]))
-    assert not lanes.kept.states and KeptConversations(0, QUERY).get(PROMPTS[4]) == (None, 0, None)
+    assert not lanes.conversations.states and KeptConversations(0, QUERY).get(PROMPTS[4]) == (None, 0, None)
 
 
 # what goes wrong
@@ -377,7 +354,7 @@ def test_damaged_weights_are_an_error_of_the_answer(model, way):
     damaged = randomise_alpha(Phase15ForCausalLM(model.config)).eval()
     damaged.llm.lm_head.weight.data[3] = math.nan
     request = asked(damaged, PROMPTS[0])
-    answer(Phase15Lanes(damaged, 1), request)
+    answer(Processor(damaged, 1), request)
     assert request.finish_reason == "error" and not request.generated_tokens
     with pytest.raises(FloatingPointError, match="not finite"):
         damaged.generate_batch([PROMPTS[0]])
@@ -404,13 +381,13 @@ def test_what_fails_of_a_request_ends_its_answer_alone(model, way, part):
     }
     bad, good = asked(model, PROMPTS[0], **kwargs.get(part, {})), asked(model, PROMPTS[1])
     bad.on_step = fails if part == "on_step" else None
-    answer(Phase15Lanes(model, 2), bad, good)
+    answer(Processor(model, 2), bad, good)
     assert (bad.finish_reason, type(bad.error)) == ("error", KeyError)
     assert good.generated_tokens == alone(model, PROMPTS[1])
 
 
 def test_abort_ends_what_waits_and_what_is_under_way(model):
-    lanes, asks = Phase15Lanes(model, 1), [asked(model, PROMPTS[0], 90) for _ in range(3)]
+    lanes, asks = Processor(model, 1), [asked(model, PROMPTS[0], 90) for _ in range(3)]
     for ask in asks:
         lanes.submit(ask)
     lanes.advance()
@@ -424,41 +401,46 @@ def test_what_cannot_be_compiled_goes_on_without(model, monkeypatch):
         raise RuntimeError("no C compiler\nwas found")
 
     warnings = []
-    monkeypatch.setattr(lanes_phase15, "AUTOMATIC_ON", ("cpu",))
-    monkeypatch.setattr(lanes_phase15.logger, "warning", warnings.append)
+    monkeypatch.setattr(decoding_phase15, "AUTOMATIC_ON", ("cpu",))
+    monkeypatch.setattr(decoding_phase15.logger, "warning", warnings.append)
+    monkeypatch.setattr(model.decoders, "has_failed", False)
     monkeypatch.setattr(Phase15Decoder, "prepare", fail)
-    assert answer(Phase15Lanes(model, 2), asked(model, PROMPTS[4], 9)) == [alone(model, PROMPTS[4], 9)]
+    assert answer(Processor(model, 2), asked(model, PROMPTS[4], 9)) == [alone(model, PROMPTS[4], 9)]
     assert len(warnings) == 1 and "no C compiler was found" in warnings[0]
     with pytest.raises(RuntimeError, match="no C compiler"):
-        answer(Phase15Lanes(model, 2, compile=True), asked(model, PROMPTS[4]))
+        answer(Processor(model, 2, compile=True), asked(model, PROMPTS[4]))
 
 
 def test_a_model_with_hooks_answers_by_the_librarys_calls(model):
     hook = model.hypernet.register_forward_hook(lambda *args: None)
     try:
-        lanes = Phase15Lanes(model, 3)
+        lanes = Processor(model, 3)
         asks = [asked(model, prompt) for prompt in PROMPTS]
         assert answer(lanes, *asks) == [alone(model, prompt) for prompt in PROMPTS]
         with pytest.raises(ValueError, match="`compile=True` cannot be honoured with forward hooks"):
-            Phase15Lanes(model, 3, compile=True)
+            Processor(model, 3, compile=True)
     finally:
         hook.remove()
     assert {type(decoder) for decoder in lanes._decoders.values()} == {LibraryDecoder}
 
 
 def test_less_than_one_lane_is_refused(model):
-    with pytest.raises(ValueError, match="`num_lanes` is 0"):
-        Phase15Lanes(model, 0)
+    with pytest.raises(ValueError, match="`max_batch_size` is 0, but it must be at least 1"):
+        Processor(model, 0)
     for number in (0, -3):
-        with pytest.raises(ValueError, match=f"`num_lanes` is {number}"):
-            model.generate_batch(PROMPTS, num_lanes=number)
+        with pytest.raises(ValueError, match=f"`max_batch_size` is {number}"):
+            model.generate_batch(PROMPTS, max_batch_size=number)
+        with pytest.raises(ValueError, match=f"`max_batch_size` is {number}"):
+            model.init_continuous_batching(max_batch_size=number)
 
 
 # generate_batch
 
 
 def test_generate_batch_gives_the_librarys_result(model, way):
-    outputs = model.generate_batch(PROMPTS, max_new_tokens=11, num_lanes=3, do_sample=False, record_timestamps=True)
+    outputs = model.generate_batch(
+        PROMPTS, max_new_tokens=11, max_batch_size=3, do_sample=False, record_timestamps=True
+    )
     assert list(outputs) == [f"req_{index}" for index in range(len(PROMPTS))]
     for prompt, (name, output) in zip(PROMPTS, outputs.items(), strict=True):
         assert type(output) is GenerationOutput and output.is_finished() and output.status == RequestStatus.FINISHED
@@ -482,9 +464,9 @@ def test_generate_batch_takes_settings_as_generate_does(model):
         assert output.generated_tokens == expected and len(output.logprobs) == len(expected)
     config = GenerationConfig(max_new_tokens=8, do_sample=True, num_return_sequences=3)
     torch.manual_seed(0)
-    first = model.generate_batch(PROMPTS[:2], config, num_lanes=2)
+    first = model.generate_batch(PROMPTS[:2], config, max_batch_size=2)
     torch.manual_seed(0)
-    again = model.generate_batch(PROMPTS[:2], config, num_lanes=5)
+    again = model.generate_batch(PROMPTS[:2], config, max_batch_size=5)
     names = ["req_0", "req_0__child#0", "req_0__child#1", "req_1", "req_1__child#0", "req_1__child#1"]
     assert list(first) == names
     tokens = [output.generated_tokens for output in first.values()]
@@ -507,7 +489,7 @@ def test_generate_batch_shows_its_progress(model, capsys):
     [
         ([3, 4], {}, r"`inputs\[0\]` must be a list of token ids, not 3"),
         (["12"], {}, r"`inputs\[0\]` must be a list of token ids, not '12'"),
-        ([[3], []], {}, r"`inputs\[1\]` holds no token"),
+        ([[3], []], {}, r"`inputs\[1\]` is empty; give at least one token id"),
         ([[3], [4, VOCAB]], {}, rf"`inputs\[1\]` holds {VOCAB} at position 1, but ids must be from 0 to {VOCAB - 1}"),
         ([[3], [-1]], {}, r"`inputs\[1\]` holds -1 at position 0"),
         ([[3]], {"num_beams": 2}, "beam search"),
@@ -520,3 +502,162 @@ def test_generate_batch_shows_its_progress(model, capsys):
 def test_generate_batch_refuses_what_it_cannot_do(model, inputs, kwargs, message):
     with pytest.raises(ValueError, match=message):
         model.generate_batch(inputs, **kwargs)
+
+
+# the manager
+
+
+@pytest.fixture
+def managers(model):
+    """Makes managers, and stops them."""
+    made = []
+
+    def make(*args, **kwargs) -> Phase15ContinuousBatchingManager:
+        made.append(model.init_continuous_batching(*args, **kwargs))
+        return made[-1]
+
+    yield make
+    for manager in made:
+        manager.stop(hard_stop=True)
+
+
+def greedy(length: int = 9, **kwargs) -> GenerationConfig:
+    return GenerationConfig(max_new_tokens=length, do_sample=False, pad_token_id=0, **kwargs)
+
+
+def test_the_managers_results_are_those_of_generate(model, managers):
+    manager = managers(greedy(), max_batch_size=3)
+    assert not manager.is_running() and manager.get_result() is None and list(manager) == []
+    early = manager.add_request(PROMPTS[0], max_new_tokens=2 * CHUNK)
+    manager.start()
+    assert manager.is_running()
+    ids = manager.add_requests(PROMPTS[1:], max_new_tokens=11)
+    assert [early, *ids] == [f"req_{index}" for index in range(len(PROMPTS))]
+    named = manager.add_request(PROMPTS[2], request_id="mine", eos_token_id=alone(model, PROMPTS[2])[3])
+    result = manager.get_result(named, timeout=60)
+    assert type(result) is GenerationOutput and result.request_id == "mine" and result.status == RequestStatus.FINISHED
+    assert result.generated_tokens == alone(model, PROMPTS[2])[:4] and result.prompt_ids == PROMPTS[2]
+    assert manager.get_result(named, timeout=60) is None  # given once
+    manager.stop()
+    assert not manager.is_running()
+    results = {result.request_id: result for result in manager}
+    assert list(results) != [] and set(results) == {early, *ids}
+    for request_id, prompt in zip((early, *ids), PROMPTS, strict=True):
+        length = 2 * CHUNK if request_id == early else 11
+        assert results[request_id].generated_tokens == alone(model, prompt, length)
+    with pytest.raises(RuntimeError, match="is stopping: call `start`"):
+        manager.add_request(PROMPTS[0])
+    manager.start()  # again
+    assert manager.get_result(manager.add_request(PROMPTS[1]), 60).generated_tokens == alone(model, PROMPTS[1])
+
+
+def test_a_manager_has_the_librarys_methods(managers):
+    manager = managers(max_batch_size=1)
+    for name in ("start", "stop", "join", "is_running", "add_request", "add_requests", "cancel_request", "get_result"):
+        ours, theirs = (inspect.signature(getattr(kind, name)) for kind in (type(manager), ContinuousBatchingManager))
+        missing = set(theirs.parameters) - set(ours.parameters)
+        assert missing <= {"logit_processor_kwargs", "keep_for_next_session", "stop_trigger_time"} | (
+            {"streaming", "record_timestamps"} if name == "add_requests" else set()  # they are among its kwargs
+        )
+    for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
+        theirs = list(inspect.signature(getattr(GenerationMixin, name)).parameters)
+        theirs = [parameter for parameter in theirs if parameter != "kwargs"]
+        assert list(inspect.signature(getattr(Phase15ForCausalLM, name)).parameters)[: len(theirs)] == theirs
+
+
+def test_a_streamed_request_gives_a_result_after_every_token(model, managers):
+    config = ContinuousBatchingConfig(return_logprobs=True, max_requests_per_batch=2)
+    manager = managers(greedy(), config)
+    assert manager.processor.max_batch_size == 2
+    manager.start()
+    request_id = manager.add_request(PROMPTS[3], streaming=True, record_timestamps=True)
+    results = list(manager.request_id_iter(request_id))
+    expected = alone(model, PROMPTS[3])
+    assert [result.generated_tokens for result in results] == [expected[: n + 1] for n in range(9)] + [expected]
+    assert [result.is_finished() for result in results] == [False] * 9 + [True]
+    assert {result.status for result in results[:-1]} == {RequestStatus.DECODING}
+    assert [len(result.timestamps) for result in results] == [*range(1, 10), 9]
+    assert [len(result.logprobs) for result in results] == [*range(1, 10), 9]
+
+
+def test_a_managers_seeds_and_children(model, managers):
+    sampled = {"max_new_tokens": 2 * CHUNK, "do_sample": True, "top_k": 0}
+    manager = managers(GenerationConfig(num_return_sequences=3, do_sample=True, pad_token_id=0))
+    manager.start()
+    first, again = (manager.add_request(PROMPTS[2], seed=7, **sampled) for _ in range(2))
+    names = [first, f"{first}__child#0", f"{first}__child#1"]
+    answers = [manager.get_result(name, 60).generated_tokens for name in names]
+    repeated = [manager.get_result(name.replace(first, again, 1), 60).generated_tokens for name in names]
+    assert answers == repeated and len(set(map(tuple, answers))) == 3
+    (expected,) = answer(Processor(model, 1), make_request(model, PROMPTS[2], seed=8, pad_token_id=0, **sampled))[:1]
+    assert answers[1] == expected
+
+
+def test_cancelled_and_failed_requests_give_results(model, managers, monkeypatch):
+    manager = managers(greedy(10**6), max_batch_size=2)
+    manager.start()
+    endless, other = manager.add_requests(PROMPTS[:2])
+    with pytest.raises(ValueError, match=f"`request_id` is '{endless}', which an unfinished request has"):
+        manager.add_request(PROMPTS[2], request_id=endless)
+    assert manager.get_result(endless, timeout=0.05) is None
+    manager.cancel_request(endless)
+    manager.cancel_request("unknown")
+    result = manager.get_result(endless, timeout=60)
+    assert (result.status, result.error, result.is_finished()) == (RequestStatus.FAILED, "cancelled", True)
+    manager.stop(hard_stop=True)
+    assert not manager.is_running() and [result.error for result in manager] == ["cancelled"]
+    manager.start()
+    monkeypatch.setattr(Processor, "_read_prompts", fails)
+    failed = manager.add_request(PROMPTS[2])
+    assert "the request's own" in manager.get_result(failed, timeout=60).error
+    monkeypatch.undo()
+    assert manager.get_result(manager.add_request(PROMPTS[2], max_new_tokens=3), 60).generated_tokens == alone(
+        model, PROMPTS[2], 3
+    )
+
+
+@pytest.mark.parametrize(
+    "input_ids, kwargs, message",
+    [
+        ([], {}, "`input_ids` is empty"),
+        ([VOCAB], {}, f"`input_ids` holds {VOCAB} at position 0"),
+        ([3], {"num_beams": 2}, "does not support beam search"),
+        ([3], {"prompt_lookup_num_tokens": 2}, "assisted decoding"),
+    ],
+)
+def test_a_manager_refuses_what_it_cannot_do(managers, input_ids, kwargs, message):
+    manager = managers()
+    with pytest.raises(ValueError, match=message):
+        manager.add_request(input_ids, **kwargs)
+    assert not manager.processor.waiting and not manager._unfinished
+
+
+def test_the_context_manager_waits_for_what_was_added(model):
+    with model.continuous_batching_context_manager(greedy(), max_batch_size=2) as manager:
+        ids = manager.add_requests(PROMPTS)
+    assert not manager.is_running()
+    results = {result.request_id: result.generated_tokens for result in manager}
+    assert [results[request_id] for request_id in ids] == [alone(model, prompt) for prompt in PROMPTS]
+
+
+# names before 0.7
+
+
+def test_earlier_names_go_on_working_with_a_warning(model):
+    with pytest.warns(FutureWarning, match="`open_lanes` is now `init_continuous_batching`") as warned:
+        thread = model.open_lanes(2)
+    assert warned[0].filename == __file__ and type(thread) is Phase15LaneThread and type(thread.lanes) is Phase15Lanes
+    thread.start()
+    request = thread.lanes.request(PROMPTS[0], max_new_tokens=9, do_sample=False, pad_token_id=0)
+    ended = threading.Event()
+    request.on_finish = lambda request: ended.set()
+    thread.submit([request])
+    assert ended.wait(60) and request.generated_tokens == alone(model, PROMPTS[0])
+    endless = thread.lanes.request(PROMPTS[0], max_new_tokens=10**6, do_sample=False, pad_token_id=0)
+    thread.submit([endless])
+    thread.stop()
+    assert endless.finish_reason == "cancelled" and not thread.thread.is_alive()
+    assert thread.lanes.num_lanes == 2 and thread.lanes.kept is thread.lanes.conversations
+    with pytest.warns(FutureWarning, match="`num_lanes` is now `max_batch_size`") as warned:
+        (output,) = model.generate_batch(PROMPTS[:1], greedy(), num_lanes=1).values()
+    assert warned[0].filename == __file__ and output.generated_tokens == alone(model, PROMPTS[0])

@@ -79,13 +79,18 @@ class Replayed:
         self.traces[id(decoder), name][1]()
 
 
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """The compiled path without torch.compile."""
+    monkeypatch.setattr(decoding_phase15, "compiled", lambda function: function)
+
+
 @pytest.fixture(params=["eager", "replayed"])
-def fast(request, monkeypatch):
-    """The fast path without torch.compile, as it is or as a CUDA graph would replay it."""
+def fast(request, uncompiled, monkeypatch):
+    """The compiled path without torch.compile, as it is or as a CUDA graph would replay it."""
     replayed = Replayed()
     if request.param == "replayed":
         monkeypatch.setattr(Phase15Decoder, "run", lambda *args: replayed.run(*args))
-    monkeypatch.setattr(decoding_phase15, "compiled", lambda function: function)
     yield
     assert bool(replayed.replays) == (request.param == "replayed")
 
@@ -264,7 +269,7 @@ def test_decoders_are_few_and_die_with_their_model(bases):
     assert alive() is None and buffers() is None
 
 
-def test_copies_of_a_model_start_without_decoders(tiny, fast, tmp_path):
+def test_copies_of_a_model_start_without_decoders(tiny, uncompiled, tmp_path):
     before = tiny.state_dict().keys()
     expected = generate(tiny, LONG_PROMPTS, max_new_tokens=12, compile=True)
     decoders = tiny.decoders
@@ -386,7 +391,7 @@ def test_warpers_become_settings_only_in_the_librarys_order():
 
 @pytest.mark.parametrize("mode", SAMPLING_MODES)
 @pytest.mark.parametrize("chunk_length", [CHUNK, SLOTS])
-def test_generate_and_generate_batch_sample_the_same_tokens_from_one_seed(tiny, fast, mode, chunk_length):
+def test_generate_and_generate_batch_sample_the_same_tokens_from_one_seed(tiny, uncompiled, mode, chunk_length):
     settings = {"max_new_tokens": 2 * SLOTS + 1, "chunk_length": chunk_length, **SAMPLING_MODES[mode]}
     for prompts in ([LONG_PROMPTS[0]], PROMPTS + LONG_PROMPTS):
         rows = generate(tiny, prompts, seed=5, compile=True, **settings).tolist()
@@ -399,7 +404,7 @@ def test_generate_and_generate_batch_sample_the_same_tokens_from_one_seed(tiny, 
         assert generate(tiny, prompts, seed=6, compile=True, **settings).tolist() != rows
 
 
-def test_a_seed_is_drawn_only_when_sampling(tiny, fast):
+def test_a_seed_is_drawn_only_when_sampling(tiny, uncompiled):
     generate(tiny, PROMPTS, compile=True, max_new_tokens=9, seed=3)
     after = torch.rand(())
     torch.manual_seed(3)
