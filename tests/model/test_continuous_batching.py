@@ -22,10 +22,10 @@ from phase15.model.cache_phase15 import KeptConversations
 from phase15.model.configuration_phase15 import Phase15Config
 from phase15.model.continuous_batching_phase15 import (
     Phase15ContinuousBatchingManager,
-    Phase15ContinuousBatchProcessor,
     Phase15Lanes,
     Phase15LaneThread,
 )
+from phase15.model.continuous_batching_phase15 import Phase15ContinuousBatchProcessor as Processor
 from phase15.model.decoding_phase15 import LibraryDecoder, Phase15Decoder
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 from phase15.model.requests_phase15 import Phase15Request, make_request
@@ -71,7 +71,7 @@ def alone(model, prompt: list[int], length: int = 9, **kwargs) -> list[int]:
     return model.generate(ids, max_new_tokens=length, **kwargs)[0, len(prompt) :].tolist()
 
 
-def answer(processor: Phase15ContinuousBatchProcessor, *requests: Phase15Request) -> list[list[int]]:
+def answer(processor: Processor, *requests: Phase15Request) -> list[list[int]]:
     for request in requests:
         processor.submit(request)
     while processor.advance():
@@ -104,7 +104,7 @@ REQUESTS = st.lists(
 def test_any_order_of_arrival_and_departure_gives_the_same_tokens(model, way, requests, num_lanes, kept):
     with pytest.MonkeyPatch.context() as patch:
         take(way, model, patch)
-        lanes = Phase15ContinuousBatchProcessor(model, num_lanes, max_kept_conversations=kept)
+        lanes = Processor(model, num_lanes, max_kept_conversations=kept)
         asks = [asked(model, PROMPTS[prompt], length) for prompt, length, *_ in requests]
         boundary, goes_on = 0, True
         while goes_on or boundary <= 6:
@@ -127,7 +127,7 @@ def test_any_order_of_arrival_and_departure_gives_the_same_tokens(model, way, re
 
 
 def test_a_finished_answer_leaves_at_the_next_boundary_and_a_waiting_one_takes_its_lane(model, way):
-    lanes = Phase15ContinuousBatchProcessor(model, 2)
+    lanes = Processor(model, 2)
     first, second, third = (asked(model, PROMPTS[0], length) for length in (CHUNK + 1, 5 * CHUNK, 2))
     for request in (first, second, third):
         lanes.submit(request)
@@ -140,7 +140,7 @@ def test_a_finished_answer_leaves_at_the_next_boundary_and_a_waiting_one_takes_i
 
 
 def test_a_long_query_is_read_a_segment_at_a_boundary_beside_the_others(model, way):
-    lanes = Phase15ContinuousBatchProcessor(model, 2)
+    lanes = Processor(model, 2)
     short, long = asked(model, PROMPTS[0], 9 * CHUNK), asked(model, random_ids(5 * QUERY).tolist(), 3)
     lanes.submit(short)
     lanes.submit(long)
@@ -156,7 +156,7 @@ def test_an_end_token_ends_its_answer_alone(model, way):
     ends = [tokens[index] for index, tokens in enumerate(free)]
     asks = [asked(model, prompt, 12, eos_token_id=[end, 1]) for prompt, end in zip(PROMPTS, ends, strict=True)]
     expected = [alone(model, prompt, 12, eos_token_id=[end, 1]) for prompt, end in zip(PROMPTS, ends, strict=True)]
-    assert answer(Phase15ContinuousBatchProcessor(model, 3), *asks) == expected
+    assert answer(Processor(model, 3), *asks) == expected
     assert {ask.finish_reason for ask in asks} == {"stop"}
 
 
@@ -165,20 +165,18 @@ def test_nothing_is_decoded_when_all_answers_have_ended(model, monkeypatch):
     monkeypatch.setattr(Phase15Decoder, "run", lambda self, name, model: (names.append(name), run(self, name, model)))
     ends = alone(model, PROMPTS[0], CHUNK)[:1]
     answer(
-        Phase15ContinuousBatchProcessor(model, 2),
+        Processor(model, 2),
         asked(model, PROMPTS[0], 50, eos_token_id=ends, on_token=lambda request: None),
     )
     assert names == ["prefill"]
     names.clear()
-    answer(
-        Phase15ContinuousBatchProcessor(model, 2), asked(model, PROMPTS[0], 50, eos_token_id=ends)
-    )  # the host checks once a chunk
+    answer(Processor(model, 2), asked(model, PROMPTS[0], 50, eos_token_id=ends))  # the host checks once a chunk
     assert names == ["prefill"] + ["decode"] * (CHUNK - 1)
 
 
 def test_buffers_serve_lanes_of_every_number(model, way):
     lanes, prompts = (
-        Phase15ContinuousBatchProcessor(model, 5),
+        Processor(model, 5),
         [random_ids(3, seed=seed).tolist() for seed in range(5)],
     )
     for number in (1, 5, 2, 4, 3):
@@ -204,7 +202,7 @@ def test_the_librarys_processors_and_criteria_work_in_a_lane(model, way):
     ]
     asks = [asked(model, PROMPTS[4], 20, **case) for case in cases]
     expected = [alone(model, PROMPTS[4], 20, **case) for case in cases]
-    assert answer(Phase15ContinuousBatchProcessor(model, 3), *asks) == expected
+    assert answer(Processor(model, 3), *asks) == expected
     assert len({tuple(tokens) for tokens in expected}) == len(cases)
     assert asks[5].finish_reason == "stop" and len(expected[5]) == 6
 
@@ -231,7 +229,7 @@ class Only(LogitsProcessor):
 def test_greedy_lanes_beside_sampled_ones_stay_greedy(model, way):
     asks = [asked(model, PROMPTS[4], 9), asked(model, PROMPTS[4], 9, do_sample=True, top_k=0)]
     asks += [asked(model, PROMPTS[4], 9, do_sample=True, top_p=0.5, top_k=0)]
-    answer(Phase15ContinuousBatchProcessor(model, 3), *asks)
+    answer(Processor(model, 3), *asks)
     assert asks[0].generated_tokens == alone(model, PROMPTS[4])
     assert len({tuple(ask.generated_tokens) for ask in asks}) == 3
 
@@ -241,9 +239,9 @@ def test_a_seed_gives_the_same_tokens_whatever_the_neighbours(model, way, sampli
     def ask(seed: int) -> Phase15Request:
         return asked(model, PROMPTS[2], 3 * CHUNK, do_sample=True, seed=seed, **sampling)
 
-    (expected,) = answer(Phase15ContinuousBatchProcessor(model, 1), ask(7))
-    (other,) = answer(Phase15ContinuousBatchProcessor(model, 1), ask(8))
-    lanes = Phase15ContinuousBatchProcessor(model, 3)
+    (expected,) = answer(Processor(model, 1), ask(7))
+    (other,) = answer(Processor(model, 1), ask(8))
+    lanes = Processor(model, 3)
     lanes.submit(asked(model, PROMPTS[3], 2 * CHUNK, do_sample=True, top_p=0.4))
     lanes.submit(asked(model, PROMPTS[5], CHUNK))
     lanes.advance()
@@ -253,7 +251,7 @@ def test_a_seed_gives_the_same_tokens_whatever_the_neighbours(model, way, sampli
 
 def test_log_probabilities_are_those_of_forward(model, way):
     request = asked(model, PROMPTS[4], 2 * CHUNK + 1, num_logprobs=4, do_sample=True, top_k=0, seed=1)
-    answer(Phase15ContinuousBatchProcessor(model, 2), request, asked(model, PROMPTS[0]))
+    answer(Processor(model, 2), request, asked(model, PROMPTS[0]))
     ids = torch.tensor([request.prompt_ids + request.generated_tokens])
     query = torch.tensor([len(request.prompt_ids)])
     with torch.no_grad():
@@ -284,7 +282,7 @@ def reads(monkeypatch) -> list[int]:
 
 def test_a_next_turn_reads_what_is_new_and_gives_the_same(model, way, reads):
     lanes, ids = (
-        Phase15ContinuousBatchProcessor(model, 2, max_kept_conversations=5),
+        Processor(model, 2, max_kept_conversations=5),
         random_ids(3 * QUERY + 2).tolist(),
     )
     for turn in range(20):
@@ -302,7 +300,7 @@ def test_a_next_turn_reads_what_is_new_and_gives_the_same(model, way, reads):
 
 def test_an_edited_conversation_is_read_afresh(model, way, reads):
     lanes, ids = (
-        Phase15ContinuousBatchProcessor(model, 2, max_kept_conversations=5),
+        Processor(model, 2, max_kept_conversations=5),
         random_ids(3 * QUERY + 2).tolist(),
     )
     answer(lanes, asked(model, ids))
@@ -316,7 +314,7 @@ def test_an_edited_conversation_is_read_afresh(model, way, reads):
 
 
 def test_the_least_recently_used_conversation_goes_first(model, reads):
-    lanes = Phase15ContinuousBatchProcessor(model, 1, max_kept_conversations=2)
+    lanes = Processor(model, 1, max_kept_conversations=2)
     conversations = [random_ids(QUERY + 1, seed=seed).tolist() for seed in range(3)]
     for index in (0, 1, 0, 2):  # 1 is forgotten
         answer(lanes, asked(model, conversations[index]))
@@ -327,7 +325,7 @@ def test_the_least_recently_used_conversation_goes_first(model, reads):
 
 
 def test_a_query_that_is_kept_whole_is_not_read_again(model, way, reads):
-    lanes, ids = Phase15ContinuousBatchProcessor(model, 1, max_kept_conversations=2), random_ids(2 * QUERY).tolist()
+    lanes, ids = Processor(model, 1, max_kept_conversations=2), random_ids(2 * QUERY).tolist()
     expected = alone(model, ids)
     for _ in range(2):
         reads.clear()
@@ -336,7 +334,7 @@ def test_a_query_that_is_kept_whole_is_not_read_again(model, way, reads):
 
 
 def test_what_is_kept_holds_one_row_each(model):
-    lanes = Phase15ContinuousBatchProcessor(model, 4, max_kept_conversations=9)
+    lanes = Processor(model, 4, max_kept_conversations=9)
     answer(lanes, *[asked(model, random_ids(QUERY, seed=seed).tolist()) for seed in range(4)])
     assert len(lanes.conversations.states) == 4
     for soft_prompt in lanes.conversations.states.values():
@@ -344,7 +342,7 @@ def test_what_is_kept_holds_one_row_each(model):
 
 
 def test_nothing_is_kept_unless_asked(model):
-    lanes = Phase15ContinuousBatchProcessor(model, 1)
+    lanes = Processor(model, 1)
     answer(lanes, asked(model, PROMPTS[4]))
     assert not lanes.conversations.states and KeptConversations(0, QUERY).get(PROMPTS[4]) == (None, 0, None)
 
@@ -356,7 +354,7 @@ def test_damaged_weights_are_an_error_of_the_answer(model, way):
     damaged = randomise_alpha(Phase15ForCausalLM(model.config)).eval()
     damaged.llm.lm_head.weight.data[3] = math.nan
     request = asked(damaged, PROMPTS[0])
-    answer(Phase15ContinuousBatchProcessor(damaged, 1), request)
+    answer(Processor(damaged, 1), request)
     assert request.finish_reason == "error" and not request.generated_tokens
     with pytest.raises(FloatingPointError, match="not finite"):
         damaged.generate_batch([PROMPTS[0]])
@@ -383,13 +381,13 @@ def test_what_fails_of_a_request_ends_its_answer_alone(model, way, part):
     }
     bad, good = asked(model, PROMPTS[0], **kwargs.get(part, {})), asked(model, PROMPTS[1])
     bad.on_step = fails if part == "on_step" else None
-    answer(Phase15ContinuousBatchProcessor(model, 2), bad, good)
+    answer(Processor(model, 2), bad, good)
     assert (bad.finish_reason, type(bad.error)) == ("error", KeyError)
     assert good.generated_tokens == alone(model, PROMPTS[1])
 
 
 def test_abort_ends_what_waits_and_what_is_under_way(model):
-    lanes, asks = Phase15ContinuousBatchProcessor(model, 1), [asked(model, PROMPTS[0], 90) for _ in range(3)]
+    lanes, asks = Processor(model, 1), [asked(model, PROMPTS[0], 90) for _ in range(3)]
     for ask in asks:
         lanes.submit(ask)
     lanes.advance()
@@ -407,22 +405,20 @@ def test_what_cannot_be_compiled_goes_on_without(model, monkeypatch):
     monkeypatch.setattr(decoding_phase15.logger, "warning", warnings.append)
     monkeypatch.setattr(model.decoders, "has_failed", False)
     monkeypatch.setattr(Phase15Decoder, "prepare", fail)
-    assert answer(Phase15ContinuousBatchProcessor(model, 2), asked(model, PROMPTS[4], 9)) == [
-        alone(model, PROMPTS[4], 9)
-    ]
+    assert answer(Processor(model, 2), asked(model, PROMPTS[4], 9)) == [alone(model, PROMPTS[4], 9)]
     assert len(warnings) == 1 and "no C compiler was found" in warnings[0]
     with pytest.raises(RuntimeError, match="no C compiler"):
-        answer(Phase15ContinuousBatchProcessor(model, 2, compile=True), asked(model, PROMPTS[4]))
+        answer(Processor(model, 2, compile=True), asked(model, PROMPTS[4]))
 
 
 def test_a_model_with_hooks_answers_by_the_librarys_calls(model):
     hook = model.hypernet.register_forward_hook(lambda *args: None)
     try:
-        lanes = Phase15ContinuousBatchProcessor(model, 3)
+        lanes = Processor(model, 3)
         asks = [asked(model, prompt) for prompt in PROMPTS]
         assert answer(lanes, *asks) == [alone(model, prompt) for prompt in PROMPTS]
         with pytest.raises(ValueError, match="`compile=True` cannot be honoured with forward hooks"):
-            Phase15ContinuousBatchProcessor(model, 3, compile=True)
+            Processor(model, 3, compile=True)
     finally:
         hook.remove()
     assert {type(decoder) for decoder in lanes._decoders.values()} == {LibraryDecoder}
@@ -430,7 +426,7 @@ def test_a_model_with_hooks_answers_by_the_librarys_calls(model):
 
 def test_less_than_one_lane_is_refused(model):
     with pytest.raises(ValueError, match="`max_batch_size` is 0, but it must be at least 1"):
-        Phase15ContinuousBatchProcessor(model, 0)
+        Processor(model, 0)
     for number in (0, -3):
         with pytest.raises(ValueError, match=f"`max_batch_size` is {number}"):
             model.generate_batch(PROMPTS, max_batch_size=number)
@@ -541,7 +537,7 @@ def test_the_managers_results_are_those_of_generate(model, managers):
     result = manager.get_result(named, timeout=60)
     assert type(result) is GenerationOutput and result.request_id == "mine" and result.status == RequestStatus.FINISHED
     assert result.generated_tokens == alone(model, PROMPTS[2])[:4] and result.prompt_ids == PROMPTS[2]
-    assert manager.get_result(named, timeout=60) is None  # given once
+    assert named not in manager._unfinished and manager.get_result(named) is None  # given once, and none can come
     manager.stop()
     assert not manager.is_running()
     results = {result.request_id: result for result in manager}
@@ -586,16 +582,14 @@ def test_a_streamed_request_gives_a_result_after_every_token(model, managers):
 
 def test_a_managers_seeds_and_children(model, managers):
     sampled = {"max_new_tokens": 2 * CHUNK, "do_sample": True, "top_k": 0}
-    manager = managers(GenerationConfig(do_sample=True, num_return_sequences=3, pad_token_id=0))
+    manager = managers(GenerationConfig(num_return_sequences=3, do_sample=True, pad_token_id=0))
     manager.start()
     first, again = (manager.add_request(PROMPTS[2], seed=7, **sampled) for _ in range(2))
     names = [first, f"{first}__child#0", f"{first}__child#1"]
     answers = [manager.get_result(name, 60).generated_tokens for name in names]
     repeated = [manager.get_result(name.replace(first, again, 1), 60).generated_tokens for name in names]
     assert answers == repeated and len(set(map(tuple, answers))) == 3
-    (expected,) = answer(
-        Phase15ContinuousBatchProcessor(model, 1), make_request(model, PROMPTS[2], seed=8, pad_token_id=0, **sampled)
-    )[:1]
+    (expected,) = answer(Processor(model, 1), make_request(model, PROMPTS[2], seed=8, pad_token_id=0, **sampled))[:1]
     assert answers[1] == expected
 
 
@@ -613,7 +607,7 @@ def test_cancelled_and_failed_requests_give_results(model, managers, monkeypatch
     manager.stop(hard_stop=True)
     assert not manager.is_running() and [result.error for result in manager] == ["cancelled"]
     manager.start()
-    monkeypatch.setattr(Phase15ContinuousBatchProcessor, "_read_prompts", fails)
+    monkeypatch.setattr(Processor, "_read_prompts", fails)
     failed = manager.add_request(PROMPTS[2])
     assert "the request's own" in manager.get_result(failed, timeout=60).error
     monkeypatch.undo()
