@@ -25,7 +25,7 @@ from phase15.evaluation.plots import plot_losses, plot_recall, plot_training
 from phase15.evaluation.recall import encode_chats, format_chat, recall
 from phase15.evaluation.recovery import compare, compare_baseline
 from phase15.evaluation.tables import losses_table, recall_table
-from phase15.hub.runs import answer_in_new_process, check_same_run, held_out_settings, save_recipe
+from phase15.hub.runs import answer_in_new_process, check_same_run, held_out_settings, read_run, save_recipe
 from phase15.training.arguments import Phase15ModelArguments
 from phase15.training.checkpoints import (
     Phase15CheckpointError,
@@ -36,7 +36,7 @@ from phase15.training.checkpoints import (
 from phase15.training.compilation import compile_layers
 from phase15.training.distillation import DistillationTrainer, load_teacher
 from phase15.training.models import check_config, make_baseline, make_model
-from phase15.training.runs import TrainingRun, check_not_finished, check_together, plan
+from phase15.training.runs import Phase15TrainingArguments, RunParser, TrainingRun, check_together
 from phase15.training.shutdown import StopOnSignal, errors_together, leave
 from phase15.training.trainer import FullContextTrainer, Phase15Trainer, check_optimizer
 
@@ -90,6 +90,41 @@ def prepare(run: TrainingRun) -> Phase15Trainer:
     except RuntimeError as error:  # raised for packages that `report_to` and others ask for
         raise ValueError(str(error)) from error
     return trainer
+
+
+def check_not_finished(training_args: Phase15TrainingArguments):
+    if is_finished(training_args.output_dir) and not training_args.overwrite_output_dir:
+        raise ValueError(
+            f"{training_args.output_dir} holds a finished run; give another --output_dir or --overwrite_output_dir."
+        )
+
+
+def is_finished(output_dir: str | Path) -> bool:
+    return Path(output_dir, "results.json").exists()
+
+
+def plan(argv: list[str], program: str = "phase15 train") -> list[TrainingRun]:
+    """
+    Returns the runs of a command line that are still to be done, in their order: those of `after` first. A run
+    that the same recipe has finished is left out, unless the run that needs it starts anew.
+    """
+    parser = RunParser(program)
+    return plan_run(TrainingRun.parse(argv, parser), parser)
+
+
+def plan_run(run: TrainingRun, parser: RunParser) -> list[TrainingRun]:
+    """Returns a run, after those that it needs."""
+    check_together(run.model, run.data, run.training)
+    check_not_finished(run.training)
+    before = run.run_before(parser)
+    if before is None:
+        return [run]
+    folder = before.training.output_dir
+    is_reusable = is_finished(folder) and read_run(folder).recipes[:1] == [before.recipe]
+    if is_reusable and not is_finished(run.training.output_dir):
+        logger.warning(f"{folder} holds the finished run of {before.path}.")
+        return [run]
+    return [*plan_run(before, parser), run]
 
 
 def train(trainer: Phase15Trainer, run: TrainingRun, program: str = "phase15 train") -> bool:

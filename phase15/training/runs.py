@@ -9,12 +9,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from accelerate import DistributedType
 from transformers import TrainingArguments
-from transformers.utils import logging
 
 from phase15.cli.arguments import Phase15Parser, argument_names, check_least
 from phase15.cli.errors import did_you_mean
 from phase15.cli.files import check_output_dir, read_yaml
-from phase15.hub.runs import read_run
 from phase15.training.arguments import (
     RECIPE,
     Phase15DataArguments,
@@ -23,8 +21,6 @@ from phase15.training.arguments import (
     add_recipe,
 )
 
-
-logger = logging.get_logger("phase15.train")
 
 # In a wheel the recipes lie in the package, in a checkout beside it.
 PACKAGE = Path(__file__).parents[1]
@@ -219,41 +215,6 @@ def folder_before(values: dict[str, Any]) -> Path:
     return Path(values.get("output_dir") or "trainer_output", Path(values["after"]).stem)
 
 
-def check_not_finished(training_args: Phase15TrainingArguments):
-    if is_finished(training_args.output_dir) and not training_args.overwrite_output_dir:
-        raise ValueError(
-            f"{training_args.output_dir} holds a finished run; give another --output_dir or --overwrite_output_dir."
-        )
-
-
-def is_finished(output_dir: str | Path) -> bool:
-    return Path(output_dir, "results.json").exists()
-
-
-def plan(argv: list[str], program: str = "phase15 train") -> list[TrainingRun]:
-    """
-    Returns the runs of a command line that are still to be done, in their order: those of `after` first. A run
-    that the same recipe has finished is left out, unless the run that needs it starts anew.
-    """
-    parser = RunParser(program)
-    return plan_run(TrainingRun.parse(argv, parser), parser)
-
-
-def plan_run(run: TrainingRun, parser: RunParser) -> list[TrainingRun]:
-    """Returns a run, after those that it needs."""
-    check_together(run.model, run.data, run.training)
-    check_not_finished(run.training)
-    before = run.run_before(parser)
-    if before is None:
-        return [run]
-    folder = before.training.output_dir
-    is_reusable = is_finished(folder) and read_run(folder).recipes[:1] == [before.recipe]
-    if is_reusable and not is_finished(run.training.output_dir):
-        logger.warning(f"{folder} holds the finished run of {before.path}.")
-        return [run]
-    return [*plan_run(before, parser), run]
-
-
 def check_together(
     model_args: Phase15ModelArguments, data_args: Phase15DataArguments, training_args: Phase15TrainingArguments
 ):
@@ -315,4 +276,4 @@ def check_processes(model_args: Phase15ModelArguments, training_args: Phase15Tra
             raise ValueError("`baseline` is not supported under FSDP; use recipes/accelerate_ddp.yaml.")
 
 
-__all__ = ["Phase15TrainingArguments", "RunParser", "TrainingRun", "check_not_finished", "check_together", "plan"]
+__all__ = ["Phase15TrainingArguments", "RunParser", "TrainingRun", "check_together"]
