@@ -47,7 +47,9 @@ logger = logging.get_logger("phase15.train")
 def prepare(run: TrainingRun) -> Phase15Trainer:
     """Does everything that can fail because of the input, before the first step. Returns the trainer of the run."""
     run = run.renewed()
-    model_args, data_args, training_args = run.model, run.data, run.training
+    model_args = run.model
+    data_args = run.data
+    training_args = run.training
     check_together(model_args, data_args, training_args)
     check_not_finished(training_args)
     if not training_args.should_log:  # one process on each machine logs

@@ -39,7 +39,8 @@ class Phase15TrainingArguments(Phase15TrainingFields, TrainingArguments):
         check_least(self, least | {"gradient_accumulation_steps": 1, "bptt_chunks": 1})
         if self.max_steps < 1 and not self.num_train_epochs > 0:
             raise ValueError(f"`num_train_epochs` is {self.num_train_epochs}, but it must be above 0.")
-        if unknown := set(self.gradient_checkpointing_kwargs or {}) - CHECKPOINTING:
+        unknown = set(self.gradient_checkpointing_kwargs or {}) - CHECKPOINTING
+        if unknown:
             raise ValueError(f"`gradient_checkpointing_kwargs` has {sorted(unknown)[0]!r}, which torch does not know.")
         metric = (self.metric_for_best_model or "loss").removeprefix("eval_")
         if metric not in METRICS and not metric.startswith("loss_chunk_"):
@@ -219,7 +220,8 @@ def check_together(
     model_args: Phase15ModelArguments, data_args: Phase15DataArguments, training_args: Phase15TrainingArguments
 ):
     """Refuses arguments that do not go together."""
-    start, output_dir = model_args.model_name_or_path, training_args.output_dir
+    start = model_args.model_name_or_path
+    output_dir = training_args.output_dir
     if start is not None and Path(start).exists() and Path(start).resolve() == Path(output_dir).resolve():
         raise ValueError(
             f"`output_dir` is {output_dir}, the folder of `model_name_or_path`, which the run would overwrite; give "
