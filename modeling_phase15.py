@@ -9,6 +9,7 @@ from phase15.model.modeling_phase15 import (
     Phase15PreTrainedModel,
 )
 from phase15.model.recursion_phase15 import HyperNetwork, SoftPrompt, carry
+from phase15.model.state_phase15 import Phase15State
 
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Phase15ForCausalLM",
     "Phase15Model",
     "Phase15PreTrainedModel",
+    "Phase15State",
     "SoftPrompt",
     "carry",
 ]

@@ -16,6 +16,7 @@ MODULES = {
     "Phase15Config": "phase15.model.configuration_phase15",
     "Phase15ForCausalLM": "phase15.model.modeling_phase15",
     "Phase15Model": "phase15.model.modeling_phase15",
+    "Phase15State": "phase15.model.state_phase15",
 }
 
 
@@ -33,4 +34,4 @@ def __dir__() -> list[str]:
     return [*globals(), *MODULES, "__version__"]
 
 
-__all__ = ["Phase15Cache", "Phase15Config", "Phase15ForCausalLM", "Phase15Model"]  # noqa: F822
+__all__ = ["Phase15Cache", "Phase15Config", "Phase15ForCausalLM", "Phase15Model", "Phase15State"]  # noqa: F822

@@ -188,11 +188,14 @@ def no_delta(model: Phase15ForCausalLM) -> Iterator[None]:
     """Sets Δ to exactly zero while the block runs: only the window of `carry` is left."""
     alphas = [module.alpha for module in model.modules() if isinstance(module, Phase15HyperNetwork)]
     saved = [alpha.detach().clone() for alpha in alphas]
+    warned = model.model.warns_untrained
+    model.model.warns_untrained = False
     for alpha in alphas:
         alpha.data.zero_()
     try:
         yield
     finally:
+        model.model.warns_untrained = warned
         for alpha, value in zip(alphas, saved, strict=True):
             alpha.data.copy_(value)
 
@@ -238,7 +241,7 @@ def phase15_losses(
     query, query_length = pad_right([history.query for history in histories], model.device)
     history, history_length = pad_right([history.answer for history in histories], model.device)
     answer, answer_length = pad_right([example.answer for example in examples], model.device)
-    soft_prompt = model.read(model.empty_soft_prompt(len(examples)), query, query_length)
+    soft_prompt = model.read_segments(model.empty_soft_prompt(len(examples)), query, query_length)
     losses = torch.zeros(answer.shape, dtype=torch.float64, device=model.device)
     for start in range(0, answer.shape[1], chunk_length):
         chunk = answer[:, start : start + chunk_length]  # (B, K)

@@ -1,9 +1,10 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """Loads and checks the pretrained LLM that a model wraps, and the weights of adapters and earlier folders."""
 
+import hashlib
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -120,6 +121,22 @@ def check_sizes(model: PreTrainedModel, state_dict: dict, prefix: str, *_):
         raise ValueError(f"The adapter was trained with other sizes than the model's: give `from_base` {fields}.")
 
 
+def weights_digest(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """
+    Returns a SHA-256 over names, shapes and values of weights. Floating-point values are rounded to bfloat16, so that
+    weights loaded in float32 and in bfloat16 have one digest.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights, key=lambda item: item[0]):
+        values = weight.detach().cpu()
+        if values.is_floating_point():
+            values = values.to(torch.bfloat16)
+        digest.update(f"{name} {tuple(values.shape)};".encode())
+        # NumPy has no bfloat16: its bytes are hashed as they lie in memory.
+        digest.update(values.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def rename_earlier_weights(model: PreTrainedModel, state_dict: dict, prefix: str, *_):
     """
     Renames the weights of checkpoints that were saved before 0.6.0, when the head was its own body. A hook of
@@ -131,4 +148,4 @@ def rename_earlier_weights(model: PreTrainedModel, state_dict: dict, prefix: str
             state_dict[f"{prefix}{model.base_model_prefix}.{weight}"] = state_dict.pop(name)
 
 
-__all__ = ["SIZES", "check_base", "check_sizes", "load_base", "rename_earlier_weights", "split_gguf"]
+__all__ = ["SIZES", "check_base", "check_sizes", "load_base", "rename_earlier_weights", "split_gguf", "weights_digest"]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from .cache_phase15 import Phase15Cache
 
@@ -58,7 +59,7 @@ class Rows(NamedTuple):
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 for tokens, 0 for
                 padding. It may also cover the tokens that the cache has seen.
             query_lengths (`torch.LongTensor` of shape `(batch_size,)`, *optional*): by default the number of tokens
-                before the first label; without labels 1, or 0 if the cache has seen tokens.
+                before the first label; without labels 1. With a cache the row's length, or 0 if it has seen tokens.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): aligned with `input_ids`,
                 -100 for tokens that are not targets.
             vocab_size (`int`): ids must be below it.
@@ -90,6 +91,8 @@ class Rows(NamedTuple):
             query_length = torch.as_tensor(query_lengths, device=length.device).expand(len(input_ids))
         elif labels is not None:
             query_length = tokens_before_labels(aligned_labels, length)
+        elif cache is not None and not seen_tokens:
+            query_length = length
         else:
             query_length = torch.full_like(length, shortest_query)
 
@@ -167,6 +170,29 @@ class Rows(NamedTuple):
         # If nothing is requested the LLM still needs a chunk to be called on. Its logits are dropped.
         needed[0, 0] |= ~needed.any()
         return needed
+
+
+def as_batch(
+    input_ids: torch.LongTensor | list[int] | list[list[int]],
+    attention_mask: torch.Tensor | None,
+    device: torch.device,
+) -> tuple[torch.LongTensor, torch.Tensor | None]:
+    """
+    Returns `input_ids` and `attention_mask` of shape `(batch_size, sequence_length)`. Lists are padded on the right;
+    one text becomes one row.
+    """
+    if torch.is_tensor(input_ids):
+        if input_ids.dim() == 1:
+            input_ids = input_ids[None]
+            attention_mask = None if attention_mask is None else attention_mask[None]
+        return input_ids, attention_mask
+    if attention_mask is not None:
+        raise ValueError("`attention_mask` goes with a tensor of `input_ids`: lists are not padded.")
+    rows = input_ids if input_ids and isinstance(input_ids[0], list | tuple) else [input_ids]
+    texts = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
+    ids = pad_sequence(texts, batch_first=True)
+    mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+    return ids, mask
 
 
 def tokens_before_labels(labels: torch.LongTensor, length: torch.LongTensor) -> torch.LongTensor:
@@ -263,4 +289,12 @@ def check_queries(length: torch.LongTensor, query_length: torch.LongTensor, shor
         )
 
 
-__all__ = ["IGNORED", "Rows", "add_query_lengths", "check_arguments", "check_ids", "query_lengths_from_labels"]
+__all__ = [
+    "IGNORED",
+    "Rows",
+    "add_query_lengths",
+    "as_batch",
+    "check_arguments",
+    "check_ids",
+    "query_lengths_from_labels",
+]

@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache
 
 from .configuration_phase15 import Phase15Config
 from .recursion_phase15 import SoftPrompt
+from .state_phase15 import Phase15State
 
 
 class Phase15Cache(Cache):
@@ -24,10 +25,14 @@ class Phase15Cache(Cache):
 
     Args:
         config (`Phase15Config`): of the model.
-        chunk_length (`int`, *optional*): tokens of a chunk; the config's by default.
+        chunk_length (`int`, *optional*): tokens of a chunk; by default the state's, or the config's.
+        state (`Phase15State`, *optional*): what was read before the first token of `input_ids`, for each row. Make it
+            fit with [`Phase15Model.match_state`].
 
     Attributes:
-        soft_prompt (`SoftPrompt`, *optional*): None before the first token.
+        soft_prompt (`SoftPrompt`, *optional*): None before the first token, unless a state was given.
+        message_prompt (`SoftPrompt`, *optional*): the soft prompt after the newest message, before its answer. The
+            rows keep their order in beam search.
         chunk (`torch.Tensor` of shape `(batch_size, open, hidden_size)`): embeddings of the open chunk. The chunks of
             all rows begin and end together.
         chunk_length (`int`): tokens of a chunk. An open chunk that has as many already ends with the next token.
@@ -38,17 +43,21 @@ class Phase15Cache(Cache):
     conversation as `input_ids`: the tokens that the cache has not seen are read as the next message.
     """
 
-    def __init__(self, config: Phase15Config, chunk_length: int | None = None):
+    def __init__(self, config: Phase15Config, chunk_length: int | None = None, state: Phase15State | None = None):
         super().__init__(layers=[])
         self.config = config
-        self.chunk_length = config.resolve_chunk_length(chunk_length)
+        self.state = state
+        self.chunk_length = config.resolve_chunk_length(chunk_length, cache=state)
         self.reset()
 
     def reset(self):
         self.soft_prompt: SoftPrompt | None = None
+        self.message_prompt: SoftPrompt | None = None
         self.chunk: torch.Tensor | None = None
         self.llm_cache: DynamicCache | None = None
         self.seen_tokens = 0
+        if self.state is not None:
+            self.start_chunk(self.state.soft_prompt)
 
     def start_chunk(self, soft_prompt: SoftPrompt):
         """Starts an empty chunk after a new soft prompt. The LLM's old keys and values do not belong to it."""

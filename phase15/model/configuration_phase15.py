@@ -227,7 +227,7 @@ class Phase15Config(PreTrainedConfig):
 
         Args:
             sources (`int`, `GenerationConfig` or `None`): in order of precedence; the first with a length counts.
-            cache (`Phase15Cache`, *optional*): counts after them, and before the config.
+            cache (`Phase15Cache` or `Phase15State`, *optional*): counts after them, and before the config.
 
         Raises:
             ValueError: if the length is not an integer from 1 to `max_chunk_length`.

@@ -305,7 +305,7 @@ class Phase15ContinuousBatchProcessor:
         longest = max(len(segment) for segment in segments)
         ids = torch.tensor([segment + [0] * (longest - len(segment)) for segment in segments], device=device)
         length = torch.tensor([len(segment) for segment in segments], device=device)
-        soft_prompt = self.model.read(stack_soft_prompts(lanes), ids, length)
+        soft_prompt = self.model.read_segments(stack_soft_prompts(lanes), ids, length)
         for index, row in enumerate(split_rows(soft_prompt)):
             lane = lanes[index]
             num_new = len(segments[index])

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, GenerationConfig, GenerationMixin
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
 from .cache_phase15 import Phase15Cache, check_cache
 from .compat_phase15 import CACHE_NAME, pop_cache
@@ -21,6 +21,8 @@ from .decoding_phase15 import (
     generate_compiled,
     unsupported_reason,
 )
+from .recursion_phase15 import SoftPrompt
+from .state_phase15 import Phase15State
 
 
 logger = logging.get_logger(__name__)
@@ -62,15 +64,22 @@ class Phase15GenerationMixin(GenerationMixin):
         *args,
         compile: bool | None = None,
         chunk_length: int | None = None,
+        state: Phase15State | None = None,
         **kwargs,
     ):
         r"""
         Overrides [`~transformers.GenerationMixin.generate`], whose arguments it takes, to run at constant memory: the
         prompt is read into the soft prompt as the query, and every chunk of the answer steps the soft prompt.
 
+        With `return_dict_in_generate=True` the output also has `state`, the [`Phase15State`] after each answer and its
+        last token, from which another call can start.
+
         Args:
             inputs (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
                 Prompts. Prompts of different lengths are padded on the left, with an `attention_mask`.
+            state (`Phase15State`, *optional*):
+                What was read before, as [`Phase15ForCausalLM.read`] returns it. `inputs` are then only the tokens
+                after it. A state of one row serves all rows. It is not changed.
             cache (`Phase15Cache`, *optional*):
                 Cache that an earlier call with `return_dict_in_generate=True` returned. `inputs` are then the whole
                 conversation; the part that the cache has not seen is read as the next message. `past_key_values` is
@@ -84,13 +93,13 @@ class Phase15GenerationMixin(GenerationMixin):
                 draws others from the same distribution.
             chunk_length (`int`, *optional*):
                 Tokens of a chunk of this answer. Precedence: this argument, the `generation_config` of the call,
-                `model.generation_config`, the cache, `config.chunk_length`. A longer chunk costs less: the LLM reads
-                the N slots once a chunk, so it forwards (N + K) / K tokens for each token that it generates.
+                `model.generation_config`, the cache or the state, `config.chunk_length`. A longer chunk costs less: the
+                LLM reads the N slots once a chunk, so it forwards (N + K) / K tokens for each token that it generates.
 
         Raises:
             ValueError: for assisted decoding, contrastive search, paged or other caches, and chunked prefill; for rows
                 that end in padding; for `compile=True` with something that forbids it; for a `chunk_length` that the
-                model has no positions for. The message names it.
+                model has no positions for; for a state of another model. The message names it.
         """
         settings = merge_settings(kwargs, generation_config, self.generation_config)
         check_modes(settings, compile)
@@ -101,22 +110,75 @@ class Phase15GenerationMixin(GenerationMixin):
         num_columns = 1 if input_ids is None else input_ids.shape[-1]  # without a prompt the library starts from BOS
         cache = pop_cache(kwargs)
         check_prompt(num_columns, kwargs.get("attention_mask"), cache)
+        check_state(state, input_ids, cache)
+        repeats = max(settings.get("num_beams", 1), settings.get("num_return_sequences", 1))
+        state = self.model.match_state(state, input_ids)
+        if state is not None:
+            state = state.select_rows([row for row in range(state.batch_size) for _ in range(repeats)])
         if cache is None and settings.get("use_cache", True):
-            cache = Phase15Cache(self.config)
+            cache = Phase15Cache(self.config, state=state)
         if cache is not None and input_ids is not None:
-            repeats = max(settings.get("num_beams", 1), settings.get("num_return_sequences", 1))
             widen(cache, len(input_ids), repeats)
         chunk_length = self.config.resolve_chunk_length(
-            chunk_length, generation_config, self.generation_config, cache=cache
+            chunk_length, generation_config, self.generation_config, cache=state if cache is None else cache
         )
         if cache is None:
             # under another name: the library would take `chunk_length` for a setting of its own
             kwargs["uncached_chunk_length"] = chunk_length
             kwargs["prompt_length"] = num_columns
+            kwargs["state"] = state
         else:
             cache.chunk_length = chunk_length
             kwargs[CACHE_NAME] = cache
-        return super().generate(inputs, generation_config, *args, **kwargs)
+        output = super().generate(inputs, generation_config, *args, **kwargs)
+        if isinstance(output, ModelOutput) and cache is not None and input_ids is not None:
+            mask = kwargs.get("attention_mask")
+            output["state"] = self._state_after(output.sequences, mask, num_columns, cache, settings)
+        return output
+
+    def _state_after(
+        self,
+        sequences: torch.LongTensor,
+        attention_mask: torch.Tensor | None,
+        prompt_length: int,
+        cache: Phase15Cache,
+        settings: dict[str, Any],
+    ) -> Phase15State:
+        """
+        Returns the state after the answers. The rows of the cache are those of the search: beams are not in the order
+        of the sequences, and rows that finished early have read padding. So the answers are read again.
+
+        Args:
+            sequences (`torch.LongTensor` of shape `(batch_size * num_return_sequences, sequence_length)`): what
+                `generate` returns.
+            attention_mask (`torch.Tensor` of shape `(batch_size, prompt_length)`, *optional*): of the prompts.
+            prompt_length (`int`): columns of the prompts.
+            cache (`Phase15Cache`): has the soft prompt after each prompt.
+            settings (`dict`): of the call.
+        """
+        num_rows = len(sequences)
+        num_cached = len(cache.message_prompt.length)
+        # Row r of the cache belongs to prompt r // repeats; each prompt has equally many sequences.
+        row = torch.arange(num_rows, device=sequences.device) * num_cached // num_rows
+        soft_prompt = SoftPrompt(*(tensor[row] for tensor in cache.message_prompt))
+        answer = sequences[:, prompt_length:]
+        length = answer_lengths(answer, settings)
+        for chunk in answer.split(cache.chunk_length, dim=1):
+            chunk_length = length.clamp(max=chunk.shape[1])
+            soft_prompt = self.model.step(soft_prompt, self.get_input_embeddings()(chunk), chunk_length)
+            length = length - chunk_length
+        prompt_mask = torch.ones_like(sequences[:, :prompt_length], dtype=torch.bool)
+        if attention_mask is not None:
+            prompt_mask = attention_mask.bool().repeat_interleave(num_rows // len(attention_mask), dim=0)
+        lengths = answer_lengths(answer, settings).tolist()
+        texts = []
+        for ids, mask, answer_length in zip(sequences, prompt_mask, lengths, strict=True):
+            prompt = ids[:prompt_length][mask].tolist()
+            texts.append(prompt + ids[prompt_length : prompt_length + answer_length].tolist())
+        before = cache.state
+        if before is not None:
+            before = before.select_rows(row.tolist())
+        return self.model.make_state(soft_prompt, texts, before, cache.chunk_length)
 
     def _sample(
         self,
@@ -183,6 +245,44 @@ class Phase15GenerationMixin(GenerationMixin):
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.bool()
             query_lengths = mask[:, query_columns].sum(dim=1)
         return {**model_inputs, "query_lengths": query_lengths}
+
+
+def answer_lengths(answer: torch.LongTensor, settings: dict[str, Any]) -> torch.LongTensor:
+    """
+    Returns the number of tokens of each answer, of shape `(batch_size,)`: up to its end token, or else without the
+    padding that follows when another answer is longer.
+
+    Args:
+        answer (`torch.LongTensor` of shape `(batch_size, num_tokens)`): tokens and padding.
+        settings (`dict`): of the call, for `eos_token_id` and `pad_token_id`.
+    """
+    batch_size, num_tokens = answer.shape
+    ends = torch.zeros_like(answer, dtype=torch.bool)
+    for token in as_list(settings.get("eos_token_id")):
+        ends |= answer == token
+    is_token = ends.cumsum(dim=1) - ends.long() == 0  # up to the first end token, which counts
+    padding = as_list(settings.get("pad_token_id")) or as_list(settings.get("eos_token_id"))[:1]
+    if batch_size > 1 and padding:
+        # A row that ended by a stop string has padding to its end, without an end token before it.
+        is_padding = (answer == padding[0]) & ~ends
+        is_token &= ~is_padding.flip(1).long().cumprod(dim=1).flip(1).bool()
+    return is_token.sum(dim=1)
+
+
+def as_list(token_ids: int | list[int] | torch.Tensor | None) -> list[int]:
+    if token_ids is None:
+        return []
+    return torch.as_tensor(token_ids).flatten().tolist()
+
+
+def check_state(state: Phase15State | None, input_ids: torch.LongTensor | None, cache: Cache | None):
+    """Raises a ValueError for a state without tokens after it, and for a state together with a cache."""
+    if state is None:
+        return
+    if cache is not None:
+        raise ValueError("`state` starts a new answer and `cache` continues one: give one of them.")
+    if input_ids is None:
+        raise ValueError("`state` needs `inputs`: the tokens after what it has read, such as a question.")
 
 
 def merge_settings(kwargs: dict, *configs: GenerationConfig | None) -> dict[str, Any]:

@@ -21,19 +21,26 @@ generation. This file has the language model around them: `Phase15Model` (body),
 import inspect
 import os
 import re
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
-from .base_phase15 import check_sizes, load_base, rename_earlier_weights
-from .batch_phase15 import IGNORED, Rows, add_query_lengths, check_arguments
+from .base_phase15 import check_sizes, load_base, rename_earlier_weights, weights_digest
+from .batch_phase15 import IGNORED, Rows, add_query_lengths, as_batch, check_arguments
 from .cache_phase15 import Phase15Cache, check_cache
 from .compat_phase15 import CACHE_NAME, one_cache, with_cache_alias
 from .configuration_phase15 import VERSION, Phase15Config, auto_map
@@ -51,6 +58,14 @@ from .recursion_phase15 import (
     register_hypernet,
 )
 from .rules_phase15 import RULES
+from .state_phase15 import (
+    STATE_FORMAT_VERSION,
+    Phase15State,
+    check_digest,
+    encode_turn,
+    extend_digest,
+    state_sizes,
+)
 
 
 logger = logging.get_logger("transformers.phase15")  # one name for all copies of this file: they warn once
@@ -207,6 +222,8 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
             )
         self.register_load_state_dict_pre_hook(check_sizes)
         self.post_init()
+        self._digest: tuple[tuple, str] | None = None  # of the weights, and what they were
+        self.warns_untrained = True  # not yet, and Δ was not set to zero on purpose
 
     def get_input_embeddings(self) -> nn.Module:
         return self.llm.get_input_embeddings()
@@ -277,25 +294,28 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
         bptt_chunks: int | None = None,
         past_key_values: Phase15Cache | None = None,
         chunk_length: int | None = None,
+        state: Phase15State | None = None,
         **kwargs,
     ) -> Phase15ModelOutputWithPast:
         r"""
         Reads each row's query into the soft prompt, and computes the hidden states that predict the tokens after it.
 
         Args:
-            input_ids, attention_mask, cache, use_cache, bptt_chunks, past_key_values, chunk_length, kwargs:
+            input_ids, attention_mask, cache, use_cache, bptt_chunks, past_key_values, chunk_length, state, kwargs:
                 See [`Phase15ForCausalLM.forward`].
             query_lengths (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-                Number of tokens of each row's query, padding not counted. Defaults to 1, or to 0 if the cache has seen
-                tokens.
+                Number of tokens of each row's query, padding not counted. Defaults to 1. With a cache to the row's
+                length, or to 0 if the cache has seen tokens.
             predict_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Columns whose predictions are requested; all by default. Without a cache, chunks with none are skipped.
         """
         check_arguments(kwargs)
-        cache, chunk_length = self.resolve_cache(one_cache(cache, past_key_values), use_cache, chunk_length)
+        state = self.match_state(state, input_ids)
+        cache = one_cache(cache, past_key_values)
+        cache, chunk_length = self.resolve_cache(cache, use_cache, chunk_length, state)
         rows = self.align(input_ids, attention_mask, query_lengths, cache=cache)
         states, soft_prompt, outputs = self.predict_rows(
-            rows, cache, chunk_length, predict_mask, bptt_chunks, **kwargs
+            rows, cache, chunk_length, predict_mask, bptt_chunks, state, **kwargs
         )
         return Phase15ModelOutputWithPast(
             last_hidden_state=rows.to_columns(states),
@@ -307,14 +327,20 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
         )
 
     def resolve_cache(
-        self, cache: Phase15Cache | None, use_cache: bool | None, chunk_length: int | None
+        self,
+        cache: Phase15Cache | None,
+        use_cache: bool | None,
+        chunk_length: int | None,
+        state: Phase15State | None = None,
     ) -> tuple[Phase15Cache | None, int]:
         """Returns the cache of a call, a new one with `use_cache`, and the length of its chunks."""
         check_cache(cache)
+        if cache is not None and state is not None:
+            raise ValueError("`state` starts a new answer and `cache` continues one: give one of them.")
         if cache is None and use_cache:
-            cache = Phase15Cache(self.config, chunk_length)
+            cache = Phase15Cache(self.config, chunk_length, state)
             return cache, cache.chunk_length
-        resolved = self.config.resolve_chunk_length(chunk_length, cache=cache)
+        resolved = self.config.resolve_chunk_length(chunk_length, cache=state if cache is None else cache)
         if cache is not None and resolved != cache.chunk_length:
             raise ValueError(f"`chunk_length` is {chunk_length}, but the cache's is {cache.chunk_length}.")
         return cache, resolved
@@ -338,6 +364,7 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
         chunk_length: int,
         predict_mask: torch.BoolTensor | None = None,
         bptt_chunks: int | None = None,
+        state: Phase15State | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor, BaseModelOutputWithPast]:
         """
@@ -348,7 +375,7 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
             row `(batch_size, num_soft_tokens, hidden_size)`, and the LLM's output.
         """
         if cache is None:
-            return self.unroll(rows, chunk_length, predict_mask, bptt_chunks, **kwargs)
+            return self.unroll(rows, chunk_length, predict_mask, bptt_chunks, state, **kwargs)
         return self.resume(rows, cache, **kwargs)
 
     def unroll(
@@ -357,6 +384,7 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
         chunk_length: int,
         predict_mask: torch.BoolTensor | None = None,
         bptt_chunks: int | None = None,
+        state: Phase15State | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor, BaseModelOutputWithPast]:
         """
@@ -377,8 +405,8 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
         read_chunks = chunks[:, : max(num_chunks - 1, 1)]  # no step reads the last chunk
         chunk_states = self.first_layers(read_chunks.flatten(1, 2), chunk_length)
 
-        empty = self.empty_soft_prompt(num_rows, query)
-        soft_prompt = self.read(empty, query, rows.query_length, query_states)
+        soft_prompt = self.empty_soft_prompt(num_rows, query) if state is None else state.soft_prompt
+        soft_prompt = self.read_segments(soft_prompt, query, rows.query_length, query_states)
         soft_prompts = [soft_prompt]
         for index in range(num_chunks - 1):
             if bptt_chunks and (index + 1) % bptt_chunks == 0:
@@ -452,7 +480,149 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
         if cache.chunk is not None and cache.chunk.shape[1]:
             soft_prompt = self.step(soft_prompt, cache.chunk, torch.full_like(rows.length, cache.chunk.shape[1]))
         query = rows.input_ids[:, : int(rows.query_length.max())]
-        return self.read(soft_prompt, query, rows.query_length)
+        self.warn_untrained(query.shape[1])
+        cache.message_prompt = self.read_segments(soft_prompt, query, rows.query_length)
+        return cache.message_prompt
+
+    @torch.no_grad()
+    def read(
+        self,
+        input_ids: torch.LongTensor | list[int] | list[list[int]],
+        attention_mask: torch.Tensor | None = None,
+        state: Phase15State | None = None,
+        progress_bar: bool = True,
+        chunk_length: int | None = None,
+    ) -> Phase15State:
+        """
+        Reads texts of any length into a state of a fixed size. Only the HyperNetwork runs, and the LLM's first
+        `config.hypernet_reads_layers` layers.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)` or `(sequence_length,)`, or lists):
+                Token ids, padded on any side. A list of lists may be ragged.
+            attention_mask (`torch.Tensor` of the shape of `input_ids`, *optional*): 1 for tokens, 0 for padding.
+            state (`Phase15State`, *optional*): what was read before, of one row or of `batch_size` rows. It is not
+                changed.
+            progress_bar (`bool`, defaults to `True`): show one, if reading takes longer than a second.
+            chunk_length (`int`, *optional*): tokens of a chunk of the answers; by default the state's or the config's.
+
+        Returns:
+            [`Phase15State`]: the state after the last token of each row.
+
+        Raises:
+            ValueError: for a row without a token, ids outside the vocabulary, and a state of another model.
+        """
+        input_ids, attention_mask = as_batch(input_ids, attention_mask, self.device)
+        rows = self.align(input_ids, attention_mask)
+        state = self.match_state(state, input_ids)
+        batch_size, longest = rows.input_ids.shape
+        embeds = self.get_input_embeddings()(rows.input_ids[:, :1])
+        soft_prompt = self.empty_soft_prompt(batch_size, embeds) if state is None else state.soft_prompt
+        self.warn_untrained(longest)
+        size = self.config.max_query_length
+        # A bar that appears after a second: most texts are read in less.
+        with logging.tqdm(
+            total=longest, desc="Reading", unit=" tokens", delay=1.0, leave=False, disable=not progress_bar
+        ) as bar:
+            for start in range(0, longest, size):
+                segment = rows.input_ids[:, start : start + size]
+                segment_length = (rows.length - start).clamp(0, segment.shape[1])
+                soft_prompt = self.read_segments(soft_prompt, segment, segment_length)
+                bar.update(segment.shape[1])
+        texts = [ids[:length].tolist() for ids, length in zip(rows.input_ids, rows.length.tolist(), strict=True)]
+        chunk_length = self.config.resolve_chunk_length(chunk_length, cache=state)
+        return self.make_state(soft_prompt, texts, state, chunk_length)
+
+    def make_state(
+        self, soft_prompt: SoftPrompt, texts: list[list[int]], before: Phase15State | None, chunk_length: int
+    ) -> Phase15State:
+        """
+        Returns the state of a soft prompt.
+
+        Args:
+            soft_prompt (`SoftPrompt`): after the texts.
+            texts (`list[list[int]]`): ids that each row has read since `before`.
+            before (`Phase15State`, *optional*): of as many rows; by default nothing was read before.
+            chunk_length (`int`): tokens of a chunk of the answers.
+        """
+        num_tokens = torch.tensor([len(ids) for ids in texts])
+        digests = [None] * len(texts)
+        if before is not None:
+            num_tokens = num_tokens + before.num_tokens
+            digests = before.text_digests
+        return Phase15State(
+            soft_prompt=SoftPrompt(soft_prompt.embeds.detach(), soft_prompt.length),
+            num_tokens=num_tokens,
+            text_digests=tuple(extend_digest(digest, ids) for digest, ids in zip(digests, texts, strict=True)),
+            model_digest=self.model_digest(),
+            sizes=state_sizes(self.config),
+            chunk_length=chunk_length,
+            model=weakref.ref(self),
+        )
+
+    def match_state(self, state: Phase15State | None, input_ids: torch.LongTensor | None) -> Phase15State | None:
+        """
+        Returns a state with the number of rows of `input_ids`, on the model's device and in its dtype. A state of one
+        row serves all rows.
+
+        Raises:
+            ValueError: for something else than a state, a state of another model, or another number of rows.
+        """
+        if state is None:
+            return None
+        # A state may be of another copy of the class: of the package, or of a folder's code.
+        if getattr(state, "format_version", None) != STATE_FORMAT_VERSION:
+            raise ValueError(f"`state` must be a Phase15State of format {STATE_FORMAT_VERSION}, not {state!r:.80}.")
+        sizes = state_sizes(self.config)
+        if state.sizes != sizes:
+            raise ValueError(f"`state` was read by a model with {state.sizes}, but this model has {sizes}.")
+        if state.model is None or state.model() is not self:
+            check_digest(state.model_digest, self)
+        if input_ids is None or input_ids.dim() != 2:  # a shape that is refused later
+            return state
+        batch_size = len(input_ids)
+        if state.batch_size == 1:
+            state = state.select_rows([0] * batch_size)
+        if state.batch_size != batch_size:
+            raise ValueError(f"`state` has {state.batch_size} rows, but `input_ids` has {batch_size}.")
+        embeds = self.get_input_embeddings()(input_ids[:1, :1])  # the weight itself may be offloaded
+        return state.to(embeds.device, embeds.dtype)
+
+    def model_digest(self) -> str | None:
+        """
+        Returns a digest of the weights that a state depends on, the HyperNetwork and the input embeddings, which is
+        equal in float32 and bfloat16. None for offloaded weights.
+        """
+        weights = dict(self.hypernet.state_dict())
+        weights["embeddings"] = self.get_input_embeddings().weight.detach()
+        if any(weight.is_meta for weight in weights.values()):
+            return None
+        # torch counts changes in place, except those through `.data`, with which evaluation sets α to zero.
+        versions = [(w.data_ptr(), w.dtype, 0 if w.is_inference() else w._version) for w in weights.values()]
+        key = (tuple(versions), tuple(self.hypernet_alpha().tolist()))
+        if self._digest is None or self._digest[0] != key:
+            self._digest = (key, weights_digest(weights.items()))
+        return self._digest[1]
+
+    def hypernet_alpha(self) -> torch.Tensor:
+        """Returns the scale of Δ, of shape `(hidden_size,)`, whatever wraps the HyperNetwork."""
+        rule = next(module for module in self.hypernet.modules() if isinstance(module, Phase15HyperNetwork))
+        return rule.alpha.detach()
+
+    def warn_untrained(self, num_tokens: int):
+        """Warns once if more tokens are read than there are slots, and Δ, which is zero, keeps none of the rest."""
+        num_slots = self.config.num_soft_tokens
+        if num_tokens <= num_slots or not self.warns_untrained or self.training:
+            return
+        alpha = self.hypernet_alpha()
+        if alpha.is_meta or alpha.any():
+            return
+        self.warns_untrained = False
+        logger.warning(
+            f"{num_tokens - num_slots:,} of {num_tokens:,} tokens lie outside the {num_slots} slots and are lost: the "
+            "HyperNetwork is untrained (α = 0), so the soft prompt is a sliding window. Train it with `phase15 "
+            "train`, or load a trained model."
+        )
 
     def prefill(self, cache: Phase15Cache, soft_prompt: SoftPrompt, **kwargs):
         """Puts a new soft prompt into the cache and calls the LLM on it; returns as `predict`."""
@@ -542,9 +712,59 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, Phase15ContinuousBatchingMixin,
         """See [`Phase15RecursionMixin.step`]."""
         return self.model.step(*args, **kwargs)
 
-    def read(self, *args, **kwargs) -> SoftPrompt:
-        """See [`Phase15RecursionMixin.read`]."""
-        return self.model.read(*args, **kwargs)
+    def read_segments(self, *args, **kwargs) -> SoftPrompt:
+        """See [`Phase15RecursionMixin.read_segments`]."""
+        return self.model.read_segments(*args, **kwargs)
+
+    def read(
+        self,
+        input_ids: torch.LongTensor | list[int] | list[list[int]],
+        attention_mask: torch.Tensor | None = None,
+        state: Phase15State | None = None,
+        progress_bar: bool = True,
+        chunk_length: int | None = None,
+    ) -> Phase15State:
+        """
+        Reads texts of any length into a state of a fixed size: see [`Phase15Model.read`].
+
+        ```python
+        >>> state = model.read(document_ids)
+        >>> answer = model.generate(**question, state=state)
+        ```"""
+        chunk_length = self.config.resolve_chunk_length(chunk_length, self.generation_config, cache=state)
+        return self.model.read(input_ids, attention_mask, state, progress_bar, chunk_length)
+
+    def read_chat(
+        self,
+        messages: list[dict[str, str]],
+        tokenizer: PreTrainedTokenizerBase,
+        state: Phase15State | None = None,
+        progress_bar: bool = True,
+    ) -> Phase15State:
+        """
+        Reads the turns of a chat into a state, as the chat template writes them.
+
+        ```python
+        >>> state = model.read_chat([{"role": "user", "content": document}], tokenizer)
+        >>> question = state.next_turn([{"role": "user", "content": "Where do I live?"}], tokenizer)
+        >>> answer = model.generate(**question, state=state)
+        ```
+
+        Args:
+            messages (`list[dict]`): the turns, without a generation prompt after them.
+            tokenizer (`PreTrainedTokenizerBase`): has the chat template.
+            state (`Phase15State`, *optional*): has read the turns before these.
+            progress_bar (`bool`): see [`Phase15Model.read`].
+
+        Raises:
+            ValueError: see [`encode_turn`].
+        """
+        ids = encode_turn(messages, tokenizer, is_first=state is None)
+        return self.read(ids, state=state, progress_bar=progress_bar)
+
+    def load_state(self, path: str | os.PathLike, **kwargs) -> Phase15State:
+        """Loads a state that this model has read: see [`Phase15State.from_pretrained`]."""
+        return Phase15State.from_pretrained(path, self, **kwargs)
 
     def predict(self, *args, **kwargs) -> tuple[torch.Tensor, BaseModelOutputWithPast]:
         """See [`Phase15Model.predict`]."""
@@ -565,6 +785,7 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, Phase15ContinuousBatchingMixin,
         num_items_in_batch: torch.Tensor | int | None = None,
         past_key_values: Phase15Cache | None = None,
         chunk_length: int | None = None,
+        state: Phase15State | None = None,
         **kwargs,
     ) -> Phase15CausalLMOutputWithPast:
         r"""
@@ -583,7 +804,8 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, Phase15ContinuousBatchingMixin,
                 Target ids aligned with `input_ids`, -100 for none. A row's query ends before its first label.
             query_lengths (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
                 Number of tokens of each row's query, padding not counted; overrides `labels`. Without both, the query
-                is the first token (none, if the cache has seen tokens): a causal LM over any text.
+                is the first token: a causal LM over any text. With a cache it is the row, whose last column predicts
+                the next token, or empty if the cache has seen tokens.
             cache (`Phase15Cache`, *optional*):
                 State to continue from, updated in place. Its rows must have the same number of answer tokens.
             use_cache (`bool`, *optional*): make a `Phase15Cache` when none is given; unlike elsewhere not the default.
@@ -595,17 +817,20 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, Phase15ContinuousBatchingMixin,
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
                 Divisor of the loss: the target tokens of the accumulated batch. Defaults to this batch's.
             past_key_values (`Phase15Cache`, *optional*): the same as `cache`; its name before transformers 5.24.
-            chunk_length (`int`, *optional*): tokens of a chunk; by default the cache's, or the config's.
+            chunk_length (`int`, *optional*): tokens of a chunk; by default the cache's, the state's, or the config's.
+            state (`Phase15State`, *optional*): what was read before `input_ids`, of one row or of each row.
             kwargs: go to the LLM (`output_hidden_states`, `output_attentions`).
 
         Raises:
             ValueError: for shapes that do not match, ids outside the vocabulary, rows without a token, a query longer
-                than its row, rows that a cache cannot hold side by side, a cache of another class, or a `chunk_length`
-                that is not the cache's or that the model has no positions for.
+                than its row, rows that a cache cannot hold side by side, a cache of another class, a state of another
+                model, or a `chunk_length` that is not the cache's or that the model has no positions for.
             FloatingPointError: if the LLM's output after a query that is read into a cache is not finite.
         """
         check_arguments(kwargs)
-        cache, chunk_length = self.model.resolve_cache(one_cache(cache, past_key_values), use_cache, chunk_length)
+        state = self.model.match_state(state, input_ids)
+        cache = one_cache(cache, past_key_values)
+        cache, chunk_length = self.model.resolve_cache(cache, use_cache, chunk_length, state)
         rows = self.model.align(input_ids, attention_mask, query_lengths, labels, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         keeps_states = labels is None or not skip_logits
@@ -614,7 +839,7 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, Phase15ContinuousBatchingMixin,
         if labels is not None:
             predict_mask |= rows.is_target()
         states, soft_prompt, outputs = self.model.predict_rows(
-            rows, cache, chunk_length, predict_mask, bptt_chunks, **kwargs
+            rows, cache, chunk_length, predict_mask, bptt_chunks, state, **kwargs
         )
         losses = {}
         if labels is not None:
@@ -672,6 +897,7 @@ __all__ = [
     "Phase15HyperNetwork",
     "Phase15Model",
     "Phase15PreTrainedModel",
+    "Phase15State",
     "SoftPrompt",
     "carry",
     "register_hypernet",

@@ -370,7 +370,7 @@ class Phase15RecursionMixin:
         stepped = carried.embeds + delta.to(tokens.device)
         return carried._replace(embeds=torch.where(has_tokens, stepped, soft_prompt.embeds))
 
-    def read(
+    def read_segments(
         self,
         soft_prompt: SoftPrompt,
         tokens: torch.Tensor,

@@ -302,7 +302,7 @@ def test_both_decoders_keep_the_protocol(tiny, kind):
     sampler.draw([Sampling(1.0), Sampling(0.0)], generators)
     input_ids, attention_mask = pad(LONG_PROMPTS[:2])
     with torch.no_grad():
-        soft_prompt = tiny.read(tiny.empty_soft_prompt(2), input_ids.flip(1), attention_mask.sum(dim=1))
+        soft_prompt = tiny.read_segments(tiny.empty_soft_prompt(2), input_ids.flip(1), attention_mask.sum(dim=1))
         decoder.start(soft_prompt)
         assert decoder.prepare(tiny) is None
         decoder.run("prefill", tiny)

@@ -57,10 +57,10 @@ def test_carry_holds_sinks_and_newest():
 def test_delta_is_exactly_zero_before_training_and_not_after(bases):
     model = Phase15ForCausalLM.from_base(bases["llama"], **SIZES)
     query, length = random_ids(2, QUERY), torch.tensor([QUERY, 3])
-    untrained = model.read(model.empty_soft_prompt(2), query, length)
+    untrained = model.read_segments(model.empty_soft_prompt(2), query, length)
     embeds = model.get_input_embeddings()(query)
     assert torch.equal(untrained.embeds[0, :QUERY], embeds[0]) and torch.equal(untrained.embeds[1, :3], embeds[1, :3])
-    trained = randomise_alpha(model).read(model.empty_soft_prompt(2), query, length)
+    trained = randomise_alpha(model).read_segments(model.empty_soft_prompt(2), query, length)
     assert ((trained.embeds - untrained.embeds).abs().sum(dim=-1) > 0).equal(trained.mask)  # and none in unused slots
 
 
@@ -114,7 +114,7 @@ def test_what_is_carried_does_not_grow(signed, bases):
     net, added, query = model.hypernet, [], random_ids(1, 400)
     assert (net.alpha < -0.1).any() and (net.alpha > 0.1).any()
     net.output_proj.register_forward_hook(lambda module, arguments, output: added.append(output.abs().max()))
-    slots = model.read(model.empty_soft_prompt(1), query, torch.tensor([400])).embeds
+    slots = model.read_segments(model.empty_soft_prompt(1), query, torch.tensor([400])).embeds
     limit = model.get_input_embeddings()(query).abs().max() + net.embedding_scale * sum(added)
     assert len(added) == 58 and (slots.abs().max() > limit).item() is signed
 
@@ -154,7 +154,7 @@ def test_other_numbers_of_layers_are_read(layers, bases):
     tokens, length, expected = model.get_input_embeddings()(random_ids(2, 2 * QUERY + 3)), torch.tensor([17, 4]), []
     model.llm.model.norm.register_forward_pre_hook(lambda module, arguments: expected.append(arguments[0]))
     with torch.no_grad():
-        read = model.read(model.empty_soft_prompt(2), tokens, length).embeds
+        read = model.read_segments(model.empty_soft_prompt(2), tokens, length).embeds
         actual = model.model.first_layers(tokens, QUERY)
         for segment in tokens.split(QUERY, dim=1):
             model.llm.model(inputs_embeds=segment)
@@ -165,7 +165,7 @@ def test_other_numbers_of_layers_are_read(layers, bases):
         for states, of_library in zip(actual, expected, strict=True):
             assert_close(states, of_library, atol=1e-5, rtol=1e-5)
         model.hypernet.hidden_proj.weight.zero_()  # and what is read counts
-        assert not torch.allclose(model.read(model.empty_soft_prompt(2), tokens, length).embeds, read)
+        assert not torch.allclose(model.read_segments(model.empty_soft_prompt(2), tokens, length).embeds, read)
 
 
 def test_a_layer_that_is_read_keeps_its_sliding_window(bases):

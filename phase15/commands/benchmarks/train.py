@@ -22,7 +22,7 @@ def chunk_by_chunk(model: Phase15ForCausalLM, ids: torch.LongTensor, query_lengt
     chunk_length = model.config.chunk_length
     num_query_tokens = torch.full_like(ids[:, 0], query_length)  # (B,)
     num_chunk_tokens = torch.full_like(ids[:, 0], chunk_length)  # (B,)
-    soft_prompt = model.read(model.empty_soft_prompt(len(ids)), ids[:, :query_length], num_query_tokens)
+    soft_prompt = model.read_segments(model.empty_soft_prompt(len(ids)), ids[:, :query_length], num_query_tokens)
     answer = ids[:, query_length:]
     loss = 0
     previous = None
