@@ -93,8 +93,8 @@ class Phase15GenerationMixin(GenerationMixin):
                 draws others from the same distribution.
             chunk_length (`int`, *optional*):
                 Tokens of a chunk of this answer. Precedence: this argument, the `generation_config` of the call,
-                `model.generation_config`, the cache or the state, `config.chunk_length`. A longer chunk costs less: the
-                LLM reads the N slots once a chunk, so it forwards (N + K) / K tokens for each token that it generates.
+                `model.generation_config`, the cache or the state, `config.chunk_length`. A longer chunk costs less:
+                the LLM reads the N slots once a chunk, so it forwards (N + K) / K tokens for each generated token.
 
         Raises:
             ValueError: for assisted decoding, contrastive search, paged or other caches, and chunked prefill; for rows
@@ -126,7 +126,7 @@ class Phase15GenerationMixin(GenerationMixin):
             # under another name: the library would take `chunk_length` for a setting of its own
             kwargs["uncached_chunk_length"] = chunk_length
             kwargs["prompt_length"] = num_columns
-            kwargs["state"] = state
+            kwargs["state_before"] = state  # the library takes a `state` for a cache, that of RWKV
         else:
             cache.chunk_length = chunk_length
             kwargs[CACHE_NAME] = cache
@@ -220,6 +220,7 @@ class Phase15GenerationMixin(GenerationMixin):
         query_lengths: torch.LongTensor | None = None,
         prompt_length: int | None = None,
         uncached_chunk_length: int | None = None,
+        state_before: Phase15State | None = None,
         is_first_iteration: bool = False,
         compile: bool | None = None,
         **kwargs,
@@ -237,6 +238,7 @@ class Phase15GenerationMixin(GenerationMixin):
         if cache is None:
             query_columns = slice(prompt_length)
             model_inputs["chunk_length"] = uncached_chunk_length
+            model_inputs["state"] = state_before
         elif not is_first_iteration or (cache.seen_tokens and input_ids.shape[1] == 1):
             return model_inputs  # one more token of the answer
         else:
