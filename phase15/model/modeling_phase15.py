@@ -482,6 +482,8 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
         query = rows.input_ids[:, : int(rows.query_length.max())]
         self.warn_untrained(query.shape[1])
         cache.message_prompt = self.read_segments(soft_prompt, query, rows.query_length)
+        num_answered = int(rows.length[0] - rows.query_length[0])  # equal in all rows
+        cache.message_end = cache.seen_tokens + rows.position.shape[1] - num_answered
         return cache.message_prompt
 
     @torch.no_grad()
