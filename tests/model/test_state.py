@@ -321,7 +321,7 @@ def test_a_conversation_goes_on_from_the_state_after_its_answer(tiny):
         slots = torch.stack(reference_step(tiny, list(slots), chunk))
     assert_close(used(second.state), slots, atol=1e-4, rtol=1e-4)
     continued = generate(
-        tiny, torch.cat([first.sequences, QUESTION], dim=1), cache=first.cache, return_dict_in_generate=True
+        tiny, torch.cat([first.sequences, QUESTION], dim=1), cache=first.past_key_values, return_dict_in_generate=True
     )
     assert continued.state.num_tokens.tolist() == second.state.num_tokens.tolist()
 
