@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import threading
 import time
 
 import pytest
@@ -275,8 +276,6 @@ def test_what_a_killed_server_left_is_removed(chatter, tmp_path, monkeypatch):
 
 def test_a_lane_goes_on_while_a_long_text_is_read(client, chatter, chat_tokenizer):
     """Both are done, and the answer is that of `generate`."""
-    import threading
-
     made = []
     thread = threading.Thread(target=lambda: made.append(make(client, input=DOCUMENT * 20)))
     thread.start()
