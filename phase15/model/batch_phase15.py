@@ -20,7 +20,6 @@ IGNORED = -100  # the label of a token that is not a target, as everywhere in tr
 
 # Arguments of other models that would be ignored in silence. PEFT passes them with the value None.
 UNSUPPORTED_ARGUMENTS = {
-    "inputs_embeds": "the recursion reads `input_ids`",
     "position_ids": "a row is one text, so packed data cannot be read",
     "cu_seq_lens_q": "a row is one text, so packed data cannot be read",
     "cu_seq_lens_k": "a row is one text, so packed data cannot be read",
@@ -34,7 +33,7 @@ class Rows(NamedTuple):
     are its query. Prediction p of a row follows its token `query_length - 1 + p`.
     """
 
-    input_ids: torch.LongTensor  # (B, T), left-aligned
+    tokens: torch.Tensor  # (B, T) ids, or (B, T, d) embeddings, left-aligned
     length: torch.LongTensor  # (B,)
     query_length: torch.LongTensor  # (B,)
     position: torch.LongTensor  # (B, T), by column of the given batch: index of the token in its row, -1 at padding
@@ -43,7 +42,7 @@ class Rows(NamedTuple):
     @classmethod
     def from_batch(
         cls,
-        input_ids: torch.LongTensor,
+        tokens: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         query_lengths: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -55,7 +54,8 @@ class Rows(NamedTuple):
         Checks a batch and left-aligns it.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): padded on any side.
+            tokens (`torch.LongTensor` of shape `(batch_size, sequence_length)`, or `torch.Tensor` of shape
+                `(batch_size, sequence_length, hidden_size)`): `input_ids` or `inputs_embeds`, padded on any side.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 for tokens, 0 for
                 padding. It may also cover the tokens that the cache has seen.
             query_lengths (`torch.LongTensor` of shape `(batch_size,)`, *optional*): by default the number of tokens
@@ -69,11 +69,12 @@ class Rows(NamedTuple):
             ValueError: if a tensor has another kind or shape, an id is outside the vocabulary, the mask has values
                 other than 0 and 1, a row is empty, or a query is longer than its row.
         """
-        check_batch(input_ids, attention_mask, cache, labels)
+        check_batch(tokens, attention_mask, cache, labels)
+        shape = tokens.shape[:2]
         seen_tokens = 0 if cache is None else cache.seen_tokens
         if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        attention_mask = attention_mask[:, -input_ids.shape[1] :]
+            attention_mask = torch.ones(shape, dtype=torch.long, device=tokens.device)
+        attention_mask = attention_mask[:, -shape[1] :]
         mask = attention_mask.bool()
         length = mask.sum(dim=1)
         order = mask.long().argsort(dim=1, descending=True, stable=True)  # (B, T): the columns of tokens first
@@ -88,7 +89,7 @@ class Rows(NamedTuple):
 
         shortest_query = 0 if seen_tokens else 1
         if query_lengths is not None:
-            query_length = torch.as_tensor(query_lengths, device=length.device).expand(len(input_ids))
+            query_length = torch.as_tensor(query_lengths, device=length.device).expand(shape[0])
         elif labels is not None:
             query_length = tokens_before_labels(aligned_labels, length)
         elif cache is not None and not seen_tokens:
@@ -97,16 +98,19 @@ class Rows(NamedTuple):
             query_length = torch.full_like(length, shortest_query)
 
         is_bad_row = (length < 1) | (query_length < shortest_query) | (query_length > length)
-        is_bad = (input_ids < 0) | (input_ids >= vocab_size) | (attention_mask != mask)
+        is_bad = attention_mask != mask
+        if tokens.dim() == 2:
+            is_bad |= is_unknown(tokens, vocab_size)
         if labels is not None:
             is_bad |= is_unknown(labels, vocab_size, IGNORED)
         if (is_bad_row | is_bad.any(dim=1)).any():  # the only wait for the device if everything is right
-            check_ids("input_ids", input_ids, vocab_size)
+            if tokens.dim() == 2:
+                check_ids("input_ids", tokens, vocab_size)
             if labels is not None:
                 check_ids("labels", labels, vocab_size, IGNORED)
             check_mask(attention_mask)
             check_queries(length, query_length, shortest_query)
-        return cls(input_ids.gather(1, order), length, query_length, position, following)
+        return cls(take(tokens, order), length, query_length, position, following)
 
     @property
     def prediction(self) -> torch.LongTensor:
@@ -170,6 +174,23 @@ class Rows(NamedTuple):
         # If nothing is requested the LLM still needs a chunk to be called on. Its logits are dropped.
         needed[0, 0] |= ~needed.any()
         return needed
+
+
+def take(tokens: torch.Tensor, index: torch.LongTensor) -> torch.Tensor:
+    """
+    Returns the tokens of each row at an index of shape `(batch_size, num_tokens)`: ids of that shape, or embeddings of
+    shape `(batch_size, num_tokens, hidden_size)`.
+    """
+    if tokens.dim() == 3:
+        index = index[..., None].expand(-1, -1, tokens.shape[2])
+    return tokens.gather(1, index)
+
+
+def choose_tokens(input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor | None:
+    """Returns the ids or the embeddings of a call. Raises a ValueError for both."""
+    if input_ids is not None and inputs_embeds is not None:
+        raise ValueError("`input_ids` and `inputs_embeds` are two forms of one argument: give one of them.")
+    return input_ids if inputs_embeds is None else inputs_embeds
 
 
 def as_batch(
@@ -237,13 +258,15 @@ def check_arguments(kwargs: dict):
             raise ValueError(f"`{name}` cannot be given: {reason}.")
 
 
-def check_batch(input_ids, attention_mask, cache, labels=None):
+def check_batch(tokens, attention_mask, cache, labels=None):
     """Raises a ValueError for arguments of `forward` that have another kind or shape."""
-    shape = None if input_ids is None else tuple(input_ids.shape)
-    if shape is None or len(shape) != 2:
+    shape = None if tokens is None else tuple(tokens.shape)
+    is_embeds = shape is not None and len(shape) == 3 and tokens.is_floating_point()
+    if shape is None or (len(shape) != 2 and not is_embeds):
         raise ValueError(f"`input_ids` must have shape (batch_size, sequence_length), not {shape}.")
-    if input_ids.is_floating_point():
-        raise ValueError(f"`input_ids` must hold integers, not {input_ids.dtype}.")
+    if len(shape) == 2 and tokens.is_floating_point():
+        raise ValueError(f"`input_ids` must hold integers, not {tokens.dtype}.")
+    shape = shape[:2]
     seen_tokens = 0 if cache is None else cache.seen_tokens
     mask_shape = None if attention_mask is None else tuple(attention_mask.shape)
     if mask_shape not in (None, shape, (shape[0], seen_tokens + shape[1])):
@@ -296,5 +319,7 @@ __all__ = [
     "as_batch",
     "check_arguments",
     "check_ids",
+    "choose_tokens",
     "query_lengths_from_labels",
+    "take",
 ]

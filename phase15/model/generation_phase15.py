@@ -9,6 +9,7 @@ Generation with a recursive soft prompt: the transformers loop, with the state o
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput, logging
 
@@ -30,6 +31,7 @@ logger = logging.get_logger(__name__)
 
 _ROLLBACK = "candidate tokens would have to be rolled back, and a step of the recursion cannot be undone"
 _ONE_CACHE = "the state of the recursion is a Phase15Cache, whose rows begin and end their chunks together"
+UNKNOWN = -1  # in place of the id of an embedding
 UNSUPPORTED_GENERATION = {
     "assistant_model": ("assisted decoding", _ROLLBACK),
     "prompt_lookup_num_tokens": ("assisted decoding", _ROLLBACK),
@@ -107,18 +109,21 @@ class Phase15GenerationMixin(GenerationMixin):
             compile = False
         kwargs["compile"] = compile
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        num_columns = 1 if input_ids is None else input_ids.shape[-1]  # without a prompt the library starts from BOS
+        inputs_embeds = kwargs.get("inputs_embeds")
+        prompt = input_ids if inputs_embeds is None else inputs_embeds
+        num_columns = 1 if prompt is None else prompt.shape[1]  # without a prompt the library starts from BOS
         cache = pop_cache(kwargs)
         check_prompt(num_columns, kwargs.get("attention_mask"), cache)
-        check_state(state, input_ids, cache)
+        check_state(state, prompt, cache)
+        check_embeddings(inputs_embeds, input_ids, cache, settings, compile)
         repeats = max(settings.get("num_beams", 1), settings.get("num_return_sequences", 1))
-        state = self.model.match_state(state, input_ids)
+        state = self.model.match_state(state, prompt)
         if state is not None:
             state = state.select_rows([row for row in range(state.batch_size) for _ in range(repeats)])
         if cache is None and settings.get("use_cache", True):
             cache = Phase15Cache(self.config, state=state)
-        if cache is not None and input_ids is not None:
-            widen(cache, len(input_ids), repeats)
+        if cache is not None and prompt is not None:
+            widen(cache, len(prompt), repeats)
         chunk_length = self.config.resolve_chunk_length(
             chunk_length, generation_config, self.generation_config, cache=state if cache is None else cache
         )
@@ -130,16 +135,23 @@ class Phase15GenerationMixin(GenerationMixin):
         else:
             cache.chunk_length = chunk_length
             kwargs[CACHE_NAME] = cache
+            message_prompt = cache.message_prompt
         output = super().generate(inputs, generation_config, *args, **kwargs)
-        if isinstance(output, ModelOutput) and cache is not None and input_ids is not None:
+        if isinstance(output, ModelOutput) and cache is not None and prompt is not None:
+            if cache.message_prompt is message_prompt:  # an answer that goes on: it began before this call
+                num_columns = cache.message_end
+            sequences = output.sequences
+            if inputs_embeds is not None:  # the sequences hold no ids of the prompt
+                sequences = F.pad(sequences, (num_columns, 0), value=UNKNOWN)
             mask = kwargs.get("attention_mask")
-            output["state"] = self._state_after(output.sequences, mask, cache, settings)
+            output["state"] = self._state_after(sequences, mask, num_columns, cache, settings)
         return output
 
     def _state_after(
         self,
         sequences: torch.LongTensor,
         attention_mask: torch.Tensor | None,
+        prompt_length: int,
         cache: Phase15Cache,
         settings: dict[str, Any],
     ) -> Phase15State:
@@ -149,13 +161,13 @@ class Phase15GenerationMixin(GenerationMixin):
 
         Args:
             sequences (`torch.LongTensor` of shape `(batch_size * num_return_sequences, sequence_length)`): what
-                `generate` returns.
+                `generate` returns; `UNKNOWN` for an embedding of the prompt.
             attention_mask (`torch.Tensor` of shape `(batch_size, num_columns)`, *optional*): of the prompts.
-            cache (`Phase15Cache`): has the soft prompt after each prompt's last message.
+            prompt_length (`int`): columns up to the end of the last message.
+            cache (`Phase15Cache`): has the soft prompt after that.
             settings (`dict`): of the call.
         """
         num_rows = len(sequences)
-        prompt_length = cache.message_end  # an answer that goes on without a message began before this call
         num_cached = len(cache.message_prompt.length)
         # Row r of the cache belongs to prompt r // repeats; each prompt has equally many sequences.
         row = torch.arange(num_rows, device=sequences.device) * num_cached // num_rows
@@ -173,7 +185,7 @@ class Phase15GenerationMixin(GenerationMixin):
             prompt_mask = prompt_mask.repeat_interleave(num_rows // len(attention_mask), dim=0)
         texts = []
         for ids, mask, answer_length in zip(sequences, prompt_mask, lengths, strict=True):
-            prompt = ids[:prompt_length][mask].tolist()
+            prompt = [None if token == UNKNOWN else token for token in ids[:prompt_length][mask].tolist()]
             texts.append(prompt + ids[prompt_length : prompt_length + answer_length].tolist())
         before = cache.state
         if before is not None:
@@ -199,12 +211,17 @@ class Phase15GenerationMixin(GenerationMixin):
         if compile or (compile is None and compiles_by_default(self)):
             reason = unsupported_reason(self, *parts, synced_gpus, num_new, model_kwargs)
             check_compile(compile, reason)
+            model_inputs = {}
             if reason is None:
                 model_inputs = self.prepare_inputs_for_generation(
                     input_ids, next_sequence_length=num_new, is_first_iteration=True, **model_kwargs
                 )
+            if model_inputs.get("inputs_embeds") is not None:  # given, or put before the prompt by PEFT
+                check_compile(compile, "`inputs_embeds`")
+            elif reason is None:
                 mask = model_inputs.get("attention_mask")
-                rows = self.model.align(model_inputs["input_ids"], mask, model_inputs["query_lengths"], cache=cache)
+                query_lengths = model_inputs.get("query_lengths")
+                rows = self.model.align(model_inputs["input_ids"], mask, query_lengths, cache=cache)
                 soft_prompt = self.model.read_message(rows, cache)
                 output = generate_compiled(
                     self, soft_prompt, cache, input_ids, *parts, streamer, insists=compile is True
@@ -223,6 +240,7 @@ class Phase15GenerationMixin(GenerationMixin):
         state_before: Phase15State | None = None,
         is_first_iteration: bool = False,
         compile: bool | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         **kwargs,
     ) -> dict:
         """Overrides the library to pass which tokens are the query: the prompt, which a cache reads once."""
@@ -231,16 +249,21 @@ class Phase15GenerationMixin(GenerationMixin):
             input_ids,
             attention_mask=attention_mask,
             is_first_iteration=is_first_iteration,
+            inputs_embeds=inputs_embeds,
             **{CACHE_NAME: cache},
             **kwargs,
         )
         input_ids = model_inputs["input_ids"]
+        # By the name that every version of PEFT reads, to know whether its tuned prompt is in the cache already.
+        model_inputs["past_key_values"] = model_inputs.pop(CACHE_NAME, None)
         if cache is None:
             query_columns = slice(prompt_length)
             model_inputs["chunk_length"] = uncached_chunk_length
             model_inputs["state"] = state_before
         elif not is_first_iteration or (cache.seen_tokens and input_ids.shape[1] == 1):
             return model_inputs  # one more token of the answer
+        elif not cache.seen_tokens and query_lengths is None:
+            return model_inputs  # a new cache reads the row as the query, with what PEFT puts in front of it
         else:
             query_columns = slice(-input_ids.shape[1], None)
         if query_lengths is None:
@@ -275,6 +298,26 @@ def as_list(token_ids: int | list[int] | torch.Tensor | None) -> list[int]:
     if token_ids is None:
         return []
     return torch.as_tensor(token_ids).flatten().tolist()
+
+
+def check_embeddings(
+    inputs_embeds: torch.Tensor | None,
+    input_ids: torch.LongTensor | None,
+    cache: Cache | None,
+    settings: dict[str, Any],
+    compile: bool | None,
+):
+    """Raises a ValueError for embeddings of a prompt with something that cannot work with them."""
+    if inputs_embeds is None:
+        return
+    check_compile(compile, "`inputs_embeds`")
+    for reason, is_given in {
+        "`input_ids`: they are two forms of one argument": input_ids is not None,
+        "a `cache`: give `input_ids`, the whole conversation": cache is not None,
+        "`use_cache=False`: the next tokens come as ids": settings.get("use_cache") is False,
+    }.items():
+        if is_given:
+            raise ValueError(f"`inputs_embeds` cannot be given with {reason}.")
 
 
 def check_state(state: Phase15State | None, input_ids: torch.LongTensor | None, cache: Cache | None):

@@ -41,7 +41,7 @@ from transformers.utils import can_return_tuple, logging
 
 from .adapter_phase15 import HUB_ARGUMENTS, Phase15HypernetMixin, describe_base, load_hypernet, relative_base
 from .base_phase15 import check_sizes, load_base, rename_earlier_weights, weights_digest
-from .batch_phase15 import IGNORED, Rows, add_query_lengths, as_batch, check_arguments
+from .batch_phase15 import IGNORED, Rows, add_query_lengths, as_batch, check_arguments, choose_tokens, take
 from .cache_phase15 import Phase15Cache, check_cache
 from .compat_phase15 import CACHE_NAME, one_cache, with_cache_alias
 from .configuration_phase15 import VERSION, Phase15Config, auto_map
@@ -336,7 +336,7 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         query_lengths: torch.LongTensor | None = None,
         cache: Phase15Cache | None = None,
@@ -346,14 +346,15 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
         past_key_values: Phase15Cache | None = None,
         chunk_length: int | None = None,
         state: Phase15State | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         **kwargs,
     ) -> Phase15ModelOutputWithPast:
         r"""
         Reads each row's query into the soft prompt, and computes the hidden states that predict the tokens after it.
 
         Args:
-            input_ids, attention_mask, cache, use_cache, bptt_chunks, past_key_values, chunk_length, state, kwargs:
-                See [`Phase15ForCausalLM.forward`].
+            input_ids, attention_mask, cache, use_cache, bptt_chunks, past_key_values, chunk_length, state,
+                inputs_embeds, kwargs: See [`Phase15ForCausalLM.forward`].
             query_lengths (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
                 Number of tokens of each row's query, padding not counted. Defaults to 1. With a cache to the row's
                 length, or to 0 if the cache has seen tokens.
@@ -361,10 +362,11 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
                 Columns whose predictions are requested; all by default. Without a cache, chunks with none are skipped.
         """
         check_arguments(kwargs)
-        state = self.match_state(state, input_ids)
+        tokens = choose_tokens(input_ids, inputs_embeds)
+        state = self.match_state(state, tokens)
         cache = one_cache(cache, past_key_values)
         cache, chunk_length = self.resolve_cache(cache, use_cache, chunk_length, state)
-        rows = self.align(input_ids, attention_mask, query_lengths, cache=cache)
+        rows = self.align(tokens, attention_mask, query_lengths, cache=cache)
         states, soft_prompt, outputs = self.predict_rows(
             rows, cache, chunk_length, predict_mask, bptt_chunks, state, **kwargs
         )
@@ -396,9 +398,13 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
             raise ValueError(f"`chunk_length` is {chunk_length}, but the cache's is {cache.chunk_length}.")
         return cache, resolved
 
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Returns the embeddings of ids, or the embeddings that were given."""
+        return tokens if tokens.is_floating_point() else self.get_input_embeddings()(tokens)
+
     def align(
         self,
-        input_ids: torch.LongTensor,
+        tokens: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         query_lengths: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -406,7 +412,7 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
     ) -> Rows:
         """Checks a batch and left-aligns its rows: see [`Rows.from_batch`]."""
         vocab_size = self.config.text_config.vocab_size
-        return Rows.from_batch(input_ids, attention_mask, query_lengths, labels, vocab_size=vocab_size, cache=cache)
+        return Rows.from_batch(tokens, attention_mask, query_lengths, labels, vocab_size=vocab_size, cache=cache)
 
     def predict_rows(
         self,
@@ -446,12 +452,12 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
         num_rows, num_chunks = needed.shape
         # Token j of a row's answer stands after its query; what lies beyond the row is never a target or read.
         answer = rows.query_length[:, None] + torch.arange(num_chunks * chunk_length, device=needed.device)
-        answer = rows.input_ids.gather(1, answer.clamp(max=rows.input_ids.shape[1] - 1))
-        chunks = self.get_input_embeddings()(answer).unflatten(1, (num_chunks, chunk_length))  # (B, C, K, d)
+        answer = take(rows.tokens, answer.clamp(max=rows.tokens.shape[1] - 1))
+        chunks = self.embed(answer).unflatten(1, (num_chunks, chunk_length))  # (B, C, K, d)
         num_full = (rows.length - rows.query_length) // chunk_length  # only full chunks are read
 
         # One call for all segments: FSDP gathers weights at every call, and all processes must call equally often.
-        query = self.get_input_embeddings()(rows.input_ids[:, : int(rows.query_length.max())])
+        query = self.embed(rows.tokens[:, : int(rows.query_length.max())])
         query_states = self.first_layers(query, self.config.max_query_length)
         read_chunks = chunks[:, : max(num_chunks - 1, 1)]  # no step reads the last chunk
         chunk_states = self.first_layers(read_chunks.flatten(1, 2), chunk_length)
@@ -503,7 +509,7 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
                     f"{self.dtype}: load the model with another `dtype`."
                 )
         answer = rows.query_length[:, None] + torch.arange(int(answer_length[0]), device=answer_length.device)
-        answer = self.get_input_embeddings()(rows.input_ids.gather(1, answer))  # (B, A, d)
+        answer = self.embed(take(rows.tokens, answer))  # (B, A, d)
         while answer.shape[1]:
             # `chunk_length` may have become shorter than the open chunk, which then ends with the next token.
             room = max(cache.chunk_length - cache.chunk.shape[1], 1)
@@ -518,7 +524,7 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
                 length = torch.full_like(rows.length, cache.chunk.shape[1])
                 soft_prompt = self.step(cache.soft_prompt, cache.chunk, length)
                 calls.append(self.prefill(cache, soft_prompt, **kwargs))
-        cache.seen_tokens += rows.input_ids.shape[1]
+        cache.seen_tokens += rows.tokens.shape[1]
         states = torch.cat([states for states, _ in calls], dim=1)
         return states, cache.soft_prompt.embeds, calls[-1][1]
 
@@ -526,11 +532,11 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
         """Closes the open chunk, and returns the cache's soft prompt stepped over each row's query."""
         soft_prompt = cache.soft_prompt
         if soft_prompt is None:
-            like = self.get_input_embeddings()(rows.input_ids[:, :1])
+            like = self.embed(rows.tokens[:, :1])
             soft_prompt = self.empty_soft_prompt(len(rows.length), like)
         if cache.chunk is not None and cache.chunk.shape[1]:
             soft_prompt = self.step(soft_prompt, cache.chunk, torch.full_like(rows.length, cache.chunk.shape[1]))
-        query = rows.input_ids[:, : int(rows.query_length.max())]
+        query = rows.tokens[:, : int(rows.query_length.max())]
         self.warn_untrained(query.shape[1])
         cache.message_prompt = self.read_segments(soft_prompt, query, rows.query_length)
         num_answered = int(rows.length[0] - rows.query_length[0])  # equal in all rows
@@ -568,8 +574,8 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
         input_ids, attention_mask = as_batch(input_ids, attention_mask, self.device)
         rows = self.align(input_ids, attention_mask)
         state = self.match_state(state, input_ids)
-        batch_size, longest = rows.input_ids.shape
-        embeds = self.get_input_embeddings()(rows.input_ids[:, :1])
+        batch_size, longest = rows.tokens.shape
+        embeds = self.get_input_embeddings()(rows.tokens[:, :1])
         soft_prompt = self.empty_soft_prompt(batch_size, embeds) if state is None else state.soft_prompt
         self.warn_untrained(longest)
         size = self.config.max_query_length
@@ -578,28 +584,32 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
             total=longest, desc="Reading", unit=" tokens", delay=1.0, leave=False, disable=not progress_bar
         ) as bar:
             for start in range(0, longest, size):
-                segment = rows.input_ids[:, start : start + size]
+                segment = rows.tokens[:, start : start + size]
                 segment_length = (rows.length - start).clamp(0, segment.shape[1])
                 soft_prompt = self.read_segments(soft_prompt, segment, segment_length)
                 bar.update(segment.shape[1])
-        texts = [ids[:length].tolist() for ids, length in zip(rows.input_ids, rows.length.tolist(), strict=True)]
+        texts = [ids[:length].tolist() for ids, length in zip(rows.tokens, rows.length.tolist(), strict=True)]
         chunk_length = self.config.resolve_chunk_length(chunk_length, cache=state)
         return self.make_state(soft_prompt, texts, state, chunk_length)
 
     def make_state(
-        self, soft_prompt: SoftPrompt, texts: list[list[int]], before: Phase15State | None, chunk_length: int
+        self,
+        soft_prompt: SoftPrompt,
+        texts: list[list[int | None]],
+        before: Phase15State | None,
+        chunk_length: int,
     ) -> Phase15State:
         """
         Returns the state of a soft prompt.
 
         Args:
             soft_prompt (`SoftPrompt`): after the texts.
-            texts (`list[list[int]]`): ids that each row has read since `before`.
+            texts (`list[list[int | None]]`): ids that each row has read since `before`; None for an embedding.
             before (`Phase15State`, *optional*): of as many rows; by default nothing was read before.
             chunk_length (`int`): tokens of a chunk of the answers.
         """
         num_tokens = torch.tensor([len(ids) for ids in texts])
-        digests = [None] * len(texts)
+        digests = [""] * len(texts)
         if before is not None:
             num_tokens = num_tokens + before.num_tokens
             digests = before.text_digests
@@ -613,10 +623,10 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
             model=weakref.ref(self),
         )
 
-    def match_state(self, state: Phase15State | None, input_ids: torch.LongTensor | None) -> Phase15State | None:
+    def match_state(self, state: Phase15State | None, tokens: torch.Tensor | None) -> Phase15State | None:
         """
-        Returns a state with the number of rows of `input_ids`, on the model's device and in its dtype. A state of one
-        row serves all rows.
+        Returns a state with the number of rows of ids or embeddings, on the model's device and in its dtype. A state
+        of one row serves all rows.
 
         Raises:
             ValueError: for something else than a state, a state of another model, or another number of rows.
@@ -631,14 +641,14 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
             raise ValueError(f"`state` was read by a model with {state.sizes}, but this model has {sizes}.")
         if state.model is None or state.model() is not self:
             check_digest(state.model_digest, self)
-        if input_ids is None or input_ids.dim() != 2:  # a shape that is refused later
+        if tokens is None or tokens.dim() not in (2, 3):  # a shape that is refused later
             return state
-        batch_size = len(input_ids)
+        batch_size = len(tokens)
         if state.batch_size == 1:
             state = state.select_rows([0] * batch_size)
         if state.batch_size != batch_size:
             raise ValueError(f"`state` has {state.batch_size} rows, but `input_ids` has {batch_size}.")
-        embeds = self.get_input_embeddings()(input_ids[:1, :1])  # the weight itself may be offloaded
+        embeds = self.embed(tokens[:1, :1])  # the weight itself may be offloaded
         return state.to(embeds.device, embeds.dtype)
 
     def model_digest(self) -> str | None:
@@ -837,7 +847,7 @@ class Phase15ForCausalLM(
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         query_lengths: torch.LongTensor | None = None,
@@ -850,6 +860,7 @@ class Phase15ForCausalLM(
         past_key_values: Phase15Cache | None = None,
         chunk_length: int | None = None,
         state: Phase15State | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         **kwargs,
     ) -> Phase15CausalLMOutputWithPast:
         r"""
@@ -883,6 +894,8 @@ class Phase15ForCausalLM(
             past_key_values (`Phase15Cache`, *optional*): the same as `cache`; its name before transformers 5.24.
             chunk_length (`int`, *optional*): tokens of a chunk; by default the cache's, the state's, or the config's.
             state (`Phase15State`, *optional*): what was read before `input_ids`, of one row or of each row.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Embeddings of query and answer, instead of `input_ids`.
             kwargs: go to the LLM (`output_hidden_states`, `output_attentions`).
 
         Raises:
@@ -892,13 +905,14 @@ class Phase15ForCausalLM(
             FloatingPointError: if the LLM's output after a query that is read into a cache is not finite.
         """
         check_arguments(kwargs)
-        state = self.model.match_state(state, input_ids)
+        tokens = choose_tokens(input_ids, inputs_embeds)
+        state = self.model.match_state(state, tokens)
         cache = one_cache(cache, past_key_values)
         cache, chunk_length = self.model.resolve_cache(cache, use_cache, chunk_length, state)
-        rows = self.model.align(input_ids, attention_mask, query_lengths, labels, cache)
+        rows = self.model.align(tokens, attention_mask, query_lengths, labels, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         keeps_states = labels is None or not skip_logits
-        predict_mask = torch.zeros_like(input_ids, dtype=torch.bool)  # (B, T)
+        predict_mask = torch.zeros_like(rows.position, dtype=torch.bool)  # (B, T)
         predict_mask[:, kept] = keeps_states
         if labels is not None:
             predict_mask |= rows.is_target()

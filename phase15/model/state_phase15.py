@@ -342,12 +342,15 @@ def write_bytes(file: Path, content: bytes):
         raise
 
 
-def extend_digest(digest: str | None, ids: list[int]) -> str:
+def extend_digest(digest: str | None, ids: list[int | None]) -> str | None:
     """
     Returns the digest of a text that goes on with `ids`: a chain of SHA-256 over its tokens, which does not depend on
-    how the text is split into calls. `None` is the digest of the empty text.
+    how the text is split into calls. An empty digest is that of the empty text. `None` stands for a text with
+    embeddings, whose tokens are not known.
     """
-    chain = bytes(32) if digest is None else bytes.fromhex(digest)
+    if digest is None or None in ids:
+        return None
+    chain = bytes.fromhex(digest) or bytes(32)
     for token in ids:
         chain = hashlib.sha256(chain + token.to_bytes(8, "little")).digest()
     return chain.hex()

@@ -115,7 +115,7 @@ def test_the_attention_of_both_parts_is_set(tiny, caplog):
     assert tiny(random_ids(1, 9), output_attentions=True).attentions
 
 
-@pytest.mark.parametrize("name", ["inputs_embeds", "position_ids", "shift_labels", "cu_seq_lens_q"])
+@pytest.mark.parametrize("name", ["position_ids", "shift_labels", "cu_seq_lens_q"])
 def test_arguments_that_would_be_ignored_are_refused(name, tiny):
     ids = random_ids(1, 9)
     with pytest.raises(ValueError, match=f"`{name}` cannot be given"):

@@ -47,7 +47,7 @@ def test_rows_are_the_tokens_and_columns_know_their_prediction(seed):
     assert torch.equal(rows.to_columns(states, slice(-2, None)), columns[:, -2:])
     for index, (row, of_row, query_length) in enumerate(zip(ids, mask, query_lengths, strict=True)):
         expected = tokens(row, of_row)
-        assert rows.input_ids[index, : len(expected)].tolist() == expected and rows.length[index] == len(expected)
+        assert rows.tokens[index, : len(expected)].tolist() == expected and rows.length[index] == len(expected)
         for column, number in enumerate(predictions(of_row, query_length)):
             is_known = 0 <= number < states.shape[1]
             assert torch.equal(columns[index, column], states[index, number] if is_known else torch.zeros(2))
@@ -147,4 +147,4 @@ def test_a_mask_may_cover_what_came_before():
     ids = torch.tensor([[7, 8]])
     mask = torch.tensor([[0, 1, 1, 0, 1]])
     rows = Rows.from_batch(ids, mask, torch.tensor([0]), vocab_size=VOCAB_SIZE, cache=after(3))
-    assert rows.input_ids[0, 0] == 8 and rows.length.tolist() == [1] and rows.prediction.tolist() == [[-1, 0]]
+    assert rows.tokens[0, 0] == 8 and rows.length.tolist() == [1] and rows.prediction.tolist() == [[-1, 0]]

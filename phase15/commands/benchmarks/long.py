@@ -179,4 +179,4 @@ def draw(curves: dict[str, list[float]], args: argparse.Namespace) -> Path:
     return args.picture
 
 
-__all__ = ["long"]
+__all__ = ["long", "state_bytes"]
