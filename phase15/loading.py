@@ -152,6 +152,8 @@ def load_phase15(
         return load_model(source, dtype), load_tokenizer(source)
     with lower_case_suffix(source.name) as readable:
         model = load_strictly(Phase15ForCausalLM.from_base, readable, dtype=dtype, **config_fields)
+    if readable != source.name:  # a link that is gone
+        model.config.base_model_name_or_path = str(Path(source.name).absolute())
     tokenizer = load_tokenizer(source)
     if source.gguf_file:  # transformers 5.17 mistakes its end token for the start token
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.text_config.eos_token_id)

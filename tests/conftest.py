@@ -43,6 +43,7 @@ QUICK = {
     "test_batch",
     "test_conftest",
     "test_runs",
+    "test_state",
 }
 
 

@@ -16,8 +16,8 @@ FLOORS |= {"commands": 4, "__main__": 5, "__init__": 5}
 SAME_FLOOR = {("data", "cli"), ("hub", "evaluation"), ("evaluation", "loading")}
 # Inside model/, from the lowest file.
 ORDER = (
-    "rules compat configuration recursion state cache batch base decoding requests continuous_batching generation "
-    "modeling"
+    "rules compat configuration recursion state cache batch base adapter decoding requests continuous_batching "
+    "generation modeling"
 ).split()
 
 

@@ -11,9 +11,9 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from phase15.hub.arguments import AGAIN, PushArguments
-from phase15.hub.cards import is_unmodified, model_card, sign_card
+from phase15.hub.cards import is_repo_id, is_unmodified, model_card, sign_card
 from phase15.hub.runs import answer_in_new_process, dump_yaml, read_run, strip_folders
-from phase15.loading import check_kind, load_phase15
+from phase15.loading import check_kind, load_phase15, resolve_source
 
 
 PICTURES = ("training_curve.png", "loss_by_chunk.png", "recall.png")
@@ -53,7 +53,10 @@ def stage(args: PushArguments, folder: Path):
     model, tokenizer = load_phase15(source)
     for name in ("is_local", "local_files_only"):  # how it was loaded here is private
         tokenizer.init_kwargs.pop(name, None)
-    model.save_pretrained(folder, max_shard_size=args.max_shard_size)
+    if source_holds_base(source) or not is_repo_id(model.config.base_model_name_or_path):
+        model.save_pretrained(folder, max_shard_size=args.max_shard_size)
+    else:
+        model.save_hypernet(folder)
     tokenizer.save_pretrained(folder)
     run = read_run(source)
     if run.results and not run.recipes:
@@ -90,6 +93,11 @@ def stage(args: PushArguments, folder: Path):
         raise ValueError(str(error).replace(str(folder), f"{source}, as staged,")) from error
     if there != here:
         raise ValueError(f"{source}: a new process, which loaded what was staged, gives another answer than this one.")
+
+
+def source_holds_base(folder: Path) -> bool:
+    """Returns `False` for a folder of a HyperNetwork without its base."""
+    return resolve_source(folder).config.base_digest is None
 
 
 def keep(staged: Path, folder: Path):

@@ -122,4 +122,4 @@ def is_repo_id(name: str) -> bool:
     return True
 
 
-__all__ = ["is_unmodified", "model_card", "sign_card"]
+__all__ = ["is_repo_id", "is_unmodified", "model_card", "sign_card"]

@@ -33,6 +33,7 @@ class Phase15Cache(Cache):
         soft_prompt (`SoftPrompt`, *optional*): None before the first token, unless a state was given.
         message_prompt (`SoftPrompt`, *optional*): the soft prompt after the newest message, before its answer. The
             rows keep their order in beam search.
+        message_end (`int`): columns of `input_ids` up to the end of that message.
         chunk (`torch.Tensor` of shape `(batch_size, open, hidden_size)`): embeddings of the open chunk. The chunks of
             all rows begin and end together.
         chunk_length (`int`): tokens of a chunk. An open chunk that has as many already ends with the next token.
@@ -53,6 +54,7 @@ class Phase15Cache(Cache):
     def reset(self):
         self.soft_prompt: SoftPrompt | None = None
         self.message_prompt: SoftPrompt | None = None
+        self.message_end = 0
         self.chunk: torch.Tensor | None = None
         self.llm_cache: DynamicCache | None = None
         self.seen_tokens = 0

@@ -90,6 +90,13 @@ class Phase15Config(PreTrainedConfig):
             Digest of the source of a step, written by `save_pretrained`. Code with another formula warns at loading.
         phase15_version (`str`, *optional*):
             Version of the code that saved the model, written by `save_pretrained`.
+        base_model_name_or_path (`str`, *optional*):
+            The base that `from_base` was given: a Hub id, or a path. In a folder without the base a path inside it is
+            relative.
+        base_revision (`str`, *optional*):
+            Commit of the base on the Hub.
+        base_digest (`str`, *optional*):
+            Digest of the base's weights. Only in a folder that holds the HyperNetwork without its base.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the HyperNetwork's initial weights.
 
@@ -128,6 +135,9 @@ class Phase15Config(PreTrainedConfig):
     hypernet_signed_alpha: bool | None = None
     hypernet_digest: str | None = None
     phase15_version: str | None = None
+    base_model_name_or_path: str | None = None
+    base_revision: str | None = None
+    base_digest: str | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 

@@ -93,8 +93,8 @@ class Phase15GenerationMixin(GenerationMixin):
                 draws others from the same distribution.
             chunk_length (`int`, *optional*):
                 Tokens of a chunk of this answer. Precedence: this argument, the `generation_config` of the call,
-                `model.generation_config`, the cache or the state, `config.chunk_length`. A longer chunk costs less: the
-                LLM reads the N slots once a chunk, so it forwards (N + K) / K tokens for each token that it generates.
+                `model.generation_config`, the cache or the state, `config.chunk_length`. A longer chunk costs less:
+                the LLM reads the N slots once a chunk, so it forwards (N + K) / K tokens for each generated token.
 
         Raises:
             ValueError: for assisted decoding, contrastive search, paged or other caches, and chunked prefill; for rows
@@ -126,21 +126,20 @@ class Phase15GenerationMixin(GenerationMixin):
             # under another name: the library would take `chunk_length` for a setting of its own
             kwargs["uncached_chunk_length"] = chunk_length
             kwargs["prompt_length"] = num_columns
-            kwargs["state"] = state
+            kwargs["state_before"] = state  # the library takes a `state` for a cache, that of RWKV
         else:
             cache.chunk_length = chunk_length
             kwargs[CACHE_NAME] = cache
         output = super().generate(inputs, generation_config, *args, **kwargs)
         if isinstance(output, ModelOutput) and cache is not None and input_ids is not None:
             mask = kwargs.get("attention_mask")
-            output["state"] = self._state_after(output.sequences, mask, num_columns, cache, settings)
+            output["state"] = self._state_after(output.sequences, mask, cache, settings)
         return output
 
     def _state_after(
         self,
         sequences: torch.LongTensor,
         attention_mask: torch.Tensor | None,
-        prompt_length: int,
         cache: Phase15Cache,
         settings: dict[str, Any],
     ) -> Phase15State:
@@ -151,26 +150,27 @@ class Phase15GenerationMixin(GenerationMixin):
         Args:
             sequences (`torch.LongTensor` of shape `(batch_size * num_return_sequences, sequence_length)`): what
                 `generate` returns.
-            attention_mask (`torch.Tensor` of shape `(batch_size, prompt_length)`, *optional*): of the prompts.
-            prompt_length (`int`): columns of the prompts.
-            cache (`Phase15Cache`): has the soft prompt after each prompt.
+            attention_mask (`torch.Tensor` of shape `(batch_size, num_columns)`, *optional*): of the prompts.
+            cache (`Phase15Cache`): has the soft prompt after each prompt's last message.
             settings (`dict`): of the call.
         """
         num_rows = len(sequences)
+        prompt_length = cache.message_end  # an answer that goes on without a message began before this call
         num_cached = len(cache.message_prompt.length)
         # Row r of the cache belongs to prompt r // repeats; each prompt has equally many sequences.
         row = torch.arange(num_rows, device=sequences.device) * num_cached // num_rows
         soft_prompt = SoftPrompt(*(tensor[row] for tensor in cache.message_prompt))
         answer = sequences[:, prompt_length:]
         length = answer_lengths(answer, settings)
+        lengths = length.tolist()
         for chunk in answer.split(cache.chunk_length, dim=1):
             chunk_length = length.clamp(max=chunk.shape[1])
             soft_prompt = self.model.step(soft_prompt, self.get_input_embeddings()(chunk), chunk_length)
             length = length - chunk_length
         prompt_mask = torch.ones_like(sequences[:, :prompt_length], dtype=torch.bool)
         if attention_mask is not None:
-            prompt_mask = attention_mask.bool().repeat_interleave(num_rows // len(attention_mask), dim=0)
-        lengths = answer_lengths(answer, settings).tolist()
+            prompt_mask = attention_mask[:, :prompt_length].bool()
+            prompt_mask = prompt_mask.repeat_interleave(num_rows // len(attention_mask), dim=0)
         texts = []
         for ids, mask, answer_length in zip(sequences, prompt_mask, lengths, strict=True):
             prompt = ids[:prompt_length][mask].tolist()
@@ -220,6 +220,7 @@ class Phase15GenerationMixin(GenerationMixin):
         query_lengths: torch.LongTensor | None = None,
         prompt_length: int | None = None,
         uncached_chunk_length: int | None = None,
+        state_before: Phase15State | None = None,
         is_first_iteration: bool = False,
         compile: bool | None = None,
         **kwargs,
@@ -237,6 +238,7 @@ class Phase15GenerationMixin(GenerationMixin):
         if cache is None:
             query_columns = slice(prompt_length)
             model_inputs["chunk_length"] = uncached_chunk_length
+            model_inputs["state"] = state_before
         elif not is_first_iteration or (cache.seen_tokens and input_ids.shape[1] == 1):
             return model_inputs  # one more token of the answer
         else:
@@ -254,17 +256,17 @@ def answer_lengths(answer: torch.LongTensor, settings: dict[str, Any]) -> torch.
 
     Args:
         answer (`torch.LongTensor` of shape `(batch_size, num_tokens)`): tokens and padding.
-        settings (`dict`): of the call, for `eos_token_id` and `pad_token_id`.
+        settings (`dict`): of the call, for the end and padding tokens, and for what else can end a row.
     """
-    batch_size, num_tokens = answer.shape
+    end_tokens = as_list(settings.get("eos_token_id"))
     ends = torch.zeros_like(answer, dtype=torch.bool)
-    for token in as_list(settings.get("eos_token_id")):
+    for token in end_tokens:
         ends |= answer == token
     is_token = ends.cumsum(dim=1) - ends.long() == 0  # up to the first end token, which counts
-    padding = as_list(settings.get("pad_token_id")) or as_list(settings.get("eos_token_id"))[:1]
-    if batch_size > 1 and padding:
-        # A row that ended by a stop string has padding to its end, without an end token before it.
-        is_padding = (answer == padding[0]) & ~ends
+    if end_tokens and (settings.get("stop_strings") or settings.get("stopping_criteria")):
+        # Such a row has no end token before its padding. Without end tokens the library does not pad.
+        padding = (as_list(settings.get("pad_token_id")) + end_tokens)[0]
+        is_padding = (answer == padding) & ~ends
         is_token &= ~is_padding.flip(1).long().cumprod(dim=1).flip(1).bool()
     return is_token.sum(dim=1)
 

@@ -39,6 +39,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
+from .adapter_phase15 import HUB_ARGUMENTS, Phase15HypernetMixin, describe_base, load_hypernet, relative_base
 from .base_phase15 import check_sizes, load_base, rename_earlier_weights, weights_digest
 from .batch_phase15 import IGNORED, Rows, add_query_lengths, as_batch, check_arguments
 from .cache_phase15 import Phase15Cache, check_cache
@@ -135,11 +136,61 @@ class Phase15PreTrainedModel(PreTrainedModel):
         """Overrides the library to initialise only what `from_pretrained` has not filled."""
         return [*super().get_init_context(*args, **kwargs), init.no_init_weights()]
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args,
+        config: Phase15Config | None = None,
+        base: str | os.PathLike | None = None,
+        check_base: bool = True,
+        **kwargs,
+    ):
+        """
+        Overrides the library to fetch the base of a folder that holds only a HyperNetwork.
+
+        Args:
+            pretrained_model_name_or_path, config, kwargs: as in the library.
+            base (`str` or `os.PathLike`, *optional*): another place of the base than the folder names: a Hub id, a
+                folder or a `.gguf` file.
+            check_base (`bool`, defaults to `True`): refuse a base with other weights than those of training.
+
+        Raises:
+            ValueError: for a base that is missing or another, and for `base` with a folder that holds both.
+        """
+        name = pretrained_model_name_or_path
+        if config is None and name is not None:
+            fetch = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "revision", "subfolder") if key in kwargs}
+            config = Phase15Config.from_pretrained(name, **fetch)
+        if config is None or config.base_digest is None or kwargs.get("state_dict") is not None:
+            if base is not None:
+                raise ValueError(f"`base` is {base}, but {name} holds its base: only a HyperNetwork needs one.")
+            return super().from_pretrained(name, *model_args, config=config, **kwargs)
+        model, info = load_hypernet(cls, name, config, base, check_base, **kwargs)
+        return (model, info) if kwargs.get("output_loading_info") else model
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """
         Overrides the library to write the class, the digest of the formula and the file of a registered HyperNetwork
         into the folder, and to keep settings of the generation config that are not the library's (`chunk_length`).
+        Without the base (`saves_base`), config.json also gets the base's digest.
         """
+        base = self.config.base_model_name_or_path
+        if not getattr(self, "saves_base", True):  # a body has no such choice
+            self.check_base_is_known()
+            self.config.base_digest = self.llm_digest()
+            self.config.base_model_name_or_path = relative_base(base, save_directory)
+        else:
+            self.config.base_digest = None
+            if base is not None and os.path.isabs(base):
+                self.config.base_model_name_or_path = None  # a path of this machine means nothing elsewhere
+        try:
+            self._save(save_directory, *args, **kwargs)
+        finally:
+            self.config.base_model_name_or_path = base
+            self.config.base_digest = None
+
+    def _save(self, save_directory: str | os.PathLike, *args, **kwargs):
         self.config.auto_map = auto_map(type(self).__name__)
         self.config.hypernet_digest = formula_digest(self.hypernet)
         self.config.phase15_version = VERSION
@@ -482,6 +533,8 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
         query = rows.input_ids[:, : int(rows.query_length.max())]
         self.warn_untrained(query.shape[1])
         cache.message_prompt = self.read_segments(soft_prompt, query, rows.query_length)
+        num_answered = int(rows.length[0] - rows.query_length[0])  # equal in all rows
+        cache.message_end = cache.seen_tokens + rows.position.shape[1] - num_answered
         return cache.message_prompt
 
     @torch.no_grad()
@@ -634,7 +687,9 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
         return self.predict(cache.soft_prompt, tokens, cache.llm_cache, cache.chunk.shape[1], **kwargs)
 
 
-class Phase15ForCausalLM(Phase15PreTrainedModel, Phase15ContinuousBatchingMixin, Phase15GenerationMixin):
+class Phase15ForCausalLM(
+    Phase15PreTrainedModel, Phase15HypernetMixin, Phase15ContinuousBatchingMixin, Phase15GenerationMixin
+):
     """
     A causal language model whose LLM sees a recursive soft prompt and the current chunk of 16 tokens: the body
     (`model`), and on it the LLM's own head.
@@ -672,17 +727,25 @@ class Phase15ForCausalLM(Phase15PreTrainedModel, Phase15ContinuousBatchingMixin,
         config_kwargs = {name: kwargs.pop(name) for name in names}
         llm, loading_info = load_base(base, **kwargs)
         attention = llm.config._attn_implementation
-        model = cls(Phase15Config(text_config=llm.config, attn_implementation=attention, **config_kwargs), llm=llm)
+        config_kwargs = describe_base(base, llm) | config_kwargs
+        config = Phase15Config(text_config=llm.config, attn_implementation=attention, **config_kwargs)
+        model = cls.from_llm(config, llm)
+        embeddings = llm.get_input_embeddings().weight
+        model.hypernet.embedding_scale.fill_(embeddings.detach().float().square().mean().sqrt())
+        return (model, loading_info) if output_loading_info else model
+
+    @classmethod
+    def from_llm(cls, config: Phase15Config, llm: PreTrainedModel):
+        """Returns a model in evaluation mode around a loaded LLM, with a new HyperNetwork."""
+        model = cls(config, llm=llm)
         embeddings = llm.get_input_embeddings().weight
         # The HyperNetwork's dtype is the one that it has when the model is loaded again (`_keep_in_fp32_modules`).
         dtype = torch.float32 if embeddings.dtype == torch.float16 else embeddings.dtype
         model.hypernet.to(device=embeddings.device, dtype=dtype)
-        model.hypernet.embedding_scale.fill_(embeddings.detach().float().square().mean().sqrt())
         model.generation_config = supported_settings(llm.generation_config)
         if getattr(llm, "is_quantized", False):
             model.hf_quantizer = llm.hf_quantizer  # it saves the LLM's quantised weights
-        model.eval()
-        return (model, loading_info) if output_loading_info else model
+        return model.eval()
 
     @property
     def llm(self) -> PreTrainedModel:

@@ -336,7 +336,7 @@ def write_bytes(file: Path, content: bytes):
             opened.write(content)
             opened.flush()
             os.fsync(opened.fileno())
-        os.replace(temporary, file)
+        temporary.replace(file)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

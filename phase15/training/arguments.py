@@ -77,6 +77,13 @@ class Phase15ModelArguments:
     lora_r: int = field(default=16, metadata={"help": "Rank of LoRA."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA, divided by lora_r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA, 0 to 1."})
+    save_only_hypernet: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Save the HyperNetwork without its base, which loading fetches; checkpoints too. Default: in stage "
+            "hypernet, if it starts from a base."
+        },
+    )
     merge_adapter: bool = field(default=False, metadata={"help": "Save the merged model instead of the adapter."})
     num_soft_tokens: int | None = field(default=None, metadata={"help": "Slots of the soft prompt."})
     num_sink_tokens: int | None = field(default=None, metadata={"help": "Slots that keep the first tokens."})
@@ -108,6 +115,8 @@ class Phase15ModelArguments:
         check_choice("stage", self.stage, STAGES)
         check_dtype(self.dtype)
         self.check_distill()
+        if self.save_only_hypernet and (self.stage != "hypernet" or self.baseline):
+            raise ValueError("`save_only_hypernet` is for stage hypernet, in which the base does not change.")
         if self.baseline is None:
             return
         check_choice("baseline", self.baseline, list(BASELINES))

@@ -13,7 +13,7 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedModel, PreTrainedTok
 
 from phase15.cli.errors import did_you_mean
 from phase15.data.tokenizer import train_tokenizer
-from phase15.loading import PHASE15, check_fields, load_phase15, resolve_source
+from phase15.loading import CAUSAL_LM, PHASE15, check_fields, load_phase15, resolve_source
 from phase15.model.configuration_phase15 import Phase15Config
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 from phase15.model.recursion_phase15 import check_type
@@ -31,11 +31,30 @@ def make_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM
         model, tokenizer = load_phase15(args.model_name_or_path, args.dtype, **args.config_fields)
     if args.stage == "hypernet":
         model.llm.requires_grad_(False)
+        model.saves_base = not saves_only_hypernet(args)
     elif args.stage == "lora":
         model = get_peft_model(
             model, lora_config(args, target_modules=r".*llm\..*_proj", modules_to_save=["hypernet"])
         )
     return model, tokenizer
+
+
+def saves_only_hypernet(args: Phase15ModelArguments) -> bool:
+    """
+    Returns `True` if a run of stage hypernet saves no base: by default, if it starts from a base, or from a
+    HyperNetwork that was saved without one.
+
+    Raises:
+        ValueError: if it is asked for where loading would find no base.
+    """
+    has_base = False
+    if args.model_name_or_path is not None:
+        source = resolve_source(args.model_name_or_path)
+        has_base = source.kind == CAUSAL_LM or (source.kind == PHASE15 and source.config.base_digest is not None)
+    if args.save_only_hypernet and not has_base:
+        start = args.model_name_or_path or "a new model"
+        raise ValueError(f"`save_only_hypernet` needs a base that loading can fetch, but the run starts from {start}.")
+    return has_base if args.save_only_hypernet is None else args.save_only_hypernet
 
 
 def check_config(args: Phase15ModelArguments):
@@ -45,6 +64,8 @@ def check_config(args: Phase15ModelArguments):
     """
     if args.hypernet_file:
         import_file(args.hypernet_file)
+    if args.save_only_hypernet:
+        saves_only_hypernet(args)
     if args.model_name_or_path is None:
         return
     source = resolve_source(args.model_name_or_path)

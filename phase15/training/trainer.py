@@ -161,6 +161,7 @@ class Phase15Trainer(Trainer):
             None, config=self.model.config, state_dict=weights, dtype=self.model.dtype
         )
         model.generation_config = self.model.generation_config
+        model.saves_base = self.accelerator.unwrap_model(self.model).saves_base
         return model.to(self.args.device)
 
     def _new_meters(self) -> Phase15Meters:

@@ -81,13 +81,13 @@ def test_the_code_of_a_folder_says_when_it_is_run(folder):
     assert (folder.parent / "ran").exists()
 
 
-LIBRARIES = {"torch", "transformers", *(Path(name).stem for name in CODE)}
+LIBRARIES = {"torch", "transformers", "safetensors", *(Path(name).stem for name in CODE)}
 FORBIDDEN = set(  # of the standard library: other code, other processes, other machines
     "asyncio builtins code codeop ctypes dbm ftplib http imaplib importlib marshal mmap multiprocessing pickle "
     "nntplib pkgutil poplib pty runpy shelve shutil signal smtplib socket socketserver ssl subprocess tempfile "
     "telnetlib urllib webbrowser xmlrpc zipimport".split()
 )
-ATTRIBUTES = {"os": {"path", "PathLike"}, "sys": {"maxsize"}}  # all that may be used of them
+ATTRIBUTES = {"os": {"path", "PathLike", "fsync"}, "sys": {"maxsize"}}  # all that may be used of them
 NAMES = {"eval", "exec", "open", "input", "breakpoint", "globals", "__import__", "__builtins__"}
 DANGERS = {"torch.load", "torch.hub", "torch.package", "torch.jit", "torch.classes", "torch.ops", "torch.distributed"}
 DANGERS |= {"torch.utils.cpp_extension", "torch.multiprocessing", "torch.serialization"}

@@ -63,8 +63,9 @@ def run_apart(code: str, *arguments, tmp_path: Path) -> subprocess.CompletedProc
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_takes_and_gives_the_cache_under_both_names(tiny, name):
     ids, cache = random_ids(2, 15), Phase15Cache(tiny.config)
-    expected = tiny(ids, use_cache=True)
-    first = tiny(ids[:, :9], **{name: cache})
+    query_lengths = torch.tensor([1, 1])
+    expected = tiny(ids, query_lengths=query_lengths, use_cache=True)
+    first = tiny(ids[:, :9], query_lengths=query_lengths, **{name: cache})
     second = tiny(ids[:, 9:], **{OTHER[name]: getattr(first, name)})
     assert_close(torch.cat([first.logits, second.logits], dim=1), expected.logits, atol=1e-5, rtol=1e-4)
     for given in NAMES:

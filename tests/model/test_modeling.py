@@ -412,9 +412,15 @@ def test_cached_form_reads_a_long_query_in_segments(tiny):
     assert_close(cached.logits, tiny(*arguments, query_lengths=query_lengths).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_without_a_query_a_new_cache_takes_the_first_token(tiny):
-    ids = random_ids(2, 30)
-    assert_close(tiny(ids, use_cache=True).logits, tiny(ids).logits, atol=1e-4, rtol=1e-4)
+def test_a_new_cache_reads_the_row_as_the_query(tiny):
+    """The obvious loop with a cache gives the logits of `generate`'s first token, padding on any side."""
+    batch, _, _ = make_batch([(30, 30), (25, 25)])
+    arguments = (batch["input_ids"], batch["attention_mask"])
+    lengths = batch["attention_mask"].sum(dim=1)
+    expected = tiny(*arguments, query_lengths=lengths)
+    for cached in (tiny(*arguments, use_cache=True), tiny(*arguments, cache=Phase15Cache(tiny.config))):
+        assert_close(cached.logits, expected.logits, atol=1e-4, rtol=1e-4)
+        assert_close(cached.soft_prompt, expected.soft_prompt, atol=1e-4, rtol=1e-4)
 
 
 def test_cached_logits_to_keep(tiny):
@@ -427,14 +433,15 @@ def test_cached_logits_to_keep(tiny):
 
 def test_state_lives_in_the_cache_and_not_on_the_model(tiny):
     ids, other = random_ids(1, 20), random_ids(2, 33, seed=1)
+    first = torch.tensor([1])
     before = tiny(ids).logits
-    cache = tiny(ids[:, :13], use_cache=True).past_key_values
+    cache = tiny(ids[:, :13], query_lengths=first, use_cache=True).past_key_values
     tiny(other, use_cache=True)
     after = tiny(ids[:, 13:], past_key_values=cache).logits
     assert_close(after, before[:, 13:], atol=1e-4, rtol=1e-4)
     cache.reset()
     assert cache.get_seq_length() == 0
-    assert_close(tiny(ids, past_key_values=cache).logits, before, atol=1e-4, rtol=1e-4)
+    assert_close(tiny(ids, query_lengths=first, past_key_values=cache).logits, before, atol=1e-4, rtol=1e-4)
 
 
 def test_a_cache_says_what_it_is():
@@ -677,7 +684,8 @@ def test_hidden_states_and_attentions_are_the_llms(tiny):
     outputs = tiny(random_ids(2, 10), output_hidden_states=True, output_attentions=True)
     assert len(outputs.hidden_states) == BASES["llama"].num_hidden_layers + 1
     assert len(outputs.attentions) == BASES["llama"].num_hidden_layers
-    outputs = tiny(random_ids(1, 1 + CHUNK + 2), use_cache=True, output_hidden_states=True)
+    ids = random_ids(1, 1 + CHUNK + 2)
+    outputs = tiny(ids, query_lengths=torch.tensor([1]), use_cache=True, output_hidden_states=True)
     assert outputs.hidden_states[0].shape[1] == 2  # of its last call alone
 
 

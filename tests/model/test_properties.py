@@ -27,6 +27,7 @@ from reference import (
     reference_first_layers,
     reference_logits,
     reference_read,
+    reference_step,
 )
 from test_decoding import Collector
 from test_generation import reference_greedy, reference_turn
@@ -36,6 +37,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 from phase15.model.configuration_phase15 import Phase15Config
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 from phase15.model.recursion_phase15 import SoftPrompt, carry
+from phase15.model.state_phase15 import Phase15State
 
 
 COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
@@ -574,6 +576,81 @@ def test_a_conversation_equals_one_row_one_token_at_a_time(shape, turns, rows, p
             assert answers[row].tolist() == answer
         sequences, cache = output.sequences, output.past_key_values
         mask = torch.cat([mask, torch.ones_like(answers)], dim=1)
+
+
+# states
+
+
+@given(
+    shape=shapes(),
+    rows=st.lists(st.tuples(st.integers(1, 3), queries), min_size=1, max_size=3),  # segments of a text, question
+    padding=left_paddings,
+    length=st.integers(1, 11),
+    mode=st.sampled_from(["greedy", "compiled", "uncached", *MODES]),
+    eos=st.sampled_from([None, 3, [4, 5]]),
+    seed=st.integers(0, 9),
+)
+def test_any_split_into_read_and_generate_equals_one_call(shape, rows, padding, length, mode, eos, seed):
+    """At a segment boundary, for each row its own, whose text is read in one call or in two."""
+    model = shape.build()
+    texts = [ids_of(number * shape.segment, shape.seed, index) for index, (number, _) in enumerate(rows)]
+    questions = [ids_of(number, shape.seed, index, 1) for index, (_, number) in enumerate(rows)]
+    states = []
+    for text in texts:
+        first = model.read(text[: shape.segment])
+        states.append(model.read(text[shape.segment :], state=first) if len(text) > shape.segment else first)
+    kinds = {"greedy": {}, "compiled": {"compile": True}, "uncached": {"use_cache": False}, **MODES}
+    settings = {"max_new_tokens": length, "eos_token_id": eos, "pad_token_id": PAD, **kinds[mode]}
+
+    def answers(prompts, **kwargs):
+        input_ids, mask, _ = padding.lay(prompts)
+        torch.manual_seed(seed)
+        with torch.compiler.set_stance("force_eager"):
+            output = model.generate(input_ids, attention_mask=mask, **settings, **kwargs)
+        return output[:, input_ids.shape[1] :].tolist()
+
+    whole = [torch.cat(pair) for pair in zip(texts, questions, strict=True)]
+    assert answers(questions, state=Phase15State.stack(states)) == answers(whole)
+
+    input_ids, mask, columns = padding.lay(questions)
+    lengths = torch.tensor([len(question) for question in questions])
+    with torch.no_grad():
+        logits = model(input_ids, mask, query_lengths=lengths, state=Phase15State.stack(states)).logits
+        for index, row in enumerate(whole):
+            expected = model(row[None], query_lengths=torch.tensor([len(row)])).logits[0, -1]
+            assert_close(logits[index, columns[index][-1]], expected)
+
+
+@given(
+    shape=shapes(),
+    turns=st.lists(st.tuples(queries, st.integers(1, 9), st.booleans()), min_size=1, max_size=3),
+    rows=st.integers(1, 2),
+    padding=left_paddings,
+)
+def test_the_state_after_an_answer_equals_one_row_one_step_at_a_time(shape, turns, rows, padding):
+    """A turn: the length of the messages, that of the answers, and whether generation is compiled."""
+    model, state = shape.build(), None
+    slots = [[]] * rows
+    for turn, (number, length, compile) in enumerate(turns):
+        messages = [ids_of(number + row, shape.seed, turn, row) for row in range(rows)]
+        input_ids, mask, _ = padding.lay(messages)
+        with torch.compiler.set_stance("force_eager"):
+            output = model.generate(
+                input_ids,
+                attention_mask=mask,
+                state=state,
+                max_new_tokens=length,
+                pad_token_id=PAD,
+                return_dict_in_generate=True,
+                compile=compile or None,
+            )
+        state = output.state
+        for row, answer in enumerate(output.sequences[:, input_ids.shape[1] :]):
+            slots[row] = reference_read(model, slots[row], messages[row])
+            for chunk in answer.split(shape.chunk):
+                slots[row] = reference_step(model, slots[row], chunk)
+            used = state.soft_prompt.embeds[row, : state.soft_prompt.length[row]]
+            assert_close(used, torch.stack(slots[row]).detach())
 
 
 # folders
