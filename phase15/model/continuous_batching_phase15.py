@@ -286,7 +286,12 @@ class Phase15ContinuousBatchProcessor:
             if request.finish_reason is not None:  # its client has left
                 continue
             request.started = time.perf_counter()
-            soft_prompt, num_read, prefix_key = self.conversations.get(request.prompt_ids)
+            num_read = 0
+            prefix_key = None
+            if request.state is not None:
+                soft_prompt = request.state.soft_prompt
+            else:
+                soft_prompt, num_read, prefix_key = self.conversations.get(request.prompt_ids)
             if soft_prompt is None:
                 # embeddings, not their weight: an offloaded weight is only there during its module's call
                 token = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
@@ -312,7 +317,8 @@ class Phase15ContinuousBatchProcessor:
             self._report_step(lane, ids[index : index + 1, :num_new], row)
             lane.soft_prompt = row
             lane.num_read += num_new
-            if self.conversations.size and num_new == size:
+            # stored soft prompts are found by the prompt's tokens, which do not hold what a state has read
+            if self.conversations.size and num_new == size and lane.request.state is None:
                 lane.stored_prefix = (lane.num_read, row)
 
     def _report_step(self, lane: Lane, ids: torch.LongTensor, stepped):

@@ -15,6 +15,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
 from .decoding_phase15 import Sampling, draw_seed, eos_tokens, max_new_tokens, other_criteria, split_processors
+from .state_phase15 import Phase15State
 
 
 TOP_LOGPROBS = 20  # maximum number of likely tokens to return for each token
@@ -40,6 +41,7 @@ class Phase15Request:
             refuses the request.
         on_step (`Callable`, *optional*): called after every step of the recursion with the carried soft prompt, the
             stepped one, each of one row, and the number of tokens that entered.
+        state (`Phase15State`, *optional*): of one row: what was read before the prompt.
         on_finish (`Callable`, *optional*): called with the request at its end, in the thread that ends it.
 
     Attributes:
@@ -63,6 +65,7 @@ class Phase15Request:
     on_token: Callable | None = None
     chunk_length: int | None = None
     on_step: Callable | None = None
+    state: Phase15State | None = None
     on_finish: Callable | None = None
     generated_tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -96,6 +99,7 @@ def make_request(
     seed: int | None = None,
     num_logprobs: int | None = None,
     on_token: Callable | None = None,
+    state: Phase15State | None = None,
     name: str = "prompt_ids",
     **kwargs,
 ) -> Phase15Request:
@@ -106,12 +110,12 @@ def make_request(
         prompt_ids (`list[int]`): token ids of the prompt.
         generation_config, kwargs: as for `generate`, for one answer.
         seed (`int`, *optional*): of sampling; by default drawn from torch's default generator.
-        num_logprobs, on_token: see [`Phase15Request`].
+        num_logprobs, on_token, state: see [`Phase15Request`].
         name (`str`): what errors call the prompt.
 
     Raises:
         ValueError: for a prompt without tokens or with ids outside the vocabulary, and for settings that `generate`
-            refuses or that continuous batching does not support.
+            refuses or that continuous batching does not support; for a state of another model or of several rows.
     """
     prompt_ids = check_prompt_ids(prompt_ids, model.config.text_config.vocab_size, name)
     if num_logprobs is not None and not 0 <= num_logprobs <= TOP_LOGPROBS:
@@ -122,6 +126,7 @@ def make_request(
     processors, criteria, settings = library_parts(model, prompt_ids, generation_config, kwargs)
     check_settings(settings)
     sampling, other_processors = split_processors(processors, settings.do_sample)
+    state = model.model.match_state(state, torch.tensor([prompt_ids], device=model.device))
     if seed is None:
         seed = draw_seed() if settings.do_sample else 0
     return Phase15Request(
@@ -135,6 +140,7 @@ def make_request(
         num_logprobs=num_logprobs,
         on_token=on_token,
         chunk_length=chunk_length,
+        state=state,
     )
 
 
