@@ -427,7 +427,7 @@ def build_demo(
 
     def show_state(state: Phase15State | None, path: Path | None = None) -> list:
         """Returns the outputs of a new state: a new chat starts from it, and `path` is its file."""
-        save = gr.DownloadButton(value=path, interactive=path is not None)
+        save = gr.update(value=path, interactive=path is not None)
         first = [HEADING, None, ""] if state is None else panel([state_step(model, tokenizer, state)])
         return [state, status(state), save, [], *first]
 
