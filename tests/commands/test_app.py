@@ -287,7 +287,7 @@ def test_a_long_text_does_not_hold_up_an_answer(model, chat_tokenizer, lanes):
     wait_until_free(thread)
 
 
-def open_page(model, tokenizer, **limits):
+def page_handlers(model, tokenizer, **limits):
     """Returns the handlers of a page of its own."""
     demo = app.build_demo(model, tokenizer, "tiny", **limits)
     return {name: handler(demo, name) for name in ("read_input", "load_file", "respond")}
@@ -308,7 +308,7 @@ def ask_handler(page: dict, state: Phase15State | None) -> str:
 
 
 def test_read_ask_save_load_in_another_page(model_dir, model, chat_tokenizer, tmp_path):
-    page = open_page(model, chat_tokenizer)
+    page = page_handlers(model, chat_tokenizer)
     shown = last_outputs(page["read_input"](DOCUMENT, None, None), tmp_path)
     state = shown["state"]
     assert_same_state(state, model.read_chat([{"role": "user", "content": DOCUMENT}], chat_tokenizer))
@@ -318,7 +318,7 @@ def test_read_ask_save_load_in_another_page(model_dir, model, chat_tokenizer, tm
     expected = chat_tokenizer.decode(ids[question["input_ids"].shape[1] :], skip_special_tokens=True)
     assert ask_handler(page, state) == expected != ask_handler(page, None)
 
-    other_page = open_page(Phase15ForCausalLM.from_pretrained(model_dir).eval(), chat_tokenizer)
+    other_page = page_handlers(Phase15ForCausalLM.from_pretrained(model_dir).eval(), chat_tokenizer)
     loaded = last_outputs(other_page["load_file"](str(shown["save"])))
     assert_same_state(loaded["state"], state)
     assert [loaded[name] for name in ("line", "facts", "slots")] == [shown[n] for n in ("line", "facts", "slots")]
@@ -326,7 +326,7 @@ def test_read_ask_save_load_in_another_page(model_dir, model, chat_tokenizer, tm
 
 
 def test_the_slots_of_a_state_are_its_nearest_tokens(model, chat_tokenizer):
-    page = open_page(model, chat_tokenizer)
+    page = page_handlers(model, chat_tokenizer)
     shown = last_outputs(page["read_input"](DOCUMENT, None, None))
     cells = re.findall(r"<td[^>]*title=\"(.*?)\">(.*?)</td>", shown["slots"])
     (nearest_to_slots,) = shown["state"].nearest_tokens(chat_tokenizer)
@@ -338,7 +338,7 @@ def test_the_slots_of_a_state_are_its_nearest_tokens(model, chat_tokenizer):
 
 
 def test_a_file_is_read_like_a_pasted_text(model, chat_tokenizer, tmp_path):
-    page = open_page(model, chat_tokenizer)
+    page = page_handlers(model, chat_tokenizer)
     file = tmp_path / "text.md"
     file.write_bytes("\ufeffNaïve".encode())  # some editors begin a file with a byte order mark
     pasted = last_outputs(page["read_input"]("Naïve", None, None))["state"]
@@ -347,7 +347,7 @@ def test_a_file_is_read_like_a_pasted_text(model, chat_tokenizer, tmp_path):
 
 def test_progress_is_shown_while_a_text_is_read(model, chat_tokenizer, monkeypatch):
     monkeypatch.setattr(app, "PROGRESS_SECONDS", -1)
-    page = open_page(model, chat_tokenizer)
+    page = page_handlers(model, chat_tokenizer)
     *progress, last = page["read_input"](DOCUMENT, None, None)
     num_tokens = int(last[2].num_tokens[0])
     lines = [outputs[3] for outputs in progress]
@@ -358,7 +358,7 @@ def test_progress_is_shown_while_a_text_is_read(model, chat_tokenizer, monkeypat
 
 
 def test_what_cannot_be_read_is_refused_in_one_line(model, chat_tokenizer, tmp_path):
-    page = open_page(model, chat_tokenizer, max_read_tokens=40)
+    page = page_handlers(model, chat_tokenizer, max_read_tokens=40)
     bad = tmp_path / "bad.txt"
     bad.write_bytes(b"\xff\xfe\xfa")
     cases = {
@@ -375,7 +375,7 @@ def test_what_cannot_be_read_is_refused_in_one_line(model, chat_tokenizer, tmp_p
 
 
 def test_a_file_that_is_not_a_state_of_this_model_is_refused(model, chat_tokenizer, tmp_path):
-    page = open_page(model, chat_tokenizer)
+    page = page_handlers(model, chat_tokenizer)
     state = model.read_chat(CHAT, chat_tokenizer)
     state.save_pretrained(tmp_path / "state.safetensors")
     content = (tmp_path / "state.safetensors").read_bytes()
@@ -777,6 +777,80 @@ def test_the_answers_to_two_visitors_grow_at_once(chromium, server):
     wait_until_idle(server[0])
 
 
+def wait_for_line(page, line: str):
+    page.wait_for_function("line => document.querySelector('#state').textContent.trim() === line", arg=line)
+
+
+def wait_for_text(page, answer: str):
+    page.wait_for_function("text => document.querySelector('[data-testid=bot]')?.textContent === text", arg=answer)
+
+
+def cells(page) -> list[list[str]]:
+    return page.eval_on_selector_all("#slots tr", "rows => rows.map(row => [...row.cells].map(c => c.textContent))")
+
+
+def upload(page, label: str, file: Path):
+    with page.expect_file_chooser() as chooser:
+        page.get_by_text(label, exact=True).click()
+    chooser.value.set_files(file)
+
+
+def test_a_visitor_reads_asks_saves_and_loads(chromium, server, model, chat_tokenizer, tmp_path):
+    question = {"role": "user", "content": "Where do I live?"}
+    state = model.read_chat([{"role": "user", "content": DOCUMENT}], chat_tokenizer)
+    turn = state.next_turn([question], chat_tokenizer)
+    ids = model.generate(**turn, state=state, max_new_tokens=256, do_sample=False)[0, turn["input_ids"].shape[1] :]
+    answer = chat_tokenizer.decode(ids, skip_special_tokens=True)
+    answer_to_others, _, _ = expected_table(model, chat_tokenizer, [question], 256)
+    (nearest_to_slots,) = state.nearest_tokens(chat_tokenizer)
+    names = [f"sink {slot}" if slot < SINKS else str(slot) for slot in range(SLOTS)]
+    tokens = [app.visible(token.text) for token in nearest_to_slots]
+    rows = [["slot", "state"], *map(list, zip(names, tokens, strict=True))]
+    with visit(chromium, server[1]) as (open_page, _):
+        first = open_page()
+        second = open_page()
+        for page in (first, second):
+            page.get_by_text("Read a text first").click()
+        assert first.get_by_role("button", name="Save state").is_disabled()
+        first.get_by_placeholder("Paste a text").fill(DOCUMENT)
+        first.get_by_role("button", name="Read", exact=True).click()
+        wait_for_line(first, repr(state))
+        assert cells(first) == rows
+        ask(first, question["content"])
+        wait_for_text(first, answer)
+        with first.expect_download() as download:
+            first.get_by_text("Save state").click()
+        saved = tmp_path / download.value.suggested_filename
+        download.value.save_as(saved)
+        assert_same_state(model.load_state(saved), state)
+
+        ask(second, question["content"])
+        wait_for_text(second, answer_to_others)
+        cut = tmp_path / "cut.safetensors"
+        cut.write_bytes(saved.read_bytes()[:-1])
+        upload(second, "Load state", cut)
+        assert toast(second).startswith("cut.safetensors is cut or damaged")
+        wait_for_line(second, "")
+        upload(second, "Load state", saved)
+        wait_for_line(second, repr(state))
+        assert cells(second) == rows and answers(second) == []
+        ask(second, question["content"])
+        wait_for_text(second, answer)
+        second.get_by_role("button", name="Forget").click()
+        wait_for_line(second, "")
+        assert answers(second) == cells(second) == []
+
+
+def test_a_visitor_uploads_a_text(page, model, chat_tokenizer, tmp_path):
+    file = tmp_path / "document.txt"
+    file.write_text(DOCUMENT)
+    page.get_by_text("Read a text first").click()
+    page.locator("input[type=file]").first.set_input_files(file)
+    page.get_by_text("document", exact=False).last.wait_for()
+    page.get_by_role("button", name="Read", exact=True).click()
+    wait_for_line(page, repr(model.read_chat([{"role": "user", "content": DOCUMENT}], chat_tokenizer)))
+
+
 def request(address: str, data: bytes | None = None, **headers: str) -> int:
     try:
         with urllib.request.urlopen(urllib.request.Request(address, data, headers), timeout=60) as answer:
@@ -785,13 +859,24 @@ def request(address: str, data: bytes | None = None, **headers: str) -> int:
         return error.code
 
 
-def test_the_app_is_local_and_takes_and_gives_no_file(server):
+def test_the_app_is_local_gives_no_file_and_takes_small_ones(server, model):
     process, address = server
     assert listening(int(address.rpartition(":")[2])) == {"127.0.0.1"}
     for path in ("/etc/passwd", "app.py", f"{os.getcwd()}/README.md", "../app.py"):
         assert request(f"{address}/gradio_api/file={path}") in (403, 404)
-    body = b'--b\r\nContent-Disposition: form-data; name="files"; filename="x"\r\n\r\nx\r\n--b--\r\n'
-    assert request(f"{address}/gradio_api/upload", body, **{"Content-Type": "multipart/form-data; boundary=b"}) == 413
+    limit = app.max_upload_bytes(model, app.MAX_READ_TOKENS)
+    head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="x"\r\n\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    for num_bytes, status in ((limit, 200), (limit + 1, 413)):
+        body = head + b"x" * num_bytes + b"\r\n--b--\r\n"
+        assert request(f"{address}/gradio_api/upload", body, **headers) == status
+
+
+def test_a_state_in_float32_may_be_uploaded(model, chat_tokenizer, tmp_path):
+    state = model.read_chat(CHAT, chat_tokenizer).to(dtype=torch.float32)
+    state.save_pretrained(tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_size <= app.max_upload_bytes(model, max_read_tokens=1)
 
 
 # untrusted text, and how much of it
