@@ -66,6 +66,7 @@ CSS = """
 #slots td { max-width: 9em; padding: 0 6px; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
     background: rgb(230 85 13 / calc(var(--d) * 75%)); }
 #slots td.moved { font-weight: 700; outline: 2px solid var(--body-text-color); outline-offset: -2px; }
+#slots tbody th { width: 1%; }
 #slots .last-sink > * { border-bottom: 2px solid var(--body-text-color); }
 """
 HEADING = "### Inside the soft prompt"
@@ -538,12 +539,12 @@ def build_demo(
                 line = gr.Markdown("", elem_id="state")
                 with gr.Accordion("Read a text first", open=False):
                     text = gr.Textbox(label="Text", lines=3, max_lines=8, placeholder="Paste a text")
-                    file = gr.File(label="or a .txt or .md file", file_types=[".txt", ".md"], height=100)
+                    file = gr.File(label="or a .txt or .md file", file_types=[".txt", ".md"], height=140)
                     with gr.Row():
-                        start_reading = gr.Button("Read", min_width=70)
-                        save = gr.DownloadButton("Save state", interactive=False, min_width=70)
-                        load = gr.UploadButton("Load state", file_types=[".safetensors"], min_width=70)
-                        forget = gr.Button("Forget", min_width=70)
+                        start_reading = gr.Button("Read", variant="primary", min_width=110, size="sm")
+                        save = gr.DownloadButton("Save state", interactive=False, min_width=110, size="sm")
+                        load = gr.UploadButton("Load state", file_types=[".safetensors"], min_width=110, size="sm")
+                        forget = gr.Button("Forget", min_width=110, size="sm")
                 with gr.Accordion("Sampling", open=False):
                     temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: greedy)")
                     max_new_tokens = gr.Slider(16, 4096, 256, step=16, label="Most new tokens")
@@ -560,7 +561,9 @@ def build_demo(
             concurrency_id="lanes",
         )
         state_outputs = [state, line, save, chat, facts, plot, slots]
-        # an answer from the state before would go on in the new chat
+        # gradio's progress and its mark of an error would cover all outputs: the chat, the slots and the line
+        quiet = {"show_progress": "hidden", "show_progress_on": [start_reading]}
+        # These events cancel an answer that grows: it went on from another state than the new chat.
         reading = start_reading.click(
             read_input,
             inputs=[text, file, state],
@@ -568,10 +571,12 @@ def build_demo(
             concurrency_limit=num_lanes,
             concurrency_id="lanes",
             cancels=[answering],
+            **quiet,
         )
-        load.upload(load_file, inputs=[load], outputs=state_outputs, cancels=[answering, reading])
-        forget.click(lambda: show_state(None), outputs=state_outputs, cancels=[answering, reading], queue=False)
-        stop.click(status, inputs=[state], outputs=[line], cancels=[answering, reading], queue=False)
+        others = [answering, reading]
+        load.upload(load_file, inputs=[load], outputs=state_outputs, cancels=others, **quiet)
+        forget.click(lambda: show_state(None), outputs=state_outputs, cancels=others, queue=False, **quiet)
+        stop.click(status, inputs=[state], outputs=[line], cancels=others, queue=False, **quiet)
     return demo.queue(max_size=max_waiting)
 
 
