@@ -184,22 +184,23 @@ def encode_text(
     if tokenizer.chat_template:
         encode_turn = model_code(model, "state_phase15").encode_turn
         return encode_turn([{"role": "user", "content": text}], tokenizer, is_first=state is None)
-    if state is None:
-        return tokenizer(text)["input_ids"]
-    return tokenizer("\n" + text, add_special_tokens=False)["input_ids"]
+    return encode_plain(tokenizer, text, state)
 
 
 def encode_conversation(
     tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]], state: Phase15State | None
 ) -> list[int]:
     """Returns the token ids of a conversation, up to the beginning of its next answer. It may go on from a state."""
-    if tokenizer.chat_template:
-        if state is None:
-            return tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
-        return state.next_turn(conversation, tokenizer)["input_ids"][0].tolist()
-    text = "\n".join(turn["content"] for turn in conversation)
+    if not tokenizer.chat_template:
+        return encode_plain(tokenizer, "\n".join(turn["content"] for turn in conversation), state)
+    if state is None:
+        inputs = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)
+        return inputs["input_ids"]
+    return state.next_turn(conversation, tokenizer)["input_ids"][0].tolist()
+
+
+def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str, state: Phase15State | None) -> list[int]:
+    """Returns the token ids of a text for a tokenizer without a chat template. After a state it is the next line."""
     if state is None:
         return tokenizer(text)["input_ids"]
     return tokenizer("\n" + text, add_special_tokens=False)["input_ids"]
@@ -236,8 +237,8 @@ def read(lanes, ids: list[int], state: Phase15State | None = None) -> Iterator[t
             raise request.error
     finally:
         request.finish("cancelled")
-    made = processor.model.model.make_state(soft_prompt, [ids], state, processor.chunk_length)
-    yield num_read, made.to("cpu")  # the device's memory is for answers
+    state = processor.model.model.make_state(soft_prompt, [ids], state, processor.chunk_length)
+    yield num_read, state.to("cpu")  # the device's memory is for answers
 
 
 def state_step(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: Phase15State) -> Step:
@@ -466,6 +467,7 @@ def build_demo(
                         progress = f"{num_read:,} of {len(ids):,} tokens read"
                         yield [*[gr.skip()] * 3, progress, *[gr.skip()] * 5]
         except Exception as error:
+            yield [*[gr.skip()] * 3, status(state), *[gr.skip()] * 5]  # the progress ends
             raise refuse(f"{type(error).__name__}: {error}") from error
         for outputs in offer_state(new_state):
             yield ["", None, *outputs]

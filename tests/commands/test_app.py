@@ -478,8 +478,11 @@ def test_an_error_in_the_thread_reaches_the_caller_and_the_user(tiny, tokenizer,
     demo = app.build_demo(tiny, tokenizer, "tiny")
     with pytest.raises(gradio.Error, match="RuntimeError: out of memory"):
         list(handler(demo, "respond")("Why?", [], 0, 16))
+    lines = []
     with pytest.raises(gradio.Error, match="RuntimeError: out of memory"):
-        list(handler(demo, "read_input")("A text", None, None))
+        for outputs in handler(demo, "read_input")("A text", None, None):
+            lines.append(outputs[3])
+    assert lines == ["6 of 6 tokens read", ""]  # the progress does not stay
 
 
 def test_closing_the_reply_frees_the_lane(model, chat_tokenizer, lanes):
@@ -995,8 +998,14 @@ def test_the_limits_are_flags_with_defaults(monkeypatch, tiny, tokenizer):
     made = {}
     monkeypatch.setattr(app, "load", lambda name: (tiny, tokenizer))
     monkeypatch.setattr(gradio.Blocks, "launch", lambda demo, **settings: made.update(demo=demo, **settings))
-    for flags, limit, waiting in (((), 100_000, 16), (("--max_characters", "5", "--max_waiting", "2"), 5, 2)):
+    small = ("--max_characters", "5", "--max_waiting", "2", "--max_read_tokens", "9")
+    for flags, limit, waiting, num_tokens in (((), 100_000, 16, 200_000), (small, 5, 2, 9)):
         app.start(["--model_dir", "m", *flags])
+        assert made["max_file_size"] == app.max_upload_bytes(tiny, num_tokens)
+        with pytest.raises(
+            gradio.Error, match=f"{num_tokens + 1:,} tokens, and this page reads {num_tokens:,} at most"
+        ):
+            list(handler(made["demo"], "read_input")("A" * (num_tokens + 1), None, None))
         respond = handler(made["demo"], "respond")
         assert made["demo"]._queue.max_size == waiting and made.get("server_name") is None
         history = [{"role": "assistant", "content": [{"type": "text", "text": "&lt;"}]}]  # one character
