@@ -16,12 +16,12 @@ OUT=${OUT:-outputs/gpu}
 LIMIT=${LIMIT:-1500}  # seconds for all parts together
 FLAGS=(--shape tinyllama --compile)
 DECODE=(--batch_sizes 1 64 --chunk_lengths 64 --rounds 3) TRAIN=(--batch_sizes 1 8 32 --rounds 2 --gradient_checkpointing)
-LOAD=(--rounds 10) SERVE=(--clients 1 16 64) LONG=(--new_tokens 8192)
+LOAD=(--rounds 10) STATE=(--rounds 3 --max_prefill 65536) SERVE=(--clients 1 16 64) LONG=(--new_tokens 8192)
 if [ -n "${TINY:-}" ]; then
     OUT=${OUT}_tiny FLAGS=(--shape tiny --compile)
     DECODE=(--batch_sizes 1 2 --chunk_lengths 32 --rounds 1 --new_tokens 48)
     TRAIN=(--batch_sizes 1 2 --rounds 1 --prompt_length 40 --new_tokens 40 --gradient_checkpointing)
-    LOAD=(--rounds 3) SERVE=(--clients 1 2 --requests 1 --turns 2 --rivals) LONG=(--new_tokens 256)
+    LOAD=(--rounds 3) STATE=(--rounds 1 --lengths 40 200) SERVE=(--clients 1 2 --requests 1 --turns 2 --rivals) LONG=(--new_tokens 256)
 elif ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "gpu.sh: torch finds no GPU; TINY=1 runs on a CPU"
     exit 1
@@ -56,6 +56,7 @@ benchmark train_full train --stage full "${TRAIN[@]}"
 benchmark train_hypernet train --stage hypernet "${TRAIN[@]}"
 has "pytest, accelerate" "the CUDA graphs" && part cuda_graphs python -m pytest -q -rs tests/model/test_decoding.py -k cuda
 benchmark load load "${LOAD[@]}"
+benchmark state state "${STATE[@]}"
 has "fastapi, uvicorn, openai, prometheus_client" serve && benchmark serve serve "${SERVE[@]}"
 benchmark long long "${LONG[@]}" --picture "$OUT/long.png"
 

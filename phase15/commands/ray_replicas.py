@@ -33,14 +33,24 @@ class Replica:
         if not self.server.is_alive():
             raise RuntimeError("the thread of the lanes has ended")
 
-    async def events(self, body: dict, kind: str) -> AsyncIterator[str | dict]:
+    async def state(self, action: str, argument: dict | str, salt: bytes) -> dict:
+        """
+        Calls `read_state`, `get_state` or `delete_state` of the server. Returns its result as "result", or the
+        arguments of an `ApiError` as "error".
+        """
+        try:
+            return {"result": await getattr(self.server, action)(argument, salt)}
+        except Exception as error:
+            return {"error": to_api_error(error).arguments}
+
+    async def events(self, body: dict, kind: str, salt: bytes) -> AsyncIterator[str | dict]:
         """
         Yields an empty text once the request is in the queue, then the events of its [`Answer`]. An error is a dict,
         the arguments of `ApiError`, since Ray wraps exceptions in a type of its own.
         """
         await self.claim_conversation(serve.get_multiplexed_model_id())
         try:
-            answer = await self.server.open(body, kind)
+            answer = await self.server.open(body, kind, salt)
         except ApiError as error:
             yield error.arguments
             return
@@ -89,12 +99,14 @@ class Replicas:
 
     Args:
         arguments (`Phase15ServerArguments`): arguments of the replicas.
-        key (`str`, *optional*): API key that clients must send.
+        keys (`list[str]`): API keys, one of which clients must send; none if they need none.
+        num_replicas (`int`): maximum number of replicas.
     """
 
-    def __init__(self, arguments: Phase15ServerArguments, key: str | None):
+    def __init__(self, arguments: Phase15ServerArguments, keys: list[str], num_replicas: int):
         self.arguments = arguments
-        self.key = key
+        self.keys = keys
+        self.num_replicas = num_replicas
         self.replicas = serve.get_deployment_handle(REPLICA, APPLICATION)
 
     async def start(self):
@@ -109,7 +121,36 @@ class Replicas:
     def metrics(self) -> bytes:
         return b"# Ray has the metrics of its replicas: docs.ray.io/en/latest/serve/monitoring.html\n"
 
-    async def open(self, body: dict, kind: str) -> RemoteAnswer:
+    async def read_state(self, body: dict, salt: bytes) -> dict:
+        """See [`Server.read_state`]."""
+        return await self.call_state("read_state", body, salt)
+
+    async def get_state(self, state_id: str, salt: bytes) -> dict:
+        """See [`Server.get_state`]."""
+        return await self.call_state("get_state", state_id, salt)
+
+    async def delete_state(self, state_id: str, salt: bytes) -> dict:
+        """See [`Server.delete_state`]."""
+        return await self.call_state("delete_state", state_id, salt)
+
+    async def call_state(self, action: str, argument: dict | str, salt: bytes) -> dict:
+        """
+        Calls a replica.
+
+        Raises:
+            ApiError: if the request cannot be honoured, or if replicas could not find each other's states.
+        """
+        if self.num_replicas > 1 and self.arguments.state_dir is None:
+            raise ApiError("several replicas share states only with --state_dir: start the server with it.", "state")
+        try:
+            reply = await self.replicas.state.remote(action, argument, salt)
+        except BackPressureError:
+            raise busy_error(self.arguments) from None
+        if "error" in reply:
+            raise ApiError(**reply["error"])
+        return reply["result"]
+
+    async def open(self, body: dict, kind: str, salt: bytes) -> RemoteAnswer:
         """
         Sends a request to a replica. See [`Server.open`].
 
@@ -118,7 +159,7 @@ class Replicas:
         """
         replicas = self.replicas.options(stream=True, multiplexed_model_id=conversation_id(body))
         for number in range(MAX_TRIES):
-            stream = replicas.events.remote(body, kind)
+            stream = replicas.events.remote(body, kind, salt)
             try:
                 first = await anext(stream)
                 break
@@ -149,7 +190,7 @@ def make_application(arguments: RayArguments) -> serve.Application:
     """Returns a deployment of replicas, with another in front of it that answers over HTTP."""
     replica_arguments = {name: getattr(arguments, name) for name in Phase15ServerArguments.__annotations__}
     replica_arguments["api_key"] = None  # the front checks it
-    key = arguments.read_key()
+    keys = arguments.read_keys()
 
     class ConversationReplica(Replica):
         # Ray sends a request with the id of a "multiplexed model" to a replica that has loaded that model. A
@@ -171,7 +212,9 @@ def make_application(arguments: RayArguments) -> serve.Application:
         },
     )
 
-    @serve.ingress(lambda: build_app(Replicas(Phase15ServerArguments(**replica_arguments), key)))
+    @serve.ingress(
+        lambda: build_app(Replicas(Phase15ServerArguments(**replica_arguments), keys, arguments.max_replicas))
+    )
     class Front:
         def __init__(self, replicas):
             pass  # Ray deploys only what is bound to the front

@@ -129,7 +129,6 @@ def load_hypernet(
         check_base_digest(llm, config, base)
     config = copy.deepcopy(config)
     config.text_config = llm.config
-    config._attn_implementation = llm.config._attn_implementation
     model = cls.from_llm(config, llm)
 
     prefix = f"{cls.base_model_prefix}.hypernet."

@@ -116,48 +116,72 @@ def check_cache(cache: Cache | None):
 
 class KeptConversations:
     """
-    Stores the soft prompts of finished answers by the tokens that they have read.
+    Stores the soft prompts of prompts by the tokens that they have read.
 
-    A query is read in segments of `max_query_length` tokens, from its beginning. What is stored is the soft prompt
-    after the last full segment: a query that begins with the same segments gets the same soft prompt as if it were
-    read from the start.
+    A prompt is read in segments of `max_query_length` tokens, from its beginning. What is stored is the soft prompt
+    after a full segment: a prompt that begins with the same segments gets the same soft prompt as if it were read from
+    the start. So conversations share a system prompt, a document and earlier turns, and no branch takes the soft
+    prompt of another.
+
+    Of a prompt the soft prompts after the first `FIRST_SEGMENTS` segments are stored, after 16, 32, 64, …, and after
+    the last full one: a long prompt does not replace many others.
 
     Args:
         size (`int`): maximum number of soft prompts; the least recently used go first.
         segment_length (`int`): tokens of a segment.
     """
 
+    FIRST_SEGMENTS = 8
+
     def __init__(self, size: int, segment_length: int):
         self.size = size
         self.segment_length = segment_length
         self.states: OrderedDict[bytes, SoftPrompt] = OrderedDict()
 
-    def keys(self, ids: list[int]) -> Iterator[bytes]:
-        """Yields a digest of all tokens up to the end of each full segment."""
-        digest = hashlib.sha256()
+    def keys(self, ids: list[int], salt: bytes = b"") -> Iterator[bytes]:
+        """Yields a digest of the salt and all tokens up to the end of each full segment."""
+        digest = hashlib.sha256(salt)
         for end in range(self.segment_length, len(ids) + 1, self.segment_length):
             digest.update(torch.tensor(ids[end - self.segment_length : end]).numpy().tobytes())
             yield digest.digest()
 
-    def get(self, ids: list[int]) -> tuple[SoftPrompt | None, int, bytes | None]:
-        """
-        Returns the soft prompt of the longest stored prefix of a query, the number of tokens that it has read, and its
-        key; None, 0 and None if no prefix is stored.
-        """
-        if self.states:
-            for index, key in reversed(list(enumerate(self.keys(ids), start=1))):
-                if key in self.states:
-                    self.states.move_to_end(key)
-                    return self.states[key], index * self.segment_length, key
-        return None, 0, None
+    def is_kept(self, num_read: int, num_tokens: int) -> bool:
+        """Returns `True` if the soft prompt is stored that has read `num_read` of a prompt's `num_tokens` tokens."""
+        index, remainder = divmod(num_read, self.segment_length)
+        if not self.size or remainder:
+            return False
+        is_power_of_two = index & (index - 1) == 0
+        is_last = num_tokens - num_read < self.segment_length
+        return index <= self.FIRST_SEGMENTS or is_power_of_two or is_last
 
-    def put(self, ids: list[int], soft_prompt: SoftPrompt, prefix_key: bytes | None):
-        """Stores the soft prompt that has read `ids`, in place of the soft prompt of the query's prefix."""
-        *_, key = self.keys(ids)
-        if prefix_key is not None:
-            self.states.pop(prefix_key, None)
+    def get(self, ids: list[int], salt: bytes = b"") -> tuple[SoftPrompt | None, int]:
+        """
+        Returns the soft prompt of the longest stored prefix of a prompt and the number of tokens that it has read;
+        None and 0 if no prefix is stored.
+        """
+        if self.size:
+            for index, key in reversed(list(enumerate(self.keys(ids, salt), start=1))):
+                soft_prompt = self.find(key)
+                if soft_prompt is not None:
+                    return soft_prompt, index * self.segment_length
+        return None, 0
+
+    def find(self, key: bytes) -> SoftPrompt | None:
+        """Returns the soft prompt of a key, which is now the most recently used; None if it is not stored."""
+        if key not in self.states:
+            return None
+        self.states.move_to_end(key)
+        return self.states[key]
+
+    def put(self, ids: list[int], soft_prompt: SoftPrompt, salt: bytes = b""):
+        """Stores the soft prompt that has read `ids`, which end with a full segment."""
+        *_, key = self.keys(ids, salt)
         # Clones, because the tensors may be views of a batch that would stay in memory with them.
-        self.states[key] = SoftPrompt(*(state.clone() for state in soft_prompt))
+        self.add(key, SoftPrompt(*(state.clone() for state in soft_prompt)))
+
+    def add(self, key: bytes, soft_prompt: SoftPrompt):
+        """Stores a soft prompt by its key."""
+        self.states[key] = soft_prompt
         self.states.move_to_end(key)
         while len(self.states) > self.size:
             self.states.popitem(last=False)

@@ -47,6 +47,7 @@ from .decoding_phase15 import (
 )
 from .recursion_phase15 import carry
 from .requests_phase15 import TOP_LOGPROBS, Phase15Request, make_request
+from .state_phase15 import Phase15State
 
 
 logger = logging.get_logger(__name__)
@@ -70,26 +71,21 @@ class Lane:
     Args:
         request (`Phase15Request`): what is answered.
         soft_prompt (`SoftPrompt` of one row): has read the first `num_read` tokens of the prompt.
-        prefix_key (`bytes`, *optional*): key of the stored soft prompt that the lane started from.
 
     Attributes:
         chunk (`torch.LongTensor` of shape `(1, chunk_length)`, *optional*): decoded, and not stepped over.
         ids (`torch.LongTensor` of shape `(1, num_tokens)`, *optional*): prompt and answer, for the library's
             processors and criteria.
         generator (`torch.Generator`): of the request's seed.
-        stored_prefix (`tuple[int, SoftPrompt]`, *optional*): the soft prompt to store after the answer, and the number
-            of tokens that it has read.
     """
 
-    def __init__(self, request: Phase15Request, soft_prompt, num_read: int = 0, prefix_key: bytes | None = None):
+    def __init__(self, request: Phase15Request, soft_prompt, num_read: int = 0):
         self.request = request
         self.soft_prompt = soft_prompt
         self.num_read = num_read
-        self.prefix_key = prefix_key
         self.chunk: torch.LongTensor | None = None
         self.ids: torch.LongTensor | None = None
         self.generator = torch.Generator().manual_seed(request.seed)
-        self.stored_prefix: tuple[int, tuple] | None = None
 
     @property
     def is_reading(self) -> bool:
@@ -154,9 +150,8 @@ class Phase15ContinuousBatchProcessor:
         max_batch_size (`int`, defaults to 16): maximum number of answers at once. Buffers are allocated for all of
             them.
         compile (`bool`, *optional*): as in `generate`: compiled steps, on CUDA as CUDA graphs.
-        max_kept_conversations (`int`, defaults to 0): maximum number of soft prompts that are stored after their
-            answers. A prompt that begins with the tokens of a stored soft prompt starts from it. The least recently
-            used go first.
+        max_kept_conversations (`int`, defaults to 0): maximum number of soft prompts that are stored while prompts
+            are read ([`KeptConversations`]). A prompt that begins with the tokens of one starts from it.
         chunk_length (`int`, *optional*): tokens of a chunk of every answer; by default as in `generate`.
 
     Attributes:
@@ -255,15 +250,11 @@ class Phase15ContinuousBatchProcessor:
         self._step_chunks([lane for lane in self.lanes if lane.chunk is not None])
         self._admit_waiting()
         self._read_prompts([lane for lane in self.lanes if lane.is_reading])
-        self._decode_chunk([lane for lane in self.lanes if not lane.is_reading])
+        self._decode_chunk([lane for lane in self.lanes if not (lane.is_reading or lane.request.reads_only)])
         self._release_finished()
         return self.has_requests
 
     def _release_finished(self):
-        for lane in self.lanes:
-            if lane.is_finished and lane.stored_prefix is not None:
-                num_read, soft_prompt = lane.stored_prefix
-                self.conversations.put(lane.request.prompt_ids[:num_read], soft_prompt, lane.prefix_key)
         self.lanes = [lane for lane in self.lanes if not lane.is_finished]
 
     def _step_chunks(self, lanes: list[Lane]):
@@ -286,19 +277,18 @@ class Phase15ContinuousBatchProcessor:
             if request.finish_reason is not None:  # its client has left
                 continue
             request.started = time.perf_counter()
-            num_read = 0
-            prefix_key = None
-            if request.state is not None:
+            soft_prompt, num_read = self.conversations.get(request.prompt_ids, request.salt)
+            if soft_prompt is None and request.state is not None:
                 soft_prompt = request.state.soft_prompt
-            else:
-                soft_prompt, num_read, prefix_key = self.conversations.get(request.prompt_ids)
             if soft_prompt is None:
                 # embeddings, not their weight: an offloaded weight is only there during its module's call
                 token = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
                 soft_prompt = self.model.empty_soft_prompt(1, self.model.get_input_embeddings()(token))
             request.num_kept_tokens = num_read
             self._count(prompt_tokens=len(request.prompt_ids), kept_tokens=num_read)
-            self.lanes.append(Lane(request, soft_prompt, num_read, prefix_key))
+            lane = Lane(request, soft_prompt, num_read)
+            self.lanes.append(lane)
+            self._finish_reading(lane)
 
     def _read_prompts(self, lanes: list[Lane]):
         """Reads one segment of each prompt."""
@@ -317,9 +307,16 @@ class Phase15ContinuousBatchProcessor:
             self._report_step(lane, ids[index : index + 1, :num_new], row)
             lane.soft_prompt = row
             lane.num_read += num_new
-            # stored soft prompts are found by the prompt's tokens, which do not hold what a state has read
-            if self.conversations.size and num_new == size and lane.request.state is None:
-                lane.stored_prefix = (lane.num_read, row)
+            prompt_ids = lane.request.prompt_ids
+            if num_new == size and self.conversations.is_kept(lane.num_read, len(prompt_ids)):
+                self.conversations.put(prompt_ids[: lane.num_read], row, lane.request.salt)
+            self._finish_reading(lane)
+
+    def _finish_reading(self, lane: Lane):
+        """Ends a request that needs only the soft prompt after its prompt."""
+        if lane.request.reads_only and not lane.is_reading:
+            lane.request.soft_prompt = lane.soft_prompt
+            lane.request.finish("stop")
 
     def _report_step(self, lane: Lane, ids: torch.LongTensor, stepped):
         """Calls the `on_step` of a request, if it has one, with the step over `ids`, of shape `(1, num_tokens)`."""
@@ -811,6 +808,7 @@ class Phase15ContinuousBatchingMixin:
         return_logprobs: bool = False,
         chunk_length: int | None = None,
         num_lanes: int | None = None,
+        state: Phase15State | list[Phase15State] | None = None,
         **kwargs,
     ) -> dict[str, GenerationOutput]:
         r"""
@@ -831,6 +829,8 @@ class Phase15ContinuousBatchingMixin:
             compile (`bool`, *optional*), chunk_length (`int`, *optional*): as for `generate`.
             return_logprobs (`bool`): return each token's log-probability, in nats.
             num_lanes (`int`, *optional*): the name of `max_batch_size` before 0.7, for one version.
+            state (`Phase15State` or `list[Phase15State]`, *optional*): what was read before the prompts: one state of
+                one row for all of them, or one for each.
 
         Returns:
             `dict[str, GenerationOutput]`: by request, in the order of `inputs`: "req_0", "req_1", …; with
@@ -849,6 +849,9 @@ class Phase15ContinuousBatchingMixin:
         max_batch_size = configured(continuous_batching_config, "max_requests_per_batch", max_batch_size)
         return_logprobs = return_logprobs or configured(continuous_batching_config, "return_logprobs", False)
         chunk_length = self.config.resolve_chunk_length(chunk_length, generation_config, self.generation_config)
+        states = state if isinstance(state, list) else [state] * len(inputs)
+        if len(states) != len(inputs):
+            raise ValueError(f"`state` has {len(states)} states, but there are {len(inputs)} `inputs`.")
         all_tracked = []
         for index, prompt_ids in enumerate(inputs):
             all_tracked += track_requests(
@@ -860,6 +863,7 @@ class Phase15ContinuousBatchingMixin:
                 return_logprobs=return_logprobs,
                 name=f"inputs[{index}]",
                 chunk_length=chunk_length,
+                state=states[index],
                 **kwargs,
             )
         max_batch_size = min(max_batch_size, max(len(all_tracked), 1))

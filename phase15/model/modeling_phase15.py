@@ -726,7 +726,7 @@ class Phase15ForCausalLM(
         names = [name for name in kwargs if name in Phase15Config.__annotations__]
         config_kwargs = {name: kwargs.pop(name) for name in names}
         llm, loading_info = load_base(base, **kwargs)
-        attention = llm.config._attn_implementation
+        attention = llm.config._attn_implementation  # which making a config around it would set to the default
         config_kwargs = describe_base(base, llm) | config_kwargs
         config = Phase15Config(text_config=llm.config, attn_implementation=attention, **config_kwargs)
         model = cls.from_llm(config, llm)
@@ -737,6 +737,7 @@ class Phase15ForCausalLM(
     @classmethod
     def from_llm(cls, config: Phase15Config, llm: PreTrainedModel):
         """Returns a model in evaluation mode around a loaded LLM, with a new HyperNetwork."""
+        config._attn_implementation = llm.config._attn_implementation
         model = cls(config, llm=llm)
         embeddings = llm.get_input_embeddings().weight
         # The HyperNetwork's dtype is the one that it has when the model is loaded again (`_keep_in_fp32_modules`).

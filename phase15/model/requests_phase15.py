@@ -7,6 +7,7 @@ stopping criteria of them.
 """
 
 import copy
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
 from .decoding_phase15 import Sampling, draw_seed, eos_tokens, max_new_tokens, other_criteria, split_processors
+from .recursion_phase15 import SoftPrompt
 from .state_phase15 import Phase15State
 
 
@@ -41,8 +43,10 @@ class Phase15Request:
             refuses the request.
         on_step (`Callable`, *optional*): called after every step of the recursion with the carried soft prompt, the
             stepped one, each of one row, and the number of tokens that entered.
-        state (`Phase15State`, *optional*): of one row: what was read before the prompt.
         on_finish (`Callable`, *optional*): called with the request at its end, in the thread that ends it.
+        state (`Phase15State`, *optional*): of one row, what was read before the prompt.
+        salt (`bytes`): only requests with the same salt share stored soft prompts.
+        reads_only (`bool`): end when the prompt has been read, with `soft_prompt` instead of an answer.
 
     Attributes:
         generated_tokens (`list[int]`): the answer so far, an end token included.
@@ -52,6 +56,7 @@ class Phase15Request:
         error (`Exception`, *optional*): why there is no answer.
         started, finished (`float`): `time.perf_counter()` when the request got its lane, and at its end.
         num_kept_tokens (`int`): number of the prompt's tokens that a stored soft prompt had read.
+        soft_prompt (`SoftPrompt` of one row, *optional*): after the prompt, of a request that only reads.
     """
 
     prompt_ids: list[int]
@@ -65,8 +70,11 @@ class Phase15Request:
     on_token: Callable | None = None
     chunk_length: int | None = None
     on_step: Callable | None = None
-    state: Phase15State | None = None
     on_finish: Callable | None = None
+    state: Phase15State | None = None
+    salt: bytes = b""
+    reads_only: bool = False
+    soft_prompt: SoftPrompt | None = None
     generated_tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
@@ -99,8 +107,9 @@ def make_request(
     seed: int | None = None,
     num_logprobs: int | None = None,
     on_token: Callable | None = None,
-    state: Phase15State | None = None,
     name: str = "prompt_ids",
+    state: Phase15State | None = None,
+    salt: bytes = b"",
     **kwargs,
 ) -> Phase15Request:
     """
@@ -110,12 +119,14 @@ def make_request(
         prompt_ids (`list[int]`): token ids of the prompt.
         generation_config, kwargs: as for `generate`, for one answer.
         seed (`int`, *optional*): of sampling; by default drawn from torch's default generator.
-        num_logprobs, on_token, state: see [`Phase15Request`].
+        num_logprobs, on_token: see [`Phase15Request`].
         name (`str`): what errors call the prompt.
+        state (`Phase15State`, *optional*): of one row, what was read before the prompt.
+        salt (`bytes`): only requests with the same salt and the same state share stored soft prompts.
 
     Raises:
-        ValueError: for a prompt without tokens or with ids outside the vocabulary, and for settings that `generate`
-            refuses or that continuous batching does not support; for a state of another model or of several rows.
+        ValueError: for a prompt without tokens or with ids outside the vocabulary, for settings that `generate`
+            refuses or that continuous batching does not support, and for a state of another model or of several rows.
     """
     prompt_ids = check_prompt_ids(prompt_ids, model.config.text_config.vocab_size, name)
     if num_logprobs is not None and not 0 <= num_logprobs <= TOP_LOGPROBS:
@@ -126,7 +137,6 @@ def make_request(
     processors, criteria, settings = library_parts(model, prompt_ids, generation_config, kwargs)
     check_settings(settings)
     sampling, other_processors = split_processors(processors, settings.do_sample)
-    state = model.model.match_state(state, torch.tensor([prompt_ids], device=model.device))
     if seed is None:
         seed = draw_seed() if settings.do_sample else 0
     return Phase15Request(
@@ -140,8 +150,30 @@ def make_request(
         num_logprobs=num_logprobs,
         on_token=on_token,
         chunk_length=chunk_length,
-        state=state,
+        **starting_point(model, state, salt),
     )
+
+
+def make_reading_request(
+    model, prompt_ids: list[int], *, state: Phase15State | None = None, salt: bytes = b"", name: str = "prompt_ids"
+) -> Phase15Request:
+    """Makes a request that reads a text and gives the soft prompt after it. Arguments as in [`make_request`]."""
+    prompt_ids = check_prompt_ids(prompt_ids, model.config.text_config.vocab_size, name)
+    return Phase15Request(prompt_ids, max_new_tokens=0, reads_only=True, **starting_point(model, state, salt))
+
+
+def starting_point(model, state: Phase15State | None, salt: bytes) -> dict:
+    """Returns the fields `state` and `salt` of a request: soft prompts are stored for each state."""
+    if state is None:
+        return {"salt": salt}
+    if state.batch_size != 1:
+        raise ValueError(f"`state` has {state.batch_size} rows, but a request has one.")
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    state = model.model.match_state(state, token)
+    digest = hashlib.sha256(salt)
+    for tensor in state.soft_prompt:
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+    return {"state": state, "salt": digest.digest()}
 
 
 def check_prompt_ids(prompt_ids, vocab_size: int, name: str) -> list[int]:
@@ -195,4 +227,4 @@ def check_settings(settings: GenerationConfig):
 request_of = make_request  # the name before 0.7, for one version
 
 
-__all__ = ["TOP_LOGPROBS", "Phase15Request", "make_request", "request_of"]
+__all__ = ["TOP_LOGPROBS", "Phase15Request", "make_reading_request", "make_request", "request_of"]

@@ -12,6 +12,8 @@ MINIMUMS = {
     "num_lanes": 1,
     "chunk_length": 1,
     "max_kept_conversations": 0,
+    "max_state_bytes": 1,
+    "max_state_tokens": 1,
     "max_body_bytes": 1,
     "max_prompt_tokens": 1,
     "max_tokens": 1,
@@ -52,7 +54,18 @@ class Phase15ServerArguments:
     )
     max_kept_conversations: int = field(
         default=64,
-        metadata={"help": "Maximum number of soft prompts kept after an answer. The next turn reads only new text."},
+        metadata={"help": "Maximum number of soft prompts of prefixes in memory. A prompt reads only new text."},
+    )
+    state_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder for states and prefixes, which then survive a restart. Default: only memory."},
+    )
+    max_state_bytes: int = field(
+        default=2**30,
+        metadata={"help": "Maximum size of the states, in bytes, in memory and in state_dir each."},
+    )
+    max_state_tokens: int = field(
+        default=2**20, metadata={"help": "Maximum length of a text that POST /v1/states reads, in tokens."}
     )
     max_body_bytes: int = field(default=4 * 2**20, metadata={"help": "Maximum size of a request body, in bytes."})
     max_prompt_tokens: int = field(
@@ -68,7 +81,7 @@ class Phase15ServerArguments:
     retry_after: int = field(default=1, metadata={"help": "Retry-After header of a status 429, in seconds."})
     api_key: str | None = field(
         default=None,
-        metadata={"help": "File with the key that clients must send. PHASE15_API_KEY can hold the key itself."},
+        metadata={"help": "File with the keys that clients may send, one per line. PHASE15_API_KEY can hold them."},
     )
 
     def __post_init__(self):
@@ -84,8 +97,8 @@ class Phase15ServerArguments:
         """Returns the name of the model in requests and answers."""
         return self.model_dir.rstrip("/")  # shells complete a folder's name with a slash
 
-    def read_key(self) -> str | None:
-        """Returns the API key of `api_key` or PHASE15_API_KEY, or `None` if clients need none."""
+    def read_keys(self) -> list[str]:
+        """Returns the API keys of `api_key` or PHASE15_API_KEY, one per line; none if clients need none."""
         if self.api_key is not None:
             source = self.api_key
             key = Path(self.api_key).read_text("utf-8")
@@ -93,11 +106,11 @@ class Phase15ServerArguments:
             source = "PHASE15_API_KEY"
             key = os.environ.get("PHASE15_API_KEY")
         if key is None:
-            return None
-        key = key.strip()
-        if not key:
+            return []
+        keys = key.split()
+        if not keys:
             raise ValueError(f"{source} is empty, but it must hold the API key.")
-        return key
+        return keys
 
 
 @dataclass

@@ -8,10 +8,12 @@ OpenAI's API over lanes: /v1/chat/completions, /v1/completions and /v1/models, b
 import asyncio
 import hmac
 import json
+import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import torch
 from fastapi import FastAPI, Request
@@ -32,7 +34,8 @@ from transformers.utils import logging
 from phase15.loading import load_served
 from phase15.model.continuous_batching_phase15 import Phase15ContinuousBatchProcessor
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
-from phase15.model.requests_phase15 import Phase15Request, request_of
+from phase15.model.requests_phase15 import Phase15Request, make_reading_request, request_of
+from phase15.model.state_phase15 import Phase15State
 from phase15.serving.arguments import Phase15ServerArguments
 from phase15.serving.openai_requests import (
     ApiError,
@@ -40,9 +43,13 @@ from phase15.serving.openai_requests import (
     TokenPenalties,
     parse_messages,
     parse_request,
+    parse_state_id,
+    parse_text,
     tokenize_chat,
     tokenize_prompts,
+    tokenize_turns,
 )
+from phase15.serving.states import StateStore, StoredConversations, salt_of_key, state_name
 from phase15.serving.text_stream import Piece
 from phase15.serving.worker import Call, LanesBusyError, LaneWorker, StoppingError
 
@@ -66,7 +73,7 @@ class Server:
         self.model = model
         self.tokenizer = tokenizer
         self.arguments = arguments
-        self.key = arguments.read_key()
+        self.keys = arguments.read_keys()
         # The first call can change a tokenizer's state (truncation, padding). Later calls run in several threads.
         tokenizer("")
         lanes = Phase15ContinuousBatchProcessor(
@@ -76,7 +83,11 @@ class Server:
             max_kept_conversations=arguments.max_kept_conversations,
             chunk_length=arguments.chunk_length,
         )
-        self.worker = LaneWorker(lanes, arguments.max_waiting)
+        folder = None if arguments.state_dir is None else Path(arguments.state_dir)
+        self.store = StateStore(model, folder, arguments.max_state_bytes)
+        if folder is not None:
+            lanes.conversations = StoredConversations(lanes, self.store)
+        self.worker = LaneWorker(lanes, arguments.max_waiting, self.store)
 
     @classmethod
     def load(cls, arguments: Phase15ServerArguments) -> "Server":
@@ -86,7 +97,7 @@ class Server:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"`device` is {device!r}: {str(error).splitlines()[0]}") from error
-        arguments.read_key()  # a missing key is an error before the weights are read, which takes long
+        arguments.read_keys()  # a missing key is an error before the weights are read, which takes long
         model, tokenizer = load_served(arguments.name, arguments.dtype, arguments.revision, arguments.chunk_length)
         server = cls(model.to(device).eval(), tokenizer, arguments)
         server.log_memory()
@@ -109,7 +120,8 @@ class Server:
             f"{self.arguments.name} on {self.model.device}: {self.arguments.num_lanes} lanes of "
             f"{lane_bytes / 2**20:,.1f} MB, chunks of {chunk_length} tokens, and up to "
             f"{self.arguments.max_kept_conversations} kept conversations of {soft_prompt_bytes / 2**20:,.2f} MB, "
-            "at any length."
+            f"at any length. States: up to {self.arguments.max_state_bytes / 2**20:,.0f} MB in "
+            f"{self.arguments.state_dir or 'memory'}."
         )
 
     async def start(self):
@@ -117,6 +129,7 @@ class Server:
 
     async def stop(self):
         await run_in_threadpool(self.worker.stop)
+        await run_in_threadpool(self.store.flush)
 
     def is_alive(self) -> bool:
         return self.worker.thread.is_alive()
@@ -125,32 +138,107 @@ class Server:
         """Returns the metrics in Prometheus' text format."""
         return generate_latest(self.worker.metrics.registry)
 
-    async def open(self, body: dict, kind: str) -> "Answer":
+    async def open(self, body: dict, kind: str, salt: bytes = b"") -> "Answer":
         """
         Puts the requests of an API call into the queue, and returns their answer.
 
         Args:
             body (`dict`): body of the HTTP request.
             kind (`str`): "chat" or "text".
+            salt (`bytes`): of the client's key: see [`salt_of_key`].
 
         Raises:
             ApiError: if the request cannot be honoured, or the waiting queue is full.
         """
         check_model(body, self.arguments.name)
-        parsed, requests = await run_in_threadpool(self.prepare, body, kind)
+        parsed, requests = await run_in_threadpool(self.prepare, body, kind, salt)
         try:
             call = Call(self.worker, requests, self.tokenizer, parsed.stops, parsed.is_streamed)
         except LanesBusyError:
             raise busy_error(self.arguments) from None
         return Answer(kind, parsed, call, self.tokenizer, self.arguments.name)
 
-    def prepare(self, body: dict, kind: str) -> tuple[ParsedRequest, list[Phase15Request]]:
+    async def read_state(self, body: dict, salt: bytes = b"") -> dict:
+        """
+        Reads the text of a request of POST /v1/states in a lane, stores the state, and returns its description.
+
+        Raises:
+            ApiError: if the request cannot be honoured, or the waiting queue is full.
+        """
+        check_model(body, self.arguments.name)
+        request, before = await run_in_threadpool(self.prepare_reading, body, salt)
+        try:
+            call = Call(self.worker, [request], self.tokenizer, [], is_streamed=False)
+        except LanesBusyError:
+            raise busy_error(self.arguments) from None
+        async for _ in call.pieces():
+            pass
+        state_id = f"state-{secrets.token_urlsafe(24)}"
+        state = await run_in_threadpool(self.keep_state, state_id, request, before, salt)
+        return self.describe_state(state_id, state)
+
+    def prepare_reading(self, body: dict, salt: bytes) -> tuple[Phase15Request, Phase15State | None]:
+        """Returns a request that reads the text of a body, and the state before it."""
+        before = self.find_state(parse_state_id(body), salt)
+        ids = parse_text(body, self.tokenizer)
+        if len(ids) > self.arguments.max_state_tokens:
+            maximum = self.arguments.max_state_tokens
+            message = f"the text has {len(ids):,} tokens, but this server reads {maximum:,} at most."
+            raise ApiError(message, "input", code="context_length_exceeded")
+        try:
+            return make_reading_request(self.model, ids, state=before, salt=salt, name="input"), before
+        except ValueError as error:
+            raise ApiError(str(error), "input") from error
+
+    def keep_state(
+        self, state_id: str, request: Phase15Request, before: Phase15State | None, salt: bytes
+    ) -> Phase15State:
+        chunk_length = self.worker.lanes.chunk_length
+        state = self.model.model.make_state(request.soft_prompt, [request.prompt_ids], before, chunk_length)
+        self.store.put(state_name(state_id, salt), state)
+        self.store.flush()  # a client that knows the id may ask another server, or this one after a restart
+        return state
+
+    def describe_state(self, state_id: str, state: Phase15State) -> dict:
+        return {
+            "id": state_id,
+            "object": "state",
+            "model": self.arguments.name,
+            "num_tokens": int(state.num_tokens[0]),
+            "bytes": state.nbytes,
+        }
+
+    async def get_state(self, state_id: str, salt: bytes = b"") -> dict:
+        """Returns the description of a state. Raises an ApiError if there is none."""
+        state = await run_in_threadpool(self.find_state, state_id, salt)
+        return self.describe_state(state_id, state)
+
+    async def delete_state(self, state_id: str, salt: bytes = b"") -> dict:
+        """Removes a state. Raises an ApiError if there is none."""
+        if not await run_in_threadpool(self.store.delete, state_name(state_id, salt)):
+            raise unknown_state(state_id)
+        return {"id": state_id, "object": "state.deleted", "deleted": True}
+
+    def find_state(self, state_id: str | None, salt: bytes) -> Phase15State | None:
+        """Returns the state that a client has made; None for no id."""
+        if state_id is None:
+            return None
+        state = self.store.get(state_name(state_id, salt))
+        if state is None:
+            raise unknown_state(state_id)
+        return state
+
+    def prepare(self, body: dict, kind: str, salt: bytes = b"") -> tuple[ParsedRequest, list[Phase15Request]]:
         """Parses a body. Returns the parsed request, and a request to the lanes for each choice of each prompt."""
         vocab_size = self.model.config.text_config.vocab_size
         parsed = parse_request(body, kind, self.arguments, self.model.generation_config, vocab_size)
         if kind == "chat":
             param = "messages"
-            parsed.prompts = [tokenize_chat(parse_messages(body), self.tokenizer)]
+            messages = parse_messages(body)
+            if parsed.state_id is None:
+                parsed.prompts = [tokenize_chat(messages, self.tokenizer)]
+            else:
+                parsed.prompts = [tokenize_turns(messages, self.tokenizer, False, add_generation_prompt=True)]
         else:
             param = "prompt"
             parsed.prompts = tokenize_prompts(body, self.tokenizer)
@@ -164,13 +252,16 @@ class Server:
         if num_choices > max_choices:
             message = f"the request has {num_choices:,} choices, but this server takes {max_choices:,} at most."
             raise ApiError(message, param)
+        state = self.find_state(parsed.state_id, salt)
         requests = []
         for prompt in parsed.prompts:
             for index in range(parsed.n):
-                requests.append(self.make_request(parsed, prompt, index))
+                requests.append(self.make_request(parsed, prompt, index, state, salt))
         return parsed, requests
 
-    def make_request(self, parsed: ParsedRequest, prompt: list[int], index: int) -> Phase15Request:
+    def make_request(
+        self, parsed: ParsedRequest, prompt: list[int], index: int, state: Phase15State | None, salt: bytes
+    ) -> Phase15Request:
         """Returns the request to the lanes for one choice of a prompt. Choices have different seeds."""
         settings = dict(parsed.settings)
         if parsed.presence_penalty or parsed.frequency_penalty:
@@ -186,6 +277,8 @@ class Server:
                 seed=seed,
                 num_logprobs=parsed.num_logprobs,
                 name="prompt",
+                state=state,
+                salt=salt,
                 pad_token_id=0,  # lanes pad nothing; without it `generate` warns at each request
                 **settings,
             )
@@ -358,6 +451,10 @@ def check_model(body: dict, name: str):
         raise ApiError(message, "model", 404, "model_not_found")
 
 
+def unknown_state(state_id: str) -> ApiError:
+    return ApiError(f"there is no state {state_id!r:.80} of this key.", "state", 404, "state_not_found")
+
+
 def busy_error(arguments: Phase15ServerArguments) -> ApiError:
     return ApiError(
         f"{arguments.max_waiting} requests wait already: try again later.",
@@ -429,18 +526,21 @@ def build_app(server: Server) -> FastAPI:
     model = Model(id=name, created=int(time.time()), object="model", owned_by="phase15").model_dump()
     watchers = set()  # an event loop keeps only weak references to its tasks
 
-    def check_key(request: Request):
-        if not server.key:
-            return
-        authorization = request.headers.get("authorization", "")
-        expected = f"Bearer {server.key}"
-        if not hmac.compare_digest(authorization.encode(), expected.encode()):
+    def check_key(request: Request) -> bytes:
+        """Returns the salt of the client's key."""
+        if not server.keys:
+            return salt_of_key(None)
+        authorization = request.headers.get("authorization", "").encode()
+        # All keys are compared, so that the time does not tell which is near.
+        matching = [key for key in server.keys if hmac.compare_digest(authorization, f"Bearer {key}".encode())]
+        if not matching:
             raise ApiError("the API key is missing or wrong.", status=401, code="invalid_api_key")
+        return salt_of_key(matching[0])
 
     async def respond(request: Request, kind: str) -> Response:
-        check_key(request)
+        salt = check_key(request)
         body = await read_body(request, server.arguments.max_body_bytes)
-        answer = await server.open(body, kind)
+        answer = await server.open(body, kind, salt)
         watcher = asyncio.create_task(cancel_on_disconnect(request, answer))
         watchers.add(watcher)
         watcher.add_done_callback(watchers.discard)
@@ -459,6 +559,20 @@ def build_app(server: Server) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await respond(request, "text")
+
+    @app.post("/v1/states")
+    async def make_state(request: Request) -> Response:
+        salt = check_key(request)
+        body = await read_body(request, server.arguments.max_body_bytes)
+        return JSONResponse(await server.read_state(body, salt))
+
+    @app.get("/v1/states/{state_id}")
+    async def get_state(request: Request, state_id: str) -> Response:
+        return JSONResponse(await server.get_state(state_id, check_key(request)))
+
+    @app.delete("/v1/states/{state_id}")
+    async def delete_state(request: Request, state_id: str) -> Response:
+        return JSONResponse(await server.delete_state(state_id, check_key(request)))
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:

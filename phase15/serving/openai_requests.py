@@ -13,11 +13,12 @@ from openai.types.chat import completion_create_params as chat_create_params
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
 from phase15.model.requests_phase15 import TOP_LOGPROBS
+from phase15.model.state_phase15 import encode_turn
 from phase15.serving.arguments import Phase15ServerArguments
 
 
 # Fields that are not OpenAI's, but that other servers have and clients send.
-EXTENSIONS = {"top_k", "min_p", "repetition_penalty", "ignore_eos"}
+EXTENSIONS = {"top_k", "min_p", "repetition_penalty", "ignore_eos", "state"}
 # Fields without an effect on the answer.
 LABELS = {
     "user",
@@ -113,6 +114,7 @@ class ParsedRequest:
 
     Args:
         prompts (`list[list[int]]`): token ids of each prompt.
+        state_id (`str`, *optional*): of what was read before the prompts.
         settings (`dict`): arguments of `generate`.
         stops (`list[str]`): stop strings.
         n (`int`): number of choices per prompt.
@@ -126,6 +128,7 @@ class ParsedRequest:
     """
 
     prompts: list[list[int]] = field(default_factory=list)
+    state_id: str | None = None
     settings: dict = field(default_factory=dict)
     stops: list[str] = field(default_factory=list)
     n: int = 1
@@ -201,7 +204,53 @@ def parse_request(
         num_logprobs=parse_num_logprobs(fields, kind),
         settings=parse_settings(fields, arguments, generation_config, vocab_size),
         ignores_eos=fields.flag("ignore_eos"),
+        state_id=parse_state_id(body),
     )
+
+
+def parse_state_id(body: dict) -> str | None:
+    """Returns the id of a state that a request names."""
+    state_id = body.get("state")
+    if state_id is not None and not isinstance(state_id, str):
+        raise ApiError(f"`state` is {state_id!r:.80}, but it must be the id of a state.", "state")
+    return state_id
+
+
+STATE_FIELDS = {"model", "input", "messages", "state"}
+
+
+def parse_text(body: dict, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """
+    Returns the token ids of the text in a request of /v1/states: `input`, a text or token ids, or `messages`, the next
+    turns of a chat.
+
+    Raises:
+        ApiError: for an unknown field, and for a body without a text or with two.
+    """
+    for name in body:
+        if name not in STATE_FIELDS:
+            raise ApiError(f"`{name}` is not a field of this request.", name)
+    if (body.get("input") is None) == (body.get("messages") is None):
+        raise ApiError("give either `input`, a text or token ids, or `messages`.", "input")
+    if body.get("messages") is not None:
+        return tokenize_turns(parse_messages(body), tokenizer, body.get("state") is None, add_generation_prompt=False)
+    text = body["input"]
+    if isinstance(text, str) and text:
+        # A text that goes on has no start token before it.
+        return tokenizer(text, add_special_tokens=body.get("state") is None)["input_ids"]
+    if is_token_ids(text) and text:
+        return text
+    raise ApiError(f"`input` is {text!r:.80}, but it must be a text or token ids, not empty.", "input")
+
+
+def tokenize_turns(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, is_first: bool, add_generation_prompt: bool
+) -> list[int]:
+    """Returns the token ids of turns of a chat, without those of the turns before: see [`encode_turn`]."""
+    try:
+        return encode_turn(messages, tokenizer, is_first, add_generation_prompt)
+    except ValueError as error:
+        raise ApiError(str(error), "messages") from error
 
 
 def check_fields(body: dict, kind: str):
@@ -395,6 +444,7 @@ def tokenize_chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizer
 def tokenize_prompts(body: dict, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Returns the token ids of each prompt. `prompt` is a text, a list of token ids, or a list of either."""
     prompt = body.get("prompt")
+    is_first = body.get("state") is None  # a text that goes on has no start token before it
     if isinstance(prompt, list) and not is_token_ids(prompt):
         prompts = prompt
     else:
@@ -402,7 +452,7 @@ def tokenize_prompts(body: dict, tokenizer: PreTrainedTokenizerBase) -> list[lis
     prompt_ids = []
     for item in prompts:
         if isinstance(item, str) and item:
-            prompt_ids.append(tokenizer(item)["input_ids"])
+            prompt_ids.append(tokenizer(item, add_special_tokens=is_first)["input_ids"])
         elif is_token_ids(item) and item:
             prompt_ids.append(item)
         else:
@@ -441,6 +491,9 @@ __all__ = [
     "TokenPenalties",
     "parse_messages",
     "parse_request",
+    "parse_state_id",
+    "parse_text",
     "tokenize_chat",
     "tokenize_prompts",
+    "tokenize_turns",
 ]

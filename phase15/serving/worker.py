@@ -19,6 +19,7 @@ from phase15.model.continuous_batching_phase15 import (
     Phase15ContinuousBatchProcessor,
 )
 from phase15.model.requests_phase15 import Phase15Request
+from phase15.serving.states import StateStore
 from phase15.serving.text_stream import Choice, Piece, TextStream
 
 
@@ -40,9 +41,10 @@ class Metrics:
 
     Args:
         lanes (`Phase15ContinuousBatchProcessor`): lanes of the server.
+        store (`StateStore`, *optional*): its states.
     """
 
-    def __init__(self, lanes: Phase15ContinuousBatchProcessor):
+    def __init__(self, lanes: Phase15ContinuousBatchProcessor, store: StateStore | None = None):
         self.registry = CollectorRegistry()
         self.requests = self._counter("phase15_requests", "Finished answers, by finish reason.", ["reason"])
         self.prompt_tokens = self._counter("phase15_prompt_tokens", "Tokens of the prompts that got a lane.")
@@ -62,6 +64,9 @@ class Metrics:
         )
         self._gauge("phase15_requests_waiting", "Requests without a lane.", lambda: num_active(lanes.waiting))
         self._gauge("phase15_kept_conversations", "Kept conversations.", lambda: len(lanes.kept.states))
+        if store is not None:
+            self._gauge("phase15_states", "States in memory.", lambda: len(store.states))
+            self._gauge("phase15_state_bytes", "Bytes of the states in memory.", lambda: store.num_bytes)
         self._gauge("phase15_tokens_per_second", f"Mean of the last {RATE_SECONDS:.0f} seconds.", self.rate)
         self.recent: deque[tuple[float, int]] = deque()  # time and number of tokens of each call of `advance`
 
@@ -102,12 +107,13 @@ class LaneWorker(Phase15ContinuousBatchingManager):
     Args:
         lanes (`Phase15ContinuousBatchProcessor`): lanes of the served model.
         max_waiting (`int`): maximum number of requests that wait for a lane.
+        store (`StateStore`, *optional*): states of the server, for its metrics.
     """
 
-    def __init__(self, lanes: Phase15ContinuousBatchProcessor, max_waiting: int):
+    def __init__(self, lanes: Phase15ContinuousBatchProcessor, max_waiting: int, store: StateStore | None = None):
         super().__init__(lanes)
         self.max_waiting = max_waiting
-        self.metrics = Metrics(lanes)
+        self.metrics = Metrics(lanes, store)
         self.active: list[Phase15Request] = []
 
     def submit(self, requests: list[Phase15Request]):

@@ -80,8 +80,8 @@ class Phase15ModelArguments:
     save_only_hypernet: bool | None = field(
         default=None,
         metadata={
-            "help": "Save the HyperNetwork without its base, which loading fetches; checkpoints too. Default: in stage "
-            "hypernet, if it starts from a base."
+            "help": "Save the HyperNetwork without its base, which loading fetches, in checkpoints too. Default: in "
+            "stage hypernet, if it starts from a base."
         },
     )
     merge_adapter: bool = field(default=False, metadata={"help": "Save the merged model instead of the adapter."})

@@ -51,6 +51,20 @@ def test_decode(capsys):
     assert "not measured" in text or torch.cuda.is_available()  # memory on a CPU
 
 
+def test_state(capsys):
+    argv = ("state", "--rounds", "2", "--lengths", "40", "300", "--max_prefill", "100")
+    report, text = report_of(*argv, capsys=capsys)
+    assert list(report["results"]) == ["40_tokens", "300_tokens"] and "not measured" in text
+    short, long = report["results"].values()
+    for name, row in short.items():
+        assert row["least"] <= row["base_takes_times"] <= row["most"] and row["seconds_of_a_question"] > 0
+        assert long[name]["base_takes_times"] is None and (long[name]["seconds_to_read"] is None) == (name == "base")
+        if name != "base":
+            assert row["bytes"] == long[name]["bytes"]  # whatever the length
+    assert long["base"]["bytes"] == pytest.approx(short["base"]["bytes"] * 300 / 40)
+    assert short["base"]["base_takes_times"] == 1
+
+
 def test_the_base_is_compiled_on_a_cpu_too(bases, monkeypatch):
     """Otherwise `python -m benchmarks decode --compile` would time a base in eager mode."""
     base = AutoModelForCausalLM.from_pretrained(bases["llama"])

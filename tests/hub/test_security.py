@@ -50,7 +50,9 @@ def folder(tiny, tmp_path, monkeypatch) -> Path:
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
         monkeypatch.delitem(sys.modules, name)  # an earlier test's package looks for modules in its own folder
     monkeypatch.setattr("sys.stdin", open("/dev/null"))
-    return tmp_path / "model"
+    yield tmp_path / "model"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        del sys.modules[name]  # a later test in this process would look for its modules in this test's folder
 
 
 @pytest.mark.parametrize("answer", [{}, {"trust_remote_code": False}], ids=["unsaid", "no"])

@@ -28,7 +28,7 @@ from phase15.model.continuous_batching_phase15 import (
 from phase15.model.continuous_batching_phase15 import Phase15ContinuousBatchProcessor as Processor
 from phase15.model.decoding_phase15 import LibraryDecoder, Phase15Decoder
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
-from phase15.model.requests_phase15 import Phase15Request, make_request
+from phase15.model.requests_phase15 import Phase15Request, make_reading_request, make_request
 
 
 LENGTHS = (1, QUERY - 1, QUERY, QUERY + 1, 3 * QUERY, 3, 2 * SLOTS)
@@ -270,13 +270,13 @@ def test_log_probabilities_are_those_of_forward(model, way):
 @pytest.fixture
 def reads(monkeypatch) -> list[int]:
     """Tokens of every step that reads a query."""
-    lengths, read = [], Phase15ForCausalLM.read
+    lengths, read = [], Phase15ForCausalLM.read_segments
 
     def reading(self, soft_prompt, ids, length, *args):
         lengths.extend(length.tolist())
         return read(self, soft_prompt, ids, length, *args)
 
-    monkeypatch.setattr(Phase15ForCausalLM, "read", reading)
+    monkeypatch.setattr(Phase15ForCausalLM, "read_segments", reading)
     return lengths
 
 
@@ -294,7 +294,7 @@ def test_a_next_turn_reads_what_is_new_and_gives_the_same(model, way, reads):
         if turn:  # what was said since, and what did not fill a segment
             assert sum(reads) <= 2 * CHUNK + 3 + QUERY
         ids = ids + request.generated_tokens + random_ids(3, seed=turn).tolist()
-        assert len(lanes.conversations.states) == 1
+        assert len(lanes.conversations.states) <= 5
     assert len(ids) > 200
 
 
@@ -344,7 +344,106 @@ def test_what_is_kept_holds_one_row_each(model):
 def test_nothing_is_kept_unless_asked(model):
     lanes = Processor(model, 1)
     answer(lanes, asked(model, PROMPTS[4]))
-    assert not lanes.conversations.states and KeptConversations(0, QUERY).get(PROMPTS[4]) == (None, 0, None)
+    assert not lanes.conversations.states and KeptConversations(0, QUERY).get(PROMPTS[4]) == (None, 0)
+
+
+def test_conversations_share_a_system_prompt(model, way, reads):
+    """The second client reads nothing of the first segments, whether the first has its answer yet or not."""
+    system = random_ids(2 * QUERY + 3, seed=1).tolist()
+    questions = [random_ids(QUERY, seed=seed).tolist() for seed in range(2, 6)]
+    lanes = Processor(model, 2, max_kept_conversations=20)
+    requests = [asked(model, system + question) for question in questions]
+    assert answer(lanes, *requests) == [alone(model, system + question) for question in questions]
+    kept = [request.num_kept_tokens for request in requests]
+    assert kept[0] == 0 and kept[2:] == [2 * QUERY] * 2
+
+
+def test_a_branch_leaves_the_other_branches_their_soft_prompts(model, way):
+    beginning = random_ids(3 * QUERY, seed=1).tolist()
+    branches = [beginning + random_ids(2 * QUERY, seed=seed).tolist() for seed in (2, 3, 4)]
+    lanes = Processor(model, 1, max_kept_conversations=20)
+    for turn in range(2):
+        for index, branch in enumerate(branches):
+            request = asked(model, branch)
+            assert answer(lanes, request) == [alone(model, branch)]
+            if turn:
+                assert request.num_kept_tokens == len(branch)
+            else:
+                assert request.num_kept_tokens == (3 * QUERY if index else 0)
+
+
+def test_a_long_prompt_keeps_few_soft_prompts(model):
+    kept = KeptConversations(50, QUERY)
+    read = [number for number in range(1, 201) if kept.is_kept(number * QUERY, 200 * QUERY + 1)]
+    assert read == [1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64, 128, 200]
+    assert not kept.is_kept(QUERY + 1, 9 * QUERY) and not KeptConversations(0, QUERY).is_kept(QUERY, QUERY)
+    lanes = Processor(model, 1, max_kept_conversations=50)
+    answer(lanes, asked(model, random_ids(40 * QUERY + 2).tolist()))
+    assert len(lanes.conversations.states) == 11
+
+
+def test_soft_prompts_are_shared_only_with_the_same_salt(model):
+    ids = random_ids(2 * QUERY + 1).tolist()
+    lanes = Processor(model, 1, max_kept_conversations=20)
+    kept = []
+    for salt in (b"", b"a", b"b", b"a", b""):
+        request = make_request(model, ids, max_new_tokens=3, salt=salt, pad_token_id=0)
+        answer(lanes, request)
+        kept.append(request.num_kept_tokens)
+    assert kept == [0, 0, 0, 2 * QUERY, 2 * QUERY]
+
+
+# states
+
+
+def test_a_lane_starts_from_a_state(model, way):
+    """Lanes with and without a state side by side, and soft prompts that are kept apart for each state."""
+    states = [model.read(random_ids(2 * QUERY + shift, seed=shift)) for shift in (0, 1)]
+    question = random_ids(2 * QUERY + 2, seed=9)
+    lanes = Processor(model, 2, max_kept_conversations=20)
+    for turn in range(2):
+        requests = [
+            make_request(model, question.tolist(), max_new_tokens=2 * CHUNK + 1, state=state, pad_token_id=0)
+            for state in (*states, None)
+        ]
+        expected = [
+            model.generate(question[None], max_new_tokens=2 * CHUNK + 1, state=state, pad_token_id=0, compile=False)
+            for state in (*states, None)
+        ]
+        rows = [output[0, len(question) :].tolist() for output in expected]
+        assert answer(lanes, *requests) == rows and len(set(map(tuple, rows))) == 3
+        assert [request.num_kept_tokens for request in requests] == [2 * QUERY * turn] * 3
+
+
+def test_generate_batch_from_one_state_and_from_one_for_each_prompt(model):
+    states = [model.read(random_ids(2 * QUERY, seed=seed)) for seed in (1, 2)]
+    prompts = [random_ids(5, seed=3).tolist(), random_ids(QUERY + 2, seed=4).tolist()]
+    for before in (states[0], states):
+        outputs = model.generate_batch(prompts, state=before, max_new_tokens=9, pad_token_id=0)
+        for index, (output, prompt) in enumerate(zip(outputs.values(), prompts, strict=True)):
+            state = before[index] if before is states else before
+            expected = model.generate(torch.tensor([prompt]), state=state, max_new_tokens=9, pad_token_id=0)
+            assert output.generated_tokens == expected[0, len(prompt) :].tolist()
+    for wrong, message in ((states[:1], "1 states, but there are 2"), (type(states[0]).stack(states), "2 rows, but")):
+        with pytest.raises(ValueError, match=message):
+            model.generate_batch(prompts, state=wrong, max_new_tokens=9, pad_token_id=0)
+
+
+@pytest.mark.parametrize("length", [3, QUERY, 3 * QUERY + 1])
+def test_a_request_can_only_read(model, way, length):
+    """Beside an answer; also if all of its tokens were read before."""
+    ids = random_ids(length, seed=length)
+    before = model.read(random_ids(QUERY, seed=2))
+    lanes = Processor(model, 2, max_kept_conversations=9)
+    for state in (None, before, before):
+        other = asked(model, PROMPTS[4])
+        request = make_reading_request(model, ids.tolist(), state=state)
+        answer(lanes, other, request)
+        assert other.generated_tokens == alone(model, PROMPTS[4])
+        assert request.finish_reason == "stop" and request.generated_tokens == []
+        expected = model.read(ids, state=state).soft_prompt
+        torch.testing.assert_close(request.soft_prompt.embeds, expected.embeds)
+        assert torch.equal(request.soft_prompt.length, expected.length)
 
 
 # what goes wrong

@@ -6,6 +6,7 @@ Speed and memory of Phase15 beside its baselines, with random weights at a named
     phase15 bench long --shape tinyllama      the same as the answer grows: a table and a curve
     phase15 bench train --shape tinyllama     a step, beside chunk by chunk and full-context fine-tuning
     phase15 bench load --shape smollm2        `from_pretrained`, beside the bare base's
+    phase15 bench state --shape smollm2       reading a text into a state, beside the base's prefill of it
     phase15 bench serve --shape smollm2       the server at 1, 4 and 16 clients, beside `transformers serve`
 
 Every variant first runs uncounted. Then all take turns; figures are medians over the rounds. Ceilings are measured in
@@ -19,11 +20,11 @@ from pathlib import Path
 from phase15.cli.errors import one_line_errors
 
 
-KINDS = ["decode", "long", "train", "load", "serve"]
+KINDS = ["decode", "long", "train", "load", "state", "serve"]
 SHAPES = ["tinyllama", "smollm2", "tiny"]
 # The flags that not every kind has.
 KINDS_OF = {
-    "rounds": ("decode", "long", "train", "load"),
+    "rounds": ("decode", "long", "train", "load", "state"),
     "batch_sizes": ("decode", "train"),
     "prompt_length": ("decode", "long", "train"),
     "new_tokens": ("decode", "long", "train"),
@@ -33,6 +34,7 @@ KINDS_OF = {
     "folders": ("load",),
     **dict.fromkeys(("clients", "requests", "turns", "rivals", "soak", "before"), ("serve",)),
     "picture": ("long",),
+    **dict.fromkeys(("lengths", "max_prefill"), ("state",)),
 }
 
 
@@ -69,6 +71,10 @@ def parse_args(argv: list[str] | None = None, program: str = "phase15 bench") ->
     parser.add_argument(
         "--before", nargs=2, metavar=("CHECKOUT", "SITE"), help="serve: an earlier checkout, and packages for it"
     )
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[1024, 8192, 65536], help="state: tokens of the texts"
+    )
+    parser.add_argument("--max_prefill", type=int, default=8192, help="state: the base reads texts of up to N tokens")
     parser.add_argument("--picture", type=Path, help="long: the curve (default outputs/long_SHAPE.png)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
@@ -76,7 +82,16 @@ def parse_args(argv: list[str] | None = None, program: str = "phase15 bench") ->
     for name, kinds in KINDS_OF.items():
         if args.kind not in kinds and getattr(args, name) != parser.get_default(name):
             parser.error(f"argument --{name}: {args.kind} has none, only {', '.join(kinds)}")
-    for name in ("rounds", "batch_sizes", "prompt_length", "new_tokens", "clients", "requests", "chunk_lengths"):
+    for name in (
+        "rounds",
+        "batch_sizes",
+        "prompt_length",
+        "new_tokens",
+        "clients",
+        "requests",
+        "chunk_lengths",
+        "lengths",
+    ):
         value = getattr(args, name)
         if value is not None and min(value if isinstance(value, list) else [value], default=1) < 1:
             parser.error(f"argument --{name}: must be 1 or more, not {value}")

@@ -13,11 +13,12 @@ from phase15.commands.benchmarks.harness import LABELS, commit, device, device_n
 from phase15.commands.benchmarks.load import load
 from phase15.commands.benchmarks.long import long
 from phase15.commands.benchmarks.serve import serve
+from phase15.commands.benchmarks.state import state
 from phase15.commands.benchmarks.train import train
 from phase15.model.decoding_phase15 import MAX_DECODERS
 
 
-KINDS = {"decode": decode, "long": long, "train": train, "load": load, "serve": serve}
+KINDS = {"decode": decode, "long": long, "train": train, "load": load, "state": state, "serve": serve}
 
 
 def resolve(args: argparse.Namespace) -> argparse.Namespace:
