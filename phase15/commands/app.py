@@ -220,24 +220,22 @@ def read(lanes, ids: list[int], state: Phase15State | None = None) -> Iterator[t
         `tuple[int, Phase15State | None]`: after each segment the number of tokens read, and None; at the end the state
         on the CPU, too.
     """
-    processor = lanes.processor
-    steps = queue.SimpleQueue()  # from the thread of the lanes
-    request = processor.request(ids, max_new_tokens=1, do_sample=False, state=state)  # a request has an answer
-    request.on_step = lambda _, stepped, num_tokens: steps.put((stepped, num_tokens))
-    request.on_finish = lambda _: steps.put(None)
+    model = lanes.processor.model
+    request = model_code(model, "requests_phase15").make_reading_request(model, ids, state=state)
+    segments = queue.SimpleQueue()  # numbers of tokens, from the thread of the lanes
+    request.on_step = lambda _, __, num_tokens: segments.put(num_tokens)
+    request.on_finish = lambda _: segments.put(None)
     lanes.submit([request])
-    soft_prompt = None
     num_read = 0
     try:
-        for stepped, num_tokens in iter(steps.get, None):
-            soft_prompt = stepped
+        for num_tokens in iter(segments.get, None):
             num_read += num_tokens
             yield num_read, None
         if request.error is not None:
             raise request.error
     finally:
         request.finish("cancelled")
-    state = processor.model.model.make_state(soft_prompt, [ids], state, processor.chunk_length)
+    state = model.model.make_state(request.soft_prompt, [ids], state, lanes.processor.chunk_length)
     yield num_read, state.to("cpu")  # the device's memory is for answers
 
 
