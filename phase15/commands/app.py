@@ -1,6 +1,7 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """
-A chat with a Phase15 model in the browser, which shows the recursion while the answer grows.
+A chat with a Phase15 model in the browser, which shows the recursion while the answer grows. A text can be read first:
+all questions then start from its state, which can be saved and loaded.
 
     phase15 app                                  outputs/quickstart, trained first if it is not there
     phase15 app --model_dir DIR_OR_HUB_ID        any Phase15 model; its code is run: read it before
@@ -19,11 +20,15 @@ import importlib.util
 import json
 import math
 import os
+import queue
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 
@@ -33,10 +38,17 @@ if TYPE_CHECKING:  # these take seconds to import: each function imports what it
     from matplotlib.figure import Figure
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from phase15.model.state_phase15 import Phase15State
+
 
 MAX_CHARACTERS = 100_000  # of a conversation: 40 pages, some 100 steps of reading; the model itself has no limit
 MAX_WAITING = 16  # questions, beside those that are being answered
 NUM_LANES = 8  # questions that are answered at once
+MAX_READ_TOKENS = 200_000  # of a text to read: a novel; the model itself has no limit
+BYTES_PER_TOKEN = 8  # of UTF-8, on average: English has 4 to 5
+HEADER_BYTES = 65_536  # upper bound for the metadata of a saved state
+PROGRESS_SECONDS = 0.2  # between two updates of the progress line
+DELETE_CACHE = (3600, 86_400)  # every hour, files of visitors that are older than a day; all files at the end
 QUICKSTART = Path("outputs", "quickstart")
 TRAIN = [sys.executable, "-m", "phase15", "train"]
 COLUMNS = 32  # steps in the table; the picture has them all
@@ -54,6 +66,7 @@ CSS = """
 #slots td { max-width: 9em; padding: 0 6px; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
     background: rgb(230 85 13 / calc(var(--d) * 75%)); }
 #slots td.moved { font-weight: 700; outline: 2px solid var(--body-text-color); outline-offset: -2px; }
+#slots tbody th { width: 1%; }
 #slots .last-sink > * { border-bottom: 2px solid var(--body-text-color); }
 """
 HEADING = "### Inside the soft prompt"
@@ -81,37 +94,30 @@ def parse_args(argv: list[str] | None, program: str) -> argparse.Namespace:
     parser.add_argument(
         "--num_lanes", type=int, default=NUM_LANES, help="questions that are answered at once; default: %(default)s"
     )
+    parser.add_argument(
+        "--max_read_tokens",
+        type=int,
+        default=MAX_READ_TOKENS,
+        help="tokens of a text to read; default: %(default)s",
+    )
     return parser.parse_args(argv)
 
 
 class Step(NamedTuple):
-    """One step of the recursion. The lists have an entry for each slot in use."""
+    """One step of the recursion, or a state. The lists have an entry for each slot in use."""
 
-    name: str  # sp_c for the soft prompt of chunk c, or "read i" if a long query takes several steps
+    name: str  # sp_c for the soft prompt of chunk c, "read i" if a long query takes several steps, or "state"
     seen: int  # tokens that have entered the soft prompt
     tokens: list[int]  # nearest to carry + Δ
     cosines: list[float]  # between carry + Δ and the nearest token
     carried: list[int]  # nearest to carry
-    shares: list[float]  # ‖Δ‖ / ‖carry + Δ‖
+    shares: list[float]  # ‖Δ‖ / ‖carry + Δ‖; empty for a state, whose file does not hold them
 
 
-def nearest_tokens(slots: torch.Tensor, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Finds the token with the largest cosine to each slot.
-
-    Args:
-        slots (`torch.Tensor` of shape `(num_slots, hidden_size)`): slots of a soft prompt.
-        embeddings (`torch.Tensor` of shape `(vocab_size, hidden_size)`): input embeddings of the LLM.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the tokens and their cosines, both of shape `(num_slots,)`.
-    """
-    slots = slots.float()
-    embeddings = embeddings.float()
-    # The norm of a slot does not change which token is the nearest, so only that of the tokens divides all scores.
-    scores = slots @ embeddings.T / embeddings.norm(dim=1).clamp(min=1e-12)  # (N, V)
-    best, token = scores.max(dim=1)  # (N,) each
-    return token, best / slots.norm(dim=1).clamp(min=1e-12)
+def model_code(model: PreTrainedModel, name: str) -> ModuleType:
+    """Returns another file of the model's own code: a Space has no package `phase15`."""
+    package = type(model).__module__.rpartition(".")[0]
+    return importlib.import_module(f"{package}.{name}")
 
 
 class Recorder:
@@ -121,11 +127,15 @@ class Recorder:
     Args:
         query_length (`int`): number of tokens of the query. The step that reads the last one computes sp_0.
         embeddings (`torch.Tensor` of shape `(vocab_size, hidden_size)`): embeddings of the tokenizer's tokens.
+        nearest_tokens (`Callable`): the function of state_phase15.py.
+        num_read (`int`, defaults to 0): number of tokens that the state has read before the query.
     """
 
-    def __init__(self, query_length: int, embeddings: torch.Tensor):
+    def __init__(self, query_length: int, embeddings: torch.Tensor, nearest_tokens: Callable, num_read: int = 0):
         self.query_length = query_length
         self.embeddings = embeddings
+        self.nearest_tokens = nearest_tokens
+        self.num_read = num_read
         self.raw: list[tuple] = []  # arguments of `__call__`
         self.steps: list[Step] = []
 
@@ -150,15 +160,15 @@ class Recorder:
             before = carried.embeds[0, :length].float()
             after = stepped.embeds[0, :length].float()
             # one matrix product with the whole vocabulary for both
-            tokens, cosines = nearest_tokens(torch.cat([after, before]), self.embeddings)
+            tokens, cosines = self.nearest_tokens(torch.cat([after, before]), self.embeddings)
             tokens = tokens.tolist()
             cosines = cosines[:length].tolist()
             shares = (after - before).norm(dim=1) / after.norm(dim=1).clamp(min=1e-12)
             seen = num_tokens
-            if self.steps:
-                seen += self.steps[-1].seen
-            if seen >= self.query_length:
-                chunk = sum(step.seen >= self.query_length for step in self.steps)
+            seen += self.steps[-1].seen if self.steps else self.num_read
+            query_end = self.num_read + self.query_length
+            if seen >= query_end:
+                chunk = sum(step.seen >= query_end for step in self.steps)
                 name = f"sp_{chunk}"
             else:
                 name = f"read {len(self.steps) + 1}"
@@ -167,12 +177,84 @@ class Recorder:
         return list(self.steps)
 
 
+def encode_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, state: Phase15State | None
+) -> list[int]:
+    """Returns the token ids of a text to read: the first turn of a chat, or the next user turn after a state."""
+    if tokenizer.chat_template:
+        encode_turn = model_code(model, "state_phase15").encode_turn
+        return encode_turn([{"role": "user", "content": text}], tokenizer, is_first=state is None)
+    return encode_plain(tokenizer, text, state)
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]], state: Phase15State | None
+) -> list[int]:
+    """Returns the token ids of a conversation, up to the beginning of its next answer. It may go on from a state."""
+    if not tokenizer.chat_template:
+        return encode_plain(tokenizer, "\n".join(turn["content"] for turn in conversation), state)
+    if state is None:
+        inputs = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)
+        return inputs["input_ids"]
+    return state.next_turn(conversation, tokenizer)["input_ids"][0].tolist()
+
+
+def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str, state: Phase15State | None) -> list[int]:
+    """Returns the token ids of a text for a tokenizer without a chat template. After a state it is the next line."""
+    if state is None:
+        return tokenizer(text)["input_ids"]
+    return tokenizer("\n" + text, add_special_tokens=False)["input_ids"]
+
+
+def read(lanes, ids: list[int], state: Phase15State | None = None) -> Iterator[tuple[int, Phase15State | None]]:
+    """
+    Reads a text into a state. The lanes read it like a prompt, one segment at each boundary, so other answers go on.
+    Closing the iterator frees the lane.
+
+    Args:
+        lanes (`Phase15ContinuousBatchingManager`): from `init_continuous_batching`, started.
+        ids (`list[int]`): token ids of the text.
+        state (`Phase15State`, *optional*): what was read before. It is not changed.
+
+    Yields:
+        `tuple[int, Phase15State | None]`: after each segment the number of tokens read, and None; at the end the state
+        on the CPU, too.
+    """
+    model = lanes.processor.model
+    request = model_code(model, "requests_phase15").make_reading_request(model, ids, state=state)
+    segments = queue.SimpleQueue()  # numbers of tokens, from the thread of the lanes
+    request.on_step = lambda _, __, num_tokens: segments.put(num_tokens)
+    request.on_finish = lambda _: segments.put(None)
+    lanes.submit([request])
+    num_read = 0
+    try:
+        for num_tokens in iter(segments.get, None):
+            num_read += num_tokens
+            yield num_read, None
+        if request.error is not None:
+            raise request.error
+    finally:
+        request.finish("cancelled")
+    state = model.model.make_state(request.soft_prompt, [ids], state, lanes.processor.chunk_length)
+    yield num_read, state.to("cpu")  # the device's memory is for answers
+
+
+def state_step(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: Phase15State) -> Step:
+    """Returns the tokens nearest to the slots of a state, as a step without Δ."""
+    embeddings = model.get_input_embeddings().weight[: len(tokenizer)]
+    length = int(state.soft_prompt.length[0])
+    slots = state.soft_prompt.embeds[0, :length].to(embeddings.device)
+    tokens, cosines = model_code(model, "state_phase15").nearest_tokens(slots, embeddings)
+    return Step("state", int(state.num_tokens[0]), tokens.tolist(), cosines.tolist(), tokens.tolist(), [])
+
+
 def reply(
     lanes,
     tokenizer: PreTrainedTokenizerBase,
     conversation: list[dict[str, str]],
     temperature: float = 0.0,
     max_new_tokens: int = 256,
+    state: Phase15State | None = None,
 ) -> Iterator[tuple[str, list[Step]]]:
     """
     Answers a conversation. Closing the iterator frees the lane.
@@ -183,6 +265,7 @@ def reply(
         conversation (`list[dict[str, str]]`): messages, the last one of the user.
         temperature (`float`): of sampling. 0 is greedy search.
         max_new_tokens (`int`): maximum length of the answer, in tokens.
+        state (`Phase15State`, *optional*): what was read before the conversation. It is not changed.
 
     Yields:
         `tuple[str, list[Step]]`: the text so far and the steps so far.
@@ -190,17 +273,17 @@ def reply(
     import torch
     from transformers import TextIteratorStreamer
 
-    if tokenizer.chat_template:
-        ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)["input_ids"]
-    else:
-        ids = tokenizer("\n".join(turn["content"] for turn in conversation))["input_ids"]
+    model = lanes.processor.model
+    ids = encode_conversation(tokenizer, conversation, state)
     if temperature:
         sampling = {"do_sample": True, "temperature": float(temperature)}
     else:
         sampling = {"do_sample": False}
-    recorder = Recorder(len(ids), lanes.lanes.model.get_input_embeddings().weight[: len(tokenizer)])
+    embeddings = model.get_input_embeddings().weight[: len(tokenizer)]
+    num_read = 0 if state is None else int(state.num_tokens[0])
+    recorder = Recorder(len(ids), embeddings, model_code(model, "state_phase15").nearest_tokens, num_read)
     streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
-    request = lanes.lanes.request(ids, max_new_tokens=max_new_tokens, **sampling)
+    request = lanes.processor.request(ids, max_new_tokens=max_new_tokens, state=state, **sampling)
     request.on_token = lambda request: streamer.put(torch.tensor(request.generated_tokens[-1:]))
     request.on_finish = lambda _: streamer.end()
     request.on_step = recorder
@@ -256,8 +339,11 @@ def table(steps: list[Step], tokenizer: PreTrainedTokenizerBase, num_slots: int,
             return "<td></td>"  # the slot is not in use yet
         token = step.tokens[slot]
         carried = step.carried[slot]
-        share = step.shares[slot]
-        title = f"cosine {step.cosines[slot]:.2f}, ‖Δ‖/‖slot‖ {share:.3f}"
+        title = f"cosine {step.cosines[slot]:.2f}"
+        share = 0
+        if step.shares:
+            share = step.shares[slot]
+            title += f", ‖Δ‖/‖slot‖ {share:.3f}"
         moved = ""
         if token != carried:
             title += f", carried {texts[carried]}"
@@ -275,6 +361,17 @@ def table(steps: list[Step], tokenizer: PreTrainedTokenizerBase, num_slots: int,
     return f"<table><thead><tr><th>slot</th>{names}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
+def max_text_bytes(max_read_tokens: int) -> int:
+    """Returns the maximum size of a text to read, in bytes of UTF-8. It is checked before the text is tokenized."""
+    return max_read_tokens * BYTES_PER_TOKEN
+
+
+def max_upload_bytes(model: PreTrainedModel, max_read_tokens: int) -> int:
+    """Returns the maximum size of an uploaded file: a text, or a state in float32."""
+    num_numbers = model.config.num_soft_tokens * model.get_input_embeddings().weight.shape[1]
+    return max(max_text_bytes(max_read_tokens), num_numbers * 4 + HEADER_BYTES)
+
+
 def build_demo(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -282,6 +379,7 @@ def build_demo(
     max_characters: int = MAX_CHARACTERS,
     max_waiting: int = MAX_WAITING,
     num_lanes: int = NUM_LANES,
+    max_read_tokens: int = MAX_READ_TOKENS,
     opening: list[dict[str, str]] | None = None,
 ) -> gr.Blocks:
     """
@@ -293,7 +391,8 @@ def build_demo(
         name (`str`): heading of the page.
         max_characters (`int`): maximum length of a conversation, in characters. Longer ones are a `gr.Error`.
         max_waiting (`int`): maximum number of questions that wait for a lane.
-        num_lanes (`int`): maximum number of questions that are answered at once.
+        num_lanes (`int`): maximum number of questions that are answered, and texts that are read, at once.
+        max_read_tokens (`int`): maximum length of a text to read, in tokens. Longer ones are a `gr.Error`.
         opening (`list[dict[str, str]]`, *optional*): conversation that the page opens on, with the model's answer.
     """
     import gradio as gr
@@ -302,7 +401,7 @@ def build_demo(
     num_sinks = model.config.num_sink_tokens
     hidden_size = model.get_input_embeddings().weight.shape[1]
     kilobytes = num_slots * hidden_size * model.dtype.itemsize / 1024
-    state = f"{num_slots} slots × {hidden_size} numbers: {kilobytes:,.0f} kB"
+    size = f"{num_slots} slots × {hidden_size} numbers: {kilobytes:,.0f} kB"
     lanes = model.init_continuous_batching(max_batch_size=num_lanes)
     lanes.start()
 
@@ -316,10 +415,77 @@ def build_demo(
 
     def panel(steps: list[Step]) -> list:
         last = steps[-1]
-        facts = f"{HEADING}: {last.name}\n{last.seen:,} tokens read into {state} at any length."
-        return [facts, picture(steps, num_slots, num_sinks), table(steps, tokenizer, num_slots, num_sinks)]
+        facts = f"{HEADING}: {last.name}\n{last.seen:,} tokens read into {size} at any length."
+        heat_map = picture(steps, num_slots, num_sinks) if last.shares else None
+        return [facts, heat_map, table(steps, tokenizer, num_slots, num_sinks)]
 
-    def respond(message: str, history: list[dict], temperature: float, max_new_tokens: int):
+    def status(state: Phase15State | None) -> str:
+        return "" if state is None else f"`{state!r}`"
+
+    def refuse(message: str | Exception) -> gr.Error:
+        return gr.Error(html.escape(str(message)), print_exception=False)  # the page shows it as HTML
+
+    def show_state(state: Phase15State | None, path: Path | None = None) -> list:
+        """Returns the outputs of a new state: a new chat starts from it, and `path` is its file."""
+        save = gr.update(value=path, interactive=path is not None)
+        first = [HEADING, None, ""] if state is None else panel([state_step(model, tokenizer, state)])
+        return [state, status(state), save, [], *first]
+
+    def offer_state(state: Phase15State) -> Iterator[list]:
+        with tempfile.TemporaryDirectory() as folder:  # gradio copies the file at the yield
+            path = Path(folder, "state.safetensors")
+            state.save_pretrained(path)
+            yield show_state(state, path)
+
+    def read_input(text: str, file: str | None, state: Phase15State | None):
+        if bool(text.strip()) == (file is not None):
+            raise refuse("Paste a text or choose a file: one of them.")
+        try:
+            if file is not None:
+                text = Path(file).read_text("utf-8-sig")
+            num_bytes = len(text.encode())
+            limit = max_text_bytes(max_read_tokens)
+            if num_bytes > limit:
+                raise ValueError(f"The text has {num_bytes:,} bytes, and this page reads {limit:,} at most.")
+            ids = encode_text(model, tokenizer, text, state)
+        except UnicodeError as error:
+            raise refuse("The file is not a text in UTF-8.") from error
+        except ValueError as error:
+            raise refuse(error) from error
+        if len(ids) > max_read_tokens:
+            raise refuse(f"The text has {len(ids):,} tokens, and this page reads {max_read_tokens:,} at most.")
+        shown_at = -math.inf
+        new_state = None
+        try:
+            with closing(read(lanes, ids, state)) as steps:
+                for num_read, state_after in steps:
+                    new_state = state_after
+                    if time.monotonic() - shown_at > PROGRESS_SECONDS:
+                        shown_at = time.monotonic()
+                        progress = f"{num_read:,} of {len(ids):,} tokens read"
+                        yield [*[gr.skip()] * 3, progress, *[gr.skip()] * 5]
+        except Exception as error:
+            yield [*[gr.skip()] * 3, status(state), *[gr.skip()] * 5]  # the progress ends
+            raise refuse(f"{type(error).__name__}: {error}") from error
+        for outputs in offer_state(new_state):
+            yield ["", None, *outputs]
+
+    def load_file(file: str):
+        try:
+            state = model.load_state(file)
+        except (ValueError, OSError) as error:
+            raise refuse(str(error).replace(file, Path(file).name)) from error
+        if state.batch_size != 1:
+            raise refuse(f"{Path(file).name} holds {state.batch_size} rows, but the page shows one.")
+        yield from offer_state(state.to("cpu"))
+
+    def respond(
+        message: str,
+        history: list[dict],
+        temperature: float,
+        max_new_tokens: int,
+        state: Phase15State | None = None,
+    ):
         if not message.strip():
             yield [gr.skip()] * 5
             return
@@ -335,7 +501,7 @@ def build_demo(
         yield "", history, *[gr.skip()] * 3
         num_shown = 0
         try:
-            with closing(reply(lanes, tokenizer, conversation, temperature, max_new_tokens)) as answer:
+            with closing(reply(lanes, tokenizer, conversation, temperature, max_new_tokens, state)) as answer:
                 for text, steps in answer:
                     if len(steps) > num_shown:
                         outputs = panel(steps)
@@ -344,7 +510,7 @@ def build_demo(
                     num_shown = len(steps)
                     yield gr.skip(), [*history, to_chat({"role": "assistant", "content": text})], *outputs
         except Exception as error:
-            raise gr.Error(html.escape(f"{type(error).__name__}: {error}")) from error  # the page shows it as HTML
+            raise gr.Error(html.escape(f"{type(error).__name__}: {error}")) from error
 
     first_history = []
     first_panel = [HEADING, None, ""]
@@ -354,7 +520,8 @@ def build_demo(
         first_history = [to_chat(message) for message in conversation]
         first_panel = panel(steps)
 
-    with gr.Blocks(title="Phase15", analytics_enabled=False, fill_width=True) as demo:
+    with gr.Blocks(title="Phase15", analytics_enabled=False, fill_width=True, delete_cache=DELETE_CACHE) as demo:
+        state = gr.State(None)  # of one visitor
         gr.HTML(f"<h2>Phase15 · {html.escape(name)}</h2>")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
@@ -362,13 +529,22 @@ def build_demo(
                     first_history,
                     label="Chat",
                     elem_id="chat",
-                    height="max(320px, 100vh - 240px)",
+                    height="max(320px, 100vh - 290px)",
                     render_markdown=False,
                     buttons=[],
                 )
                 with gr.Row(equal_height=True):
                     box = gr.Textbox(show_label=False, placeholder="Ask something", submit_btn=True, scale=5)
                     stop = gr.Button("Stop", min_width=70)
+                line = gr.Markdown("", elem_id="state")
+                with gr.Accordion("Read a text first", open=False):
+                    text = gr.Textbox(label="Text", lines=3, max_lines=8, placeholder="Paste a text")
+                    file = gr.File(label="or a .txt or .md file", file_types=[".txt", ".md"], height=140)
+                    with gr.Row():
+                        start_reading = gr.Button("Read", variant="primary", min_width=110, size="sm")
+                        save = gr.DownloadButton("Save state", interactive=False, min_width=110, size="sm")
+                        load = gr.UploadButton("Load state", file_types=[".safetensors"], min_width=110, size="sm")
+                        forget = gr.Button("Forget", min_width=110, size="sm")
                 with gr.Accordion("Sampling", open=False):
                     temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: greedy)")
                     max_new_tokens = gr.Slider(16, 4096, 256, step=16, label="Most new tokens")
@@ -377,13 +553,30 @@ def build_demo(
                 plot = gr.Plot(first_panel[1], show_label=False, format="png", elem_id="picture")
                 gr.Markdown(LEGEND)
                 slots = gr.HTML(first_panel[2], elem_id="slots", apply_default_css=False)
-        event = box.submit(
+        answering = box.submit(
             respond,
-            inputs=[box, chat, temperature, max_new_tokens],
+            inputs=[box, chat, temperature, max_new_tokens, state],
             outputs=[box, chat, facts, plot, slots],
             concurrency_limit=num_lanes,
+            concurrency_id="lanes",
         )
-        stop.click(None, cancels=[event])
+        state_outputs = [state, line, save, chat, facts, plot, slots]
+        # gradio's progress and its mark of an error would cover all outputs: the chat, the slots and the line
+        quiet = {"show_progress": "hidden", "show_progress_on": [start_reading]}
+        # These events cancel an answer that grows: it went on from another state than the new chat.
+        reading = start_reading.click(
+            read_input,
+            inputs=[text, file, state],
+            outputs=[text, file, *state_outputs],
+            concurrency_limit=num_lanes,
+            concurrency_id="lanes",
+            cancels=[answering],
+            **quiet,
+        )
+        others = [answering, reading]
+        load.upload(load_file, inputs=[load], outputs=state_outputs, cancels=others, **quiet)
+        forget.click(lambda: show_state(None), outputs=state_outputs, cancels=others, queue=False, **quiet)
+        stop.click(status, inputs=[state], outputs=[line], cancels=others, queue=False, **quiet)
     return demo.queue(max_size=max_waiting)
 
 
@@ -404,10 +597,10 @@ def load(model_dir: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     missing = sorted(info["missing_keys"])
     if missing:  # transformers only warns, and the model would answer with random weights
         raise ValueError(f"{model_dir}: {len(missing)} of the weights are missing: {missing[0]}.")
-    if not hasattr(model, "generation_chunk_length"):
+    if not hasattr(model, "load_state"):
         raise ValueError(
-            f"{model_dir} holds code from before this page answered several visitors at once: load the model with the "
-            "code of this repository, and save it again with `save_pretrained`."
+            f"{model_dir} holds code from before a model could read a text into a state: load the model with the code "
+            "of this repository, and save it again with `save_pretrained`."
         )
     return model.to(device).eval(), AutoTokenizer.from_pretrained(model_dir, trust_remote_code=True)
 
@@ -452,13 +645,13 @@ def start(argv: list[str] | None, program: str = "phase15 app"):
         train_quickstart()
     name = args.model_dir or str(QUICKSTART)
     model, tokenizer = load(name)
-    limits = (args.max_characters, args.max_waiting, args.num_lanes)
+    limits = (args.max_characters, args.max_waiting, args.num_lanes, args.max_read_tokens)
     demo = build_demo(model, tokenizer, name, *limits, opening_chat(name))
     import gradio as gr
 
     theme = gr.themes.Default(primary_hue="orange", font=FONTS, font_mono=["ui-monospace", "monospace"])
-    # the page takes no files
-    demo.launch(server_port=args.port, theme=theme, css=CSS, ssr_mode=False, max_file_size=0)
+    max_file_size = max_upload_bytes(model, args.max_read_tokens)
+    demo.launch(server_port=args.port, theme=theme, css=CSS, ssr_mode=False, max_file_size=max_file_size)
 
 
 def main(argv: list[str] | None = None, program: str = "phase15 app"):

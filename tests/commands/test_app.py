@@ -38,6 +38,7 @@ from reference import (
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
+from phase15.model.state_phase15 import Phase15State, nearest_tokens
 
 
 gradio = pytest.importorskip("gradio", reason="needs requirements-extra.txt")
@@ -87,11 +88,13 @@ def nearest(slot: torch.Tensor, embeddings: torch.Tensor) -> int:
 
 
 @torch.no_grad()
-def reference_steps(model, ids: torch.LongTensor, query_length: int) -> list[tuple[list[torch.Tensor], list]]:
-    """Returns the slots after only carry, and after carry and Δ, for every step over one row."""
+def reference_steps(
+    model, ids: torch.LongTensor, query_length: int, slots: list[torch.Tensor] | None = None
+) -> list[tuple[list[torch.Tensor], list]]:
+    """Returns the slots after only carry, and after carry and Δ, for every step over one row after `slots`."""
     embed = model.llm.get_input_embeddings()
     chunk = model.config.chunk_length
-    slots = []
+    slots = slots or []
     steps = []
     answer = ids[query_length:]
     answer = answer[: len(answer) // chunk * chunk]
@@ -127,6 +130,12 @@ def expected_table(model, tokenizer, chat: list[dict], max_new_tokens: int) -> t
     return tokenizer.decode(ids[query_length:], skip_special_tokens=True), rows, moved
 
 
+def handler(demo: gradio.Blocks, name: str):
+    """Returns the function that the page calls at an event."""
+    (function,) = {block.fn for block in demo.fns.values() if block.fn and block.fn.__name__ == name}
+    return function
+
+
 # the parts
 
 
@@ -134,7 +143,7 @@ def test_nearest_tokens_equal_a_loop_over_slots_and_vocabulary():
     torch.manual_seed(0)
     slots = torch.randn(9, 16)
     embeddings = torch.randn(40, 16) * torch.rand(40, 1) * 5
-    tokens, cosines = app.nearest_tokens(slots, embeddings)
+    tokens, cosines = nearest_tokens(slots, embeddings)
     cosine = [[torch.cosine_similarity(slot, embedding, 0).item() for embedding in embeddings] for slot in slots]
     assert tokens.tolist() == [row.index(max(row)) for row in cosine]
     torch.testing.assert_close(cosines, torch.cosine_similarity(slots, embeddings[tokens]))
@@ -177,7 +186,7 @@ def test_embeddings_unknown_to_the_tokenizer_are_never_shown(tiny):
     shown = []
     slots = as_soft_prompt([embeddings[50]] * 5, embeddings.shape[1])
     for vocab_size in (60, 50):
-        recorder = app.Recorder(5, embeddings[:vocab_size])
+        recorder = app.Recorder(5, embeddings[:vocab_size], nearest_tokens)
         recorder(slots, slots, 5)
         shown.append(recorder.read()[0].tokens)
     assert shown[0] == [50] * 5 and all(token < 50 for token in shown[1])
@@ -195,6 +204,203 @@ def test_without_delta_the_slots_show_the_window(bases, tokenizer, lanes):
         assert set(step.shares) == {0.0} and step.cosines == pytest.approx([1] * len(step.cosines))
     assert 'class="moved"' not in app.table(steps, tokenizer, SLOTS, SINKS)
     app.picture(steps, SLOTS, SINKS).savefig(os.devnull, format="png")
+
+
+# a text that is read first
+
+DOCUMENT = "I live in Oslo.\n  My job is <b>teacher</b>, and I play the trumpet. " * 3
+LINE = ["text", "file", "state", "line", "save", "chat", "facts", "plot", "slots"]  # outputs of "read_input"
+
+
+def read_all(thread, ids: list[int], state: Phase15State | None = None) -> Phase15State:
+    *_, (_, state) = app.read(thread, ids, state)
+    return state
+
+
+def assert_same_state(state: Phase15State, expected: Phase15State):
+    names = ("text_digests", "model_digest", "chunk_length", "sizes")
+    assert [getattr(state, name) for name in names] == [getattr(expected, name) for name in names]
+    assert state.num_tokens.tolist() == expected.num_tokens.tolist()
+    torch.testing.assert_close(state.soft_prompt, expected.soft_prompt)
+
+
+def test_a_text_is_read_into_the_state_of_read_chat(model, chat_tokenizer, lanes):
+    thread = lanes(model)
+    ids = app.encode_text(model, chat_tokenizer, DOCUMENT, None)
+    steps = list(app.read(thread, ids))
+    assert len(ids) > 3 * QUERY
+    assert [num_read for num_read, _ in steps] == [*range(QUERY, len(ids), QUERY), len(ids), len(ids)]
+    assert [state for _, state in steps[:-1]] == [None] * (len(steps) - 1)
+    state = steps[-1][1]
+    expected = model.read_chat([{"role": "user", "content": DOCUMENT}], chat_tokenizer)
+    assert_same_state(state, expected)
+    more = app.encode_text(model, chat_tokenizer, "And more.", state)
+    assert_same_state(
+        read_all(thread, more, state),
+        model.read_chat([{"role": "user", "content": "And more."}], chat_tokenizer, state=expected),
+    )
+    assert_same_state(state, expected)  # it was not changed
+
+
+def test_without_a_template_a_text_goes_on_as_plain_text(tiny, tokenizer, lanes):
+    thread = lanes(tiny)
+    state = read_all(thread, app.encode_text(tiny, tokenizer, "ABCDEFGHIJ", None))
+    assert_same_state(state, tiny.read(tokenizer("ABCDEFGHIJ")["input_ids"]))
+    state = read_all(thread, app.encode_text(tiny, tokenizer, "KLM", state), state)
+    question = tokenizer("\nNOP", return_tensors="pt")
+    ids = tiny.generate(**question, state=state, max_new_tokens=9, do_sample=False)[0, 4:]
+    *_, (answer, steps) = app.reply(thread, tokenizer, [{"role": "user", "content": "NOP"}], 0, 9, state)
+    assert answer == tokenizer.decode(ids, skip_special_tokens=True)
+    assert state.num_tokens.tolist() == [14] and steps[0][:2] == ("sp_0", 18)
+
+
+def test_an_answer_from_a_state_is_that_of_generate(model, chat_tokenizer, lanes):
+    thread = lanes(model)
+    state = read_all(thread, app.encode_text(model, chat_tokenizer, DOCUMENT, None))
+    chat = [*CHAT, {"role": "assistant", "content": "Air."}, {"role": "user", "content": "Where do I live?"}]
+    question = state.next_turn(chat, chat_tokenizer)
+    num_columns = question["input_ids"].shape[1]
+    ids = model.generate(**question, state=state, max_new_tokens=3 * PAGE_CHUNK, do_sample=False)[0]
+    *_, (answer, steps) = app.reply(thread, chat_tokenizer, chat, 0, 3 * PAGE_CHUNK, state)
+    assert answer == chat_tokenizer.decode(ids[num_columns:], skip_special_tokens=True)
+    *_, (other, _) = app.reply(thread, chat_tokenizer, chat, 0, 3 * PAGE_CHUNK)
+    assert answer != other  # the state mattered
+    slots = list(state.soft_prompt.embeds[0, : int(state.soft_prompt.length[0])])
+    embeddings = model.get_input_embeddings().weight
+    expected = reference_steps(model, ids[:-1], num_columns, slots)
+    num_reads = -(-num_columns // QUERY)
+    assert [step.name for step in steps[num_reads - 2 :]] == [f"read {num_reads - 1}", "sp_0", "sp_1", "sp_2"]
+    assert steps[num_reads - 1].seen == int(state.num_tokens[0]) + num_columns
+    for step, (_, slots) in zip(steps, expected, strict=True):
+        assert step.tokens == [nearest(slot, embeddings) for slot in slots]
+
+
+def test_a_long_text_does_not_hold_up_an_answer(model, chat_tokenizer, lanes):
+    thread = lanes(model)
+    ids = [5] * (QUERY * 20_000)
+    steps = app.read(thread, ids)
+    next(steps)
+    (lane,) = thread.processor.lanes
+    *_, (answer, _) = app.reply(thread, chat_tokenizer, CHAT, max_new_tokens=PAGE_CHUNK)
+    assert answer and lane.num_read < len(ids)
+    steps.close()
+    wait_until_free(thread)
+
+
+def page_handlers(model, tokenizer, **limits):
+    """Returns the handlers of a page of its own."""
+    demo = app.build_demo(model, tokenizer, "tiny", **limits)
+    return {name: handler(demo, name) for name in ("read_input", "load_file", "respond")}
+
+
+def last_outputs(updates, folder: Path | None = None) -> dict:
+    """Returns the last outputs of a new state, by name; copies its file, which lies there only until the next step."""
+    for outputs in updates:
+        named = dict(zip(LINE[-len(outputs) :], outputs, strict=True))
+        if folder is not None and "value" in named["save"]:
+            named["save"] = Path(shutil.copy(named["save"]["value"], folder))
+    return named
+
+
+def ask_handler(page: dict, state: Phase15State | None) -> str:
+    *_, outputs = page["respond"]("Where do I live?", [], 0, 32, state)
+    return html.unescape(outputs[1][-1]["content"][0]["text"])
+
+
+def test_read_ask_save_load_in_another_page(model_dir, model, chat_tokenizer, tmp_path):
+    page = page_handlers(model, chat_tokenizer)
+    shown = last_outputs(page["read_input"](DOCUMENT, None, None), tmp_path)
+    state = shown["state"]
+    assert_same_state(state, model.read_chat([{"role": "user", "content": DOCUMENT}], chat_tokenizer))
+    assert shown["line"] == f"`{state!r}`" and shown["text"] == "" and shown["chat"] == []
+    question = state.next_turn([{"role": "user", "content": "Where do I live?"}], chat_tokenizer)
+    ids = model.generate(**question, state=state, max_new_tokens=32, do_sample=False)[0]
+    expected = chat_tokenizer.decode(ids[question["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert ask_handler(page, state) == expected != ask_handler(page, None)
+
+    other_page = page_handlers(Phase15ForCausalLM.from_pretrained(model_dir).eval(), chat_tokenizer)
+    loaded = last_outputs(other_page["load_file"](str(shown["save"])))
+    assert_same_state(loaded["state"], state)
+    assert [loaded[name] for name in ("line", "facts", "slots")] == [shown[n] for n in ("line", "facts", "slots")]
+    assert ask_handler(other_page, loaded["state"]) == expected
+
+
+def test_the_slots_of_a_state_are_its_nearest_tokens(model, chat_tokenizer):
+    page = page_handlers(model, chat_tokenizer)
+    shown = last_outputs(page["read_input"](DOCUMENT, None, None))
+    cells = re.findall(r"<td[^>]*title=\"(.*?)\">(.*?)</td>", shown["slots"])
+    (nearest_to_slots,) = shown["state"].nearest_tokens(chat_tokenizer)
+    assert len(cells) == SLOTS
+    assert [html.unescape(text) for _, text in cells] == [app.visible(token.text) for token in nearest_to_slots]
+    assert [title for title, _ in cells] == [f"cosine {token.cosine:.2f}" for token in nearest_to_slots]
+    num_tokens = int(shown["state"].num_tokens[0])
+    assert f"state\n{num_tokens:,} tokens" in shown["facts"] and shown["plot"] is None
+
+
+def test_a_file_is_read_like_a_pasted_text(model, chat_tokenizer, tmp_path):
+    page = page_handlers(model, chat_tokenizer)
+    file = tmp_path / "text.md"
+    file.write_bytes("\ufeffNaïve".encode())  # some editors begin a file with a byte order mark
+    pasted = last_outputs(page["read_input"]("Naïve", None, None))["state"]
+    assert_same_state(last_outputs(page["read_input"]("", str(file), None))["state"], pasted)
+
+
+def test_progress_is_shown_while_a_text_is_read(model, chat_tokenizer, monkeypatch):
+    monkeypatch.setattr(app, "PROGRESS_SECONDS", -1)
+    page = page_handlers(model, chat_tokenizer)
+    *progress, last = page["read_input"](DOCUMENT, None, None)
+    num_tokens = int(last[2].num_tokens[0])
+    lines = [outputs[3] for outputs in progress]
+    assert (
+        lines[0] == f"{QUERY} of {num_tokens} tokens read" and lines[-1] == f"{num_tokens} of {num_tokens} tokens read"
+    )
+    assert len(lines) > 3
+
+
+def test_what_cannot_be_read_is_refused_in_one_line(model, chat_tokenizer, tmp_path):
+    page = page_handlers(model, chat_tokenizer, max_read_tokens=40)
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"\xff\xfe\xfa")
+    cases = {
+        "Paste a text or choose a file: one of them.": [("  ", None), ("A", str(bad))],
+        "The file is not a text in UTF-8.": [("", str(bad))],
+        "The text has 321 bytes, and this page reads 320 at most.": [("A" * 321, None)],
+        "tokens, and this page reads 40 at most.": [("zqxjk " * 40, None)],
+    }
+    for message, inputs in cases.items():
+        for text, file in inputs:
+            with pytest.raises(gradio.Error) as raised:
+                list(page["read_input"](text, file, None))
+            assert raised.value.message.endswith(message) and "\n" not in raised.value.message
+
+
+def test_a_file_that_is_not_a_state_of_this_model_is_refused(model, chat_tokenizer, tmp_path):
+    page = page_handlers(model, chat_tokenizer)
+    state = model.read_chat(CHAT, chat_tokenizer)
+    state.save_pretrained(tmp_path / "state.safetensors")
+    content = (tmp_path / "state.safetensors").read_bytes()
+    other = copy.deepcopy(model)
+    other.hypernet.output_proj.weight.data.add_(1)
+    other.read_chat(CHAT, chat_tokenizer).save_pretrained(tmp_path / "other.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(content[:-9])
+    (tmp_path / "<b>.safetensors").write_bytes(b"not a state")
+    Phase15State.stack([state, state]).save_pretrained(tmp_path / "two.safetensors")
+    cases = {
+        "other": "read by another model",
+        "cut": "is cut or damaged",
+        "<b>": "is cut or damaged",
+        "two": "holds 2 rows",
+    }
+    for name, problem in cases.items():
+        with pytest.raises(gradio.Error) as raised:
+            list(page["load_file"](str(tmp_path / f"{name}.safetensors")))
+        message = raised.value.message
+        assert problem in message and html.escape(name) + ".safetensors" in message
+        assert str(tmp_path) not in message and "<" not in message and "\n" not in message
+    assert last_outputs(page["load_file"](str(tmp_path / "state.safetensors")))["state"].num_tokens.tolist()
+
+
+# the picture and the table
 
 
 class Tags:
@@ -269,9 +475,15 @@ def test_an_error_in_the_thread_reaches_the_caller_and_the_user(tiny, tokenizer,
     monkeypatch.setattr(type(thread.lanes), "_decode_chunk", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(app.reply(thread, tokenizer, CHAT))
-    (respond,) = (block.fn for block in app.build_demo(tiny, tokenizer, "tiny").fns.values() if block.fn)
+    demo = app.build_demo(tiny, tokenizer, "tiny")
     with pytest.raises(gradio.Error, match="RuntimeError: out of memory"):
-        list(respond("Why?", [], 0, 16))
+        list(handler(demo, "respond")("Why?", [], 0, 16))
+    lines = []
+    monkeypatch.setattr(type(thread.lanes), "_read_prompts", fail)
+    with pytest.raises(gradio.Error, match="RuntimeError: out of memory"):
+        for outputs in handler(demo, "read_input")("A text", None, None):
+            lines.append(outputs[3])
+    assert lines == [""]  # no progress stays
 
 
 def test_closing_the_reply_frees_the_lane(model, chat_tokenizer, lanes):
@@ -280,6 +492,10 @@ def test_closing_the_reply_frees_the_lane(model, chat_tokenizer, lanes):
     next(answer)
     assert thread.lanes.lanes
     answer.close()
+    wait_until_free(thread)
+
+
+def wait_until_free(thread):
     deadline = time.monotonic() + 30
     while thread.lanes.lanes:
         assert time.monotonic() < deadline
@@ -565,6 +781,80 @@ def test_the_answers_to_two_visitors_grow_at_once(chromium, server):
     wait_until_idle(server[0])
 
 
+def wait_for_line(page, line: str):
+    page.wait_for_function("line => document.querySelector('#state').textContent.trim() === line", arg=line)
+
+
+def wait_for_text(page, answer: str):
+    page.wait_for_function("text => document.querySelector('[data-testid=bot]')?.textContent === text", arg=answer)
+
+
+def cells(page) -> list[list[str]]:
+    return page.eval_on_selector_all("#slots tr", "rows => rows.map(row => [...row.cells].map(c => c.textContent))")
+
+
+def upload(page, label: str, file: Path):
+    with page.expect_file_chooser() as chooser:
+        page.get_by_text(label, exact=True).click()
+    chooser.value.set_files(file)
+
+
+def test_a_visitor_reads_asks_saves_and_loads(chromium, server, model, chat_tokenizer, tmp_path):
+    question = {"role": "user", "content": "Where do I live?"}
+    state = model.read_chat([{"role": "user", "content": DOCUMENT}], chat_tokenizer)
+    turn = state.next_turn([question], chat_tokenizer)
+    ids = model.generate(**turn, state=state, max_new_tokens=256, do_sample=False)[0, turn["input_ids"].shape[1] :]
+    answer = chat_tokenizer.decode(ids, skip_special_tokens=True)
+    answer_to_others, _, _ = expected_table(model, chat_tokenizer, [question], 256)
+    (nearest_to_slots,) = state.nearest_tokens(chat_tokenizer)
+    names = [f"sink {slot}" if slot < SINKS else str(slot) for slot in range(SLOTS)]
+    tokens = [app.visible(token.text) for token in nearest_to_slots]
+    rows = [["slot", "state"], *map(list, zip(names, tokens, strict=True))]
+    with visit(chromium, server[1]) as (open_page, _):
+        first = open_page()
+        second = open_page()
+        for page in (first, second):
+            page.get_by_text("Read a text first").click()
+        assert first.get_by_role("button", name="Save state").is_disabled()
+        first.get_by_placeholder("Paste a text").fill(DOCUMENT)
+        first.get_by_role("button", name="Read", exact=True).click()
+        wait_for_line(first, repr(state))
+        assert cells(first) == rows
+        ask(first, question["content"])
+        wait_for_text(first, answer)
+        with first.expect_download() as download:
+            first.get_by_text("Save state").click()
+        saved = tmp_path / download.value.suggested_filename
+        download.value.save_as(saved)
+        assert_same_state(model.load_state(saved), state)
+
+        ask(second, question["content"])
+        wait_for_text(second, answer_to_others)
+        cut = tmp_path / "cut.safetensors"
+        cut.write_bytes(saved.read_bytes()[:-1])
+        upload(second, "Load state", cut)
+        assert toast(second).startswith("cut.safetensors is cut or damaged")
+        wait_for_line(second, "")
+        upload(second, "Load state", saved)
+        wait_for_line(second, repr(state))
+        assert cells(second) == rows and answers(second) == []
+        ask(second, question["content"])
+        wait_for_text(second, answer)
+        second.get_by_role("button", name="Forget").click()
+        wait_for_line(second, "")
+        assert answers(second) == cells(second) == []
+
+
+def test_a_visitor_uploads_a_text(page, model, chat_tokenizer, tmp_path):
+    file = tmp_path / "document.txt"
+    file.write_text(DOCUMENT)
+    page.get_by_text("Read a text first").click()
+    page.locator("input[type=file]").first.set_input_files(file)
+    page.get_by_text("document", exact=False).last.wait_for()
+    page.get_by_role("button", name="Read", exact=True).click()
+    wait_for_line(page, repr(model.read_chat([{"role": "user", "content": DOCUMENT}], chat_tokenizer)))
+
+
 def request(address: str, data: bytes | None = None, **headers: str) -> int:
     try:
         with urllib.request.urlopen(urllib.request.Request(address, data, headers), timeout=60) as answer:
@@ -573,13 +863,24 @@ def request(address: str, data: bytes | None = None, **headers: str) -> int:
         return error.code
 
 
-def test_the_app_is_local_and_takes_and_gives_no_file(server):
+def test_the_app_is_local_gives_no_file_and_takes_small_ones(server, model):
     process, address = server
     assert listening(int(address.rpartition(":")[2])) == {"127.0.0.1"}
     for path in ("/etc/passwd", "app.py", f"{os.getcwd()}/README.md", "../app.py"):
         assert request(f"{address}/gradio_api/file={path}") in (403, 404)
-    body = b'--b\r\nContent-Disposition: form-data; name="files"; filename="x"\r\n\r\nx\r\n--b--\r\n'
-    assert request(f"{address}/gradio_api/upload", body, **{"Content-Type": "multipart/form-data; boundary=b"}) == 413
+    limit = app.max_upload_bytes(model, app.MAX_READ_TOKENS)
+    head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="x"\r\n\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    for num_bytes, status in ((limit, 200), (limit + 1, 413)):
+        body = head + b"x" * num_bytes + b"\r\n--b--\r\n"
+        assert request(f"{address}/gradio_api/upload", body, **headers) == status
+
+
+def test_a_state_in_float32_may_be_uploaded(model, chat_tokenizer, tmp_path):
+    state = model.read_chat(CHAT, chat_tokenizer).to(dtype=torch.float32)
+    state.save_pretrained(tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_size <= app.max_upload_bytes(model, max_read_tokens=1)
 
 
 # untrusted text, and how much of it
@@ -698,9 +999,15 @@ def test_the_limits_are_flags_with_defaults(monkeypatch, tiny, tokenizer):
     made = {}
     monkeypatch.setattr(app, "load", lambda name: (tiny, tokenizer))
     monkeypatch.setattr(gradio.Blocks, "launch", lambda demo, **settings: made.update(demo=demo, **settings))
-    for flags, limit, waiting in (((), 100_000, 16), (("--max_characters", "5", "--max_waiting", "2"), 5, 2)):
+    small = ("--max_characters", "5", "--max_waiting", "2", "--max_read_tokens", "9")
+    for flags, limit, waiting, num_tokens in (((), 100_000, 16, 200_000), (small, 5, 2, 9)):
         app.start(["--model_dir", "m", *flags])
-        (respond,) = (block.fn for block in made["demo"].fns.values() if block.fn)
+        assert made["max_file_size"] == app.max_upload_bytes(tiny, num_tokens)
+        with pytest.raises(
+            gradio.Error, match=f"{num_tokens + 1:,} tokens, and this page reads {num_tokens:,} at most"
+        ):
+            list(handler(made["demo"], "read_input")("A" * (num_tokens + 1), None, None))
+        respond = handler(made["demo"], "respond")
         assert made["demo"]._queue.max_size == waiting and made.get("server_name") is None
         history = [{"role": "assistant", "content": [{"type": "text", "text": "&lt;"}]}]  # one character
         with pytest.raises(gradio.Error, match=f"{limit + 1:,} characters.*reads {limit:,} at most"):
