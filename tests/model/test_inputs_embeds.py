@@ -34,9 +34,8 @@ def test_loss_and_logits_are_those_of_the_ids(exact, side, with_state):
     lengths = torch.tensor([QUERY + 1, 4, 2])
     labels = ids.masked_fill(mask == 0, -100)
     expected = exact(ids, mask, labels=labels, query_lengths=lengths, state=state)
-    got = exact(
-        inputs_embeds=embed(exact, ids), attention_mask=mask, labels=labels, query_lengths=lengths, state=state
-    )
+    settings = {"attention_mask": mask, "query_lengths": lengths, "state": state}
+    got = exact(inputs_embeds=embed(exact, ids), labels=labels, **settings)
     assert_close(got.loss, expected.loss)
     assert_close(got.logits, expected.logits, **CLOSE)
     body = exact.model(inputs_embeds=embed(exact, ids), **settings)
