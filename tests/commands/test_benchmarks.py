@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,18 @@ def test_state(capsys):
     assert long["base"]["seconds_to_read"] is None and long["base_reads_again"]["seconds_of_a_question"] is None
     position = 4 * 2 * 2 * 2 * 16  # float32, keys and values, layers, heads of keys, their width
     assert short["base"]["bytes"] == 40 * position and long["base"]["bytes"] == 300 * position
+
+
+def test_other_work_counts_only_with_several_threads():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert state_benchmark.choose_clock(torch.device("cpu")) is time.process_time
+        assert state_benchmark.choose_clock(torch.device("cuda")) is time.perf_counter
+        torch.set_num_threads(2)
+        assert state_benchmark.choose_clock(torch.device("cpu")) is time.perf_counter
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_the_base_reads_a_text_once_or_with_every_question():
