@@ -74,6 +74,12 @@ def test_state(capsys):
     assert short["base"]["bytes"] == 40 * position and long["base"]["bytes"] == 300 * position
 
 
+def test_a_speedup_is_that_of_a_round():
+    seconds = {"base": [4.0, 18.0, 6.0], "phase15": [2.0, 3.0, 2.0]}
+    assert state_benchmark.speedups(seconds, "phase15") == [2.0, 6.0, 3.0]
+    assert state_benchmark.speedups({"phase15": [2.0]}, "phase15") is None  # the base was not measured
+
+
 def test_other_work_counts_only_with_several_threads():
     threads = torch.get_num_threads()
     try:
