@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from phase15.commands.benchmarks import __main__ as benchmark
 from phase15.commands.benchmarks import decode as decode_benchmark
 from phase15.commands.benchmarks import harness, measuring
+from phase15.commands.benchmarks import state as state_benchmark
 from phase15.commands.benchmarks import train as train_benchmark
 from phase15.commands.benchmarks.serve import Job, count_flops
 from phase15.model import decoding_phase15
@@ -56,13 +58,62 @@ def test_state(capsys):
     report, text = report_of(*argv, capsys=capsys)
     assert list(report["results"]) == ["40_tokens", "300_tokens"] and "not measured" in text
     short, long = report["results"].values()
-    for name, row in short.items():
-        assert row["least"] <= row["base_takes_times"] <= row["most"] and row["seconds_of_a_question"] > 0
-        assert long[name]["base_takes_times"] is None and (long[name]["seconds_to_read"] is None) == (name == "base")
-        if name != "base":
-            assert row["bytes"] == long[name]["bytes"]  # whatever the length
-    assert long["base"]["bytes"] == pytest.approx(short["base"]["bytes"] * 300 / 40)
-    assert short["base"]["base_takes_times"] == 1
+    models = ["phase15", "phase15_small", "phase15_small_reads_layers"]
+    assert list(short) == list(long) == [*models, "base", "base_reads_again"]
+    for name in (*models, "base"):
+        least, most = short[name]["read_speedup_range"]
+        assert least <= short[name]["read_speedup"] <= most and short[name]["seconds_of_a_question"] > 0
+        assert long[name]["read_speedup"] is None and long[name]["question_speedup"] is None
+    for name in models:
+        assert long[name]["seconds_to_read"] > 0 and long[name]["seconds_of_a_question"] > 0
+        assert short[name]["bytes"] == long[name]["bytes"]  # whatever the length
+    assert short["base"]["read_speedup"] == short["base"]["question_speedup"] == 1
+    assert short["base_reads_again"]["seconds_of_a_question"] > 0 and short["base_reads_again"]["bytes"] == 0
+    assert long["base"]["seconds_to_read"] is None and long["base_reads_again"]["seconds_of_a_question"] is None
+    position = 4 * 2 * 2 * 2 * 16  # float32, keys and values, layers, heads of keys, their width
+    assert short["base"]["bytes"] == 40 * position and long["base"]["bytes"] == 300 * position
+
+
+def test_a_speedup_is_that_of_a_round():
+    seconds = {"base": [4.0, 18.0, 6.0], "phase15": [2.0, 3.0, 2.0]}
+    assert state_benchmark.speedups(seconds, "phase15") == [2.0, 6.0, 3.0]
+    assert state_benchmark.speedups({"phase15": [2.0]}, "phase15") is None  # the base was not measured
+
+
+def test_other_work_counts_only_with_several_threads():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert state_benchmark.choose_clock(torch.device("cpu")) is time.process_time
+        assert state_benchmark.choose_clock(torch.device("cuda")) is time.perf_counter
+        torch.set_num_threads(2)
+        assert state_benchmark.choose_clock(torch.device("cpu")) is time.perf_counter
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_base_reads_a_text_once_or_with_every_question():
+    """All variants share one LLM, whose inputs are counted; the kept cache is the same after a question."""
+    lengths = []
+    args = parse(["state", "--shape", "tiny", "--no-compile", "--rounds", "1", "--lengths", "40"])
+    models = state_benchmark.make_readers(args)
+    llm = models["phase15"].llm
+    assert all(model.llm is llm and model.hypernet.alpha.abs().min() > 0 for model in models.values())
+    assert models["phase15_small_reads_layers"].config.hypernet_reads_layers == 2
+    llm.register_forward_pre_hook(
+        lambda module, positional, inputs: lengths.append(inputs["input_ids"].shape[1]), with_kwargs=True
+    )
+    ids = random_ids(1, 40)
+    question = random_ids(1, state_benchmark.QUESTION_LENGTH)
+    cache = state_benchmark.prefill(llm, ids)
+    assert lengths == [40] and cache.get_seq_length() == 40
+    for _ in range(2):  # the cache is copied, so the second question starts from it, too
+        lengths.clear()
+        state_benchmark.ask_base(llm, cache, torch.cat([ids, question], dim=1))
+        assert lengths == [state_benchmark.QUESTION_LENGTH] + [1] * (state_benchmark.ANSWER_LENGTH - 1)
+    lengths.clear()
+    state_benchmark.ask_base_again(llm, torch.cat([ids, question], dim=1))
+    assert lengths[0] == 40 + state_benchmark.QUESTION_LENGTH and len(lengths) == state_benchmark.ANSWER_LENGTH
 
 
 def test_the_base_is_compiled_on_a_cpu_too(bases, monkeypatch):
@@ -145,6 +196,8 @@ def test_lengths_of_a_chunk_beside_the_cards(capsys):
         "decode --stage hypernet",
         "decode --turns 3",
         "load --batch_sizes 1",
+        "decode --lengths 40",
+        "state --new_tokens 4",
         "serve --rounds 2",
     ],
 )
@@ -211,6 +264,7 @@ flags = ["--shape", "tiny", "--no-compile", "--rounds", "1"]
 main(["train", *flags, "--new_tokens", "20"])
 main(["decode", *flags, "--new_tokens", "4", "--prompt_length", "8"])
 main(["load", *flags])
+main(["state", *flags, "--lengths", "40"])
 main(["long", *flags, "--new_tokens", "256"])
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)

@@ -52,6 +52,7 @@ LABELS = {
     "base_compiled": "base, static cache, compiled",
     "base_full_context": "base, full context",
     "base_int8": "base, int8 weights",
+    "base_reads_again": "base, no cache kept",
     "base_server": "transformers serve, the base",
     "base_server_batching": "the same, continuous batching",
     "generate": "generate, with a streamer",
@@ -71,15 +72,15 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def timed(function: Callable) -> float:
-    """Returns the seconds of one call, without garbage collection, as `timeit` does."""
+def timed(function: Callable, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Returns the seconds of one call by a clock, without garbage collection, as `timeit` does."""
     gc.collect()
     gc.disable()
     synchronize()
-    start = time.perf_counter()
+    start = clock()
     function()
     synchronize()
-    elapsed = time.perf_counter() - start
+    elapsed = clock() - start
     gc.enable()
     return elapsed
 
@@ -219,9 +220,11 @@ def label(name: str) -> str:
 
 
 def shown(value) -> str:
-    """Returns a value as text, with three digits, or all of a large number."""
+    """Returns a value, or a range of values, as text, with three digits, or all of a large number."""
     if value is None:
         return "not measured"
+    if isinstance(value, list):
+        return " to ".join(shown(item) for item in value)
     if not isinstance(value, float):
         return str(value)
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

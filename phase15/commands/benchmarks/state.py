@@ -4,6 +4,7 @@
 import argparse
 import copy
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -15,6 +16,7 @@ from phase15.commands.benchmarks.long import state_bytes
 from phase15.model.compat_phase15 import CACHE_NAME
 from phase15.model.configuration_phase15 import Phase15Config
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
+from phase15.model.state_phase15 import Phase15State
 
 
 FACTS_HYPERNET = {  # of recipes/smollm2_facts.yaml
@@ -71,17 +73,29 @@ def ask_base(llm: torch.nn.Module, cache: DynamicCache, ids: torch.LongTensor):
     llm.generate(ids, attention_mask=torch.ones_like(ids), **{CACHE_NAME: copy.deepcopy(cache)}, **options)
 
 
-def ask_state(model: Phase15ForCausalLM, state, question: torch.LongTensor):
+def ask_base_again(llm: torch.nn.Module, ids: torch.LongTensor):
+    """Answers a question about a text of which nothing is kept: the base reads the text again."""
+    options = {"max_new_tokens": ANSWER_LENGTH, "do_sample": False, "pad_token_id": 0}
+    llm.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+
+def ask_state(model: Phase15ForCausalLM, state: Phase15State, question: torch.LongTensor):
     options = {"max_new_tokens": ANSWER_LENGTH, "do_sample": False, "pad_token_id": 0, "compile": False}
     model.generate(question, attention_mask=torch.ones_like(question), state=state, **options)
 
 
-def measure_in_turn(variants: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
+def choose_clock(device: torch.device) -> Callable[[], float]:
+    """Returns the clock of all times here. With one thread on a CPU it leaves out the time that other work takes."""
+    one_thread = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if one_thread else time.perf_counter
+
+
+def measure_in_turn(variants: dict[str, Callable], repeats: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Times calls in turn. Unlike `rounds` it makes no uncounted call: a prefill of a long text takes minutes."""
     seconds = {name: [] for name in variants}
     for index in range(repeats):
         for name in in_turn(variants, index):
-            seconds[name].append(timed(variants[name]))
+            seconds[name].append(timed(variants[name], clock))
     return seconds
 
 
@@ -99,49 +113,73 @@ def state(args: argparse.Namespace) -> dict:
         ids = torch.randint(5, vocab_size, (1, length), device=args.device)
         results[f"{length}_tokens"] = measure_length(args, models, llm, ids)
     hypernets = {name: hypernet_parameters(model) for name, model in models.items()}
-    return {"threads": torch.get_num_threads(), "hypernet_parameters": hypernets, "results": results}
+    return {
+        "threads": torch.get_num_threads(),
+        "clock": choose_clock(args.device).__name__,
+        "hypernet_parameters": hypernets,
+        "results": results,
+    }
 
 
 def measure_length(
     args: argparse.Namespace, models: dict[str, Phase15ForCausalLM], llm: torch.nn.Module, ids: torch.LongTensor
 ) -> dict[str, dict]:
-    """Returns a row for each variant: seconds to read, times faster than the base, bytes, seconds of a question."""
+    """Returns a row for each variant: seconds and speedup over the base to read and to answer a question, bytes."""
     length = ids.shape[1]
     question = ids[:, :QUESTION_LENGTH]
+    has_base = length <= args.max_prefill
+    clock = choose_clock(args.device)
     reads: dict[str, Callable] = {}
     for name, model in models.items():
         reads[name] = partial(model.read, ids, progress_bar=False)
-    has_base = length <= args.max_prefill
     if has_base:
         reads["base"] = partial(prefill, llm, ids)
-    read_times = measure_in_turn(reads, args.rounds)
+    read_times = measure_in_turn(reads, args.rounds, clock)
+
     asks: dict[str, Callable] = {}
-    states = {name: model.read(ids, progress_bar=False) for name, model in models.items()}
+    sizes = {}
     for name, model in models.items():
-        asks[name] = partial(ask_state, model, states[name], question)
-    sizes = {name: text.nbytes for name, text in states.items()}
+        text = model.read(ids, progress_bar=False)
+        asks[name] = partial(ask_state, model, text, question)
+        sizes[name] = text.nbytes
+    sizes["base"] = length * bytes_per_position(llm)
     if has_base:
+        text_and_question = torch.cat([ids, question], dim=1)
         cache = prefill(llm, ids)
         sizes["base"] = state_bytes(cache)
-        asks["base"] = partial(ask_base, llm, cache, torch.cat([ids, question], dim=1))
-    else:
-        sizes["base"] = length * bytes_per_position(llm)
-    ask_times = measure_in_turn(asks, args.rounds)
+        asks["base"] = partial(ask_base, llm, cache, text_and_question)
+        asks["base_reads_again"] = partial(ask_base_again, llm, text_and_question)
+    ask_times = measure_in_turn(asks, args.rounds, clock)
+
     rows = {}
-    for name in (*models, "base"):
-        row = {"seconds_to_read": None, "base_takes_times": None, "bytes": sizes[name], "seconds_of_a_question": None}
-        if name in read_times:
-            row["seconds_to_read"] = statistics.median(read_times[name])
-            row["seconds_of_a_question"] = statistics.median(ask_times[name])
-        if has_base:
-            # of each round, since the machine's speed changes between rounds
-            pairs = zip(read_times["base"], read_times[name], strict=True)
-            ratios = sorted(base / own for base, own in pairs)
-            row["base_takes_times"] = statistics.median(ratios)
-            row["least"] = ratios[0]
-            row["most"] = ratios[-1]
-        rows[name] = row
+    for name in (*models, "base", "base_reads_again"):
+        read_speedups = speedups(read_times, name)
+        question_speedups = speedups(ask_times, name)
+        rows[name] = {
+            "seconds_to_read": median(read_times.get(name)),
+            "read_speedup": median(read_speedups),
+            "read_speedup_range": value_range(read_speedups),
+            "bytes": sizes.get(name, 0),  # a base that reads again keeps nothing
+            "seconds_of_a_question": median(ask_times.get(name)),
+            "question_speedup": median(question_speedups),
+            "question_speedup_range": value_range(question_speedups),
+        }
     return rows
+
+
+def speedups(seconds: dict[str, list[float]], name: str) -> list[float] | None:
+    """Returns the base's seconds over a variant's, by round: the machine's speed changes between rounds."""
+    if name not in seconds or "base" not in seconds:
+        return None
+    return [base / own for base, own in zip(seconds["base"], seconds[name], strict=True)]
+
+
+def median(values: list[float] | None) -> float | None:
+    return None if values is None else statistics.median(values)
+
+
+def value_range(values: list[float] | None) -> list[float] | None:
+    return None if values is None else [min(values), max(values)]
 
 
 def bytes_per_position(llm: torch.nn.Module) -> int:
