@@ -14,6 +14,8 @@ import copy
 import os
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
@@ -47,11 +49,28 @@ def base_digest(llm: PreTrainedModel) -> str | None:
     return weights_digest(weights.items())
 
 
-def describe_base(base: str | os.PathLike, llm: PreTrainedModel) -> dict[str, str | None]:
-    """Returns the fields of a config that name a base: a path of this machine is absolute."""
+def describe_base(
+    base: str | os.PathLike,
+    llm: PreTrainedModel,
+    gguf_file: str | None = None,
+    subfolder: str | None = None,
+    **_,
+) -> dict[str, str | None]:
+    """
+    Returns the fields of a config that name a base. A path of this machine is absolute; a part of a repository on the
+    Hub has no name that `load_base` takes, so it is `None`.
+
+    Args:
+        base (`str` or `os.PathLike`): as `load_base` was given it.
+        llm (`PreTrainedModel`): the base.
+        gguf_file, subfolder (`str`, *optional*): arguments of `from_pretrained` that name a part of a folder.
+    """
     name = str(base)
     if os.path.exists(name):
-        name = os.path.abspath(name)
+        path = os.path.join(name, subfolder or "", gguf_file or "")
+        return {"base_model_name_or_path": os.path.abspath(path), "base_revision": None}
+    if gguf_file or subfolder:
+        return {"base_model_name_or_path": None, "base_revision": None}
     return {"base_model_name_or_path": name, "base_revision": getattr(llm.config, "_commit_hash", None)}
 
 
@@ -112,8 +131,11 @@ def load_hypernet(
     fetch = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     own = {name: kwargs.pop(name) for name in OWN_ARGUMENTS if name in kwargs}
     location = {name: own[name] for name in ("revision", "subfolder") if own.get(name) is not None}
+    config = copy.deepcopy(config)
+    for name in [name for name in kwargs if name in Phase15Config.__annotations__]:
+        setattr(config, name, kwargs.pop(name))  # as the library does for a folder that holds both
     file = cached_file(str(folder), WEIGHTS, **fetch, **location)
-    weights = load_file(file)
+    weights = read_weights(file)
 
     if base is None:
         base = place_of_base(config, folder)
@@ -123,36 +145,63 @@ def load_hypernet(
         dtype = config.dtype  # as for a folder that holds both
     if dtype is not None:
         kwargs["dtype"] = dtype
-    llm, info = load_base(base, **kwargs)
+    try:
+        llm, info = load_base(base, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"The weights of the base {base} cannot be read: {error}") from error
     check_shape(llm, config, base)
-    if check_base:
-        check_base_digest(llm, config, base)
-    config = copy.deepcopy(config)
+    is_checked = check_base and check_base_digest(llm, config, base)
+    # The id of a base on the Hub stays, if the one on this machine is a copy: other machines know it.
+    is_copy = is_checked and config.base_revision is not None and os.path.exists(base)
+    if not is_copy:
+        config.update(describe_base(base, llm))
+    config.base_digest = None  # the model has its base
     config.text_config = llm.config
     model = cls.from_llm(config, llm)
-
-    prefix = f"{cls.base_model_prefix}.hypernet."
-    expected = model.hypernet.state_dict()
-    weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
-    mismatched = {name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape}
-    if mismatched and not own.get("ignore_mismatched_sizes"):
-        raise ValueError(f"{file}: {sorted(mismatched)[0]} has another shape than config.json describes.")
-    model.hypernet.load_state_dict({n: w for n, w in weights.items() if n not in mismatched}, strict=False)
-    info = {
-        **info,
-        "missing_keys": {*info["missing_keys"], *(prefix + name for name in expected.keys() - weights.keys())},
-        "unexpected_keys": {*info["unexpected_keys"], *(prefix + name for name in weights.keys() - expected.keys())},
-        "mismatched_keys": {
-            *info["mismatched_keys"],
-            *((prefix + name, weights[name].shape, expected[name].shape) for name in mismatched),
-        },
-    }
+    info = info | load_weights(model, weights, file, bool(own.get("ignore_mismatched_sizes")), info)
     if model.can_generate():
         try:
             model.generation_config = GenerationConfig.from_pretrained(folder, **fetch, **location)
         except OSError:
             pass  # the base's own, which `from_llm` has set
     return model, info
+
+
+def read_weights(file: str) -> dict[str, torch.Tensor]:
+    """Returns the weights of a safetensors file. Raises a ValueError that names a damaged file."""
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def load_weights(
+    model: PreTrainedModel, weights: dict[str, torch.Tensor], file: str, ignore_mismatched_sizes: bool, info: dict
+) -> dict[str, set]:
+    """
+    Loads the HyperNetwork's weights into a model.
+
+    Returns:
+        the loading info, with that of the base in it.
+
+    Raises:
+        ValueError: for a weight of another shape, unless `ignore_mismatched_sizes`.
+    """
+    prefix = f"{model.base_model_prefix}.hypernet."
+    expected = model.hypernet.state_dict()
+    weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
+    shared = expected.keys() & weights.keys()
+    mismatched = {name for name in shared if expected[name].shape != weights[name].shape}
+    if mismatched and not ignore_mismatched_sizes:
+        raise ValueError(f"{file}: {sorted(mismatched)[0]} has another shape than config.json describes.")
+    fitting = {name: weights[name] for name in shared - mismatched}
+    model.hypernet.load_state_dict(fitting, strict=False)
+    misfits = {(prefix + name, weights[name].shape, expected[name].shape) for name in mismatched}
+    return {
+        "missing_keys": {prefix + name for name in expected.keys() - weights.keys()} | set(info["missing_keys"]),
+        "unexpected_keys": {prefix + name for name in weights.keys() - expected.keys()} | set(info["unexpected_keys"]),
+        "mismatched_keys": misfits | set(info["mismatched_keys"]),
+    }
 
 
 def check_shape(llm: PreTrainedModel, config: Phase15Config, base: str | os.PathLike):
@@ -164,16 +213,30 @@ def check_shape(llm: PreTrainedModel, config: Phase15Config, base: str | os.Path
             raise ValueError(f"The base {base} has `{name}` {other}, but the HyperNetwork's LLM has {own}.")
 
 
-def check_base_digest(llm: PreTrainedModel, config: Phase15Config, base: str | os.PathLike):
-    """Raises a ValueError for a base with other weights than the HyperNetwork was saved with."""
+def check_base_digest(llm: PreTrainedModel, config: Phase15Config, base: str | os.PathLike) -> bool:
+    """
+    Compares the weights of a base with those that the HyperNetwork was saved with.
+
+    Returns:
+        `False` after a warning, if they cannot be compared.
+
+    Raises:
+        ValueError: for other weights.
+    """
     digest = base_digest(llm)
     if digest is None:
         logger.warning_once(f"The digest of {base} is not checked: its weights are quantised or offloaded.")
-    elif digest != config.base_digest:
+        return False
+    if (llm.dtype == torch.float16) != (config.text_config.dtype in (torch.float16, "float16")):
+        # float16 has more digits than bfloat16 and a smaller range: rounding by way of it gives other values.
+        logger.warning_once(f"The digest of {base} is not checked: float16 does not hold the same weights.")
+        return False
+    if digest != config.base_digest:
         raise ValueError(
             f"The weights of the base {base} are not those that the HyperNetwork was trained on (digest "
             f"{digest[:16]}, expected {config.base_digest[:16]}); `check_base=False` takes them nevertheless."
         )
+    return True
 
 
 class Phase15HypernetMixin:
@@ -205,7 +268,7 @@ class Phase15HypernetMixin:
 
         Args:
             save_directory (`str` or `os.PathLike`): a folder.
-            kwargs: of `save_pretrained`.
+            kwargs: of `save_pretrained`. The weights are always one file.
 
         Raises:
             ValueError: for a model whose base is not known, or whose weights have no digest.
@@ -213,7 +276,7 @@ class Phase15HypernetMixin:
         before = self.saves_base
         self.saves_base = False
         try:
-            self.save_pretrained(save_directory, **kwargs)
+            self.save_pretrained(save_directory, **kwargs | {"max_shard_size": "1TB"})
         finally:
             self.saves_base = before
 
@@ -242,7 +305,10 @@ class Phase15HypernetMixin:
         if cached is None or cached[0] != key:
             digest = base_digest(self.llm)
             if digest is None:
-                raise ValueError("The HyperNetwork cannot be saved without its base: its weights are quantised.")
+                raise ValueError(
+                    "The HyperNetwork cannot be saved without its base, whose weights are quantised or offloaded and "
+                    "have no digest: save both (`--save_only_hypernet false`, `save_pretrained`)."
+                )
             cached = (key, digest)
             self._llm_digest = cached
         return cached[1]

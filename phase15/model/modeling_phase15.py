@@ -159,14 +159,15 @@ class Phase15PreTrainedModel(PreTrainedModel):
             ValueError: for a base that is missing or another, and for `base` with a folder that holds both.
         """
         name = pretrained_model_name_or_path
-        if config is None and name is not None:
+        own_config = config
+        if own_config is None and name is not None:
             fetch = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "revision", "subfolder") if key in kwargs}
-            config = Phase15Config.from_pretrained(name, **fetch)
-        if config is None or config.base_digest is None or kwargs.get("state_dict") is not None:
+            own_config = Phase15Config.from_pretrained(name, **fetch)
+        if own_config is None or own_config.base_digest is None or kwargs.get("state_dict") is not None:
             if base is not None:
                 raise ValueError(f"`base` is {base}, but {name} holds its base: only a HyperNetwork needs one.")
             return super().from_pretrained(name, *model_args, config=config, **kwargs)
-        model, info = load_hypernet(cls, name, config, base, check_base, **kwargs)
+        model, info = load_hypernet(cls, name, own_config, base, check_base, **kwargs)
         return (model, info) if kwargs.get("output_loading_info") else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
@@ -737,7 +738,7 @@ class Phase15ForCausalLM(
         config_kwargs = {name: kwargs.pop(name) for name in names}
         llm, loading_info = load_base(base, **kwargs)
         attention = llm.config._attn_implementation  # which making a config around it would set to the default
-        config_kwargs = describe_base(base, llm) | config_kwargs
+        config_kwargs = describe_base(base, llm, **kwargs) | config_kwargs
         config = Phase15Config(text_config=llm.config, attn_implementation=attention, **config_kwargs)
         model = cls.from_llm(config, llm)
         embeddings = llm.get_input_embeddings().weight

@@ -32,6 +32,8 @@ def make_model(args: Phase15ModelArguments, records) -> tuple[Phase15ForCausalLM
     if args.stage == "hypernet":
         model.llm.requires_grad_(False)
         model.saves_base = not saves_only_hypernet(args)
+        if not model.saves_base:
+            model.llm_digest()  # a base without a digest is an error now, not at the first checkpoint
     elif args.stage == "lora":
         model = get_peft_model(
             model, lora_config(args, target_modules=r".*llm\..*_proj", modules_to_save=["hypernet"])

@@ -49,7 +49,8 @@ def test_both_put_together_are_the_model(trained, folder):
         assert not any(info.values()) and not model.training
         assert torch.equal(logits(model), expected)
         assert model.generation_config.chunk_length == 3
-        assert model.config.base_digest == base_digest(trained.llm)
+        assert model.config.base_digest is None  # it has its base
+    assert json.loads((folder / "config.json").read_text())["base_digest"] == base_digest(trained.llm)
 
 
 def test_a_folder_holds_nothing_of_the_base(trained, folder):
