@@ -9,8 +9,8 @@ Differences between the releases of transformers that this code runs on, and whe
 5.23    renamed `gradient_checkpointing` to `activation_checkpointing`. Every release up to 6.0 accepts the old name,
         and the recipes use it. They can use the new one when OLDEST is 5.23.
 5.24    mistakes a cache without layers for one of linear attention. `Phase15Cache.is_linear` prevents it, and stays.
-5.24    with PEFT 0.21 loses the cache of a tuned prompt on a bare LLM. `use_cache=` in eval_sft.py goes when peft 0.22 is
-        required. Here `prepare_inputs_for_generation` gives the cache as `past_key_values`, which PEFT reads.
+5.24    with PEFT 0.21 loses the cache of a tuned prompt on a bare LLM. `use_cache=` in eval_sft.py goes when peft 0.22
+        is required. Here `prepare_inputs_for_generation` gives the cache as `past_key_values`, which PEFT reads.
 
 OLDEST and NEWEST are the ends of the tested range. requirements.txt has the same bounds; .ci/canary tries newer
 releases.

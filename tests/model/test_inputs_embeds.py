@@ -101,8 +101,6 @@ def test_what_forward_cannot_do_with_embeddings(tiny):
     tiny(ids, **{CACHE_NAME: cache})
     with pytest.raises(ValueError, match="cannot be given with a `cache`"):
         tiny.generate(inputs_embeds=embed(tiny, ROWS[0][None]), max_new_tokens=3, **{CACHE_NAME: cache})
-    with pytest.raises(ValueError, match="cannot be given with a `cache`"):
-        tiny.generate(inputs_embeds=embed(tiny, ids), max_new_tokens=3, pad_token_id=0, cache=cache)
 
 
 # PEFT
