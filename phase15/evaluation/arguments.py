@@ -24,7 +24,9 @@ class EvaluationArguments:
     )
     validation_split: float | None = field(
         default=None,
-        metadata={"help": "Share of the records, from the end, to evaluate; default: that of the run, else 0.1."},
+        metadata={
+            "help": "Share of the records, from the end, to evaluate; default: that of the run, 1 for other data."
+        },
     )
     max_records: int | None = field(
         default=None, metadata={"help": "Evaluate up to N of them; default: as in the run."}
@@ -53,6 +55,12 @@ class EvaluationArguments:
     device: str | None = field(default=None, metadata={"help": "Where to compute; cuda if there is one, else cpu."})
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder of the figures and the picture; default: model_dir."}
+    )
+    picture: str | None = field(
+        default=None,
+        metadata={
+            "help": "Picture file, in a format of matplotlib such as .png, .pdf or .svg; default: in output_dir."
+        },
     )
 
     def __post_init__(self):

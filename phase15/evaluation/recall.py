@@ -69,8 +69,8 @@ def recall(
     Returns:
         `list[dict]`: for each distance `distance`; `chunk_length`, of a Phase15 model; `tokens`, the mean number of
         tokens between facts and questions; `facts`, the number of questions; `chats`, the number of chats; and `rows`,
-        by the keys of losses.py, with `right`, the share of facts in the greedy answer, and its `right_interval` (95 %,
-        from a bootstrap over the chats); `completed`, the share of values that are the most likely tokens after the
+        by the keys of losses.py, with `right`, the share of facts in the greedy answer, and its `right_interval`
+        (95 %, from a bootstrap over the chats); `completed`, the share of values that are the most likely tokens after the
         reference answer up to them, since an LLM may know a fact and phrase it otherwise; and `nats` per token of the
         reference. The controls of a Phase15 model also have `advantage_of_model`, as `recovery.paired_difference`.
     """
