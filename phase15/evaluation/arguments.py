@@ -24,9 +24,7 @@ class EvaluationArguments:
     )
     validation_split: float | None = field(
         default=None,
-        metadata={
-            "help": "Share of the records, from the end, to evaluate; default: that of the run, 1 for other data."
-        },
+        metadata={"help": "Share of the records, from the end, to evaluate; default: as in the run, else 1."},
     )
     max_records: int | None = field(
         default=None, metadata={"help": "Evaluate up to N of them; default: as in the run."}
@@ -58,9 +56,7 @@ class EvaluationArguments:
     )
     picture: str | None = field(
         default=None,
-        metadata={
-            "help": "Picture file, in a format of matplotlib such as .png, .pdf or .svg; default: in output_dir."
-        },
+        metadata={"help": "Picture file, as .png, .pdf or another format of matplotlib; default: in output_dir."},
     )
 
     def __post_init__(self):

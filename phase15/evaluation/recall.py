@@ -68,11 +68,12 @@ def recall(
 
     Returns:
         `list[dict]`: for each distance `distance`; `chunk_length`, of a Phase15 model; `tokens`, the mean number of
-        tokens between facts and questions; `facts`, the number of questions; `chats`, the number of chats; and `rows`,
-        by the keys of losses.py, with `right`, the share of facts in the greedy answer, and its `right_interval`
-        (95 %, from a bootstrap over the chats); `completed`, the share of values that are the most likely tokens after the
-        reference answer up to them, since an LLM may know a fact and phrase it otherwise; and `nats` per token of the
-        reference. The controls of a Phase15 model also have `advantage_of_model`, as `recovery.paired_difference`.
+        tokens between facts and questions; `facts` and `chats`, the numbers of questions and of chats; `rows`, by the
+        keys of losses.py; and `advantages`, of a Phase15 model over its controls, by their keys, as
+        `recovery.paired_difference` of shares of right answers. A row has `right`, the share of facts in the greedy
+        answer, and its 95 % `right_interval` from a bootstrap over the chats; `completed`, the share of values that
+        are the most likely tokens after the reference answer up to them, since an LLM may know a fact and phrase it
+        otherwise; and `nats` per token of the reference.
     """
     model.eval()
     if isinstance(model, Phase15ForCausalLM):
@@ -127,8 +128,6 @@ def measure_distance(
             "completed": num_completed / num_facts,
             "nats": losses.nats.sum().item() / losses.tokens.sum().item(),
         }
-        if name != MODEL and MODEL in right_by_row:
-            rows[name]["advantage_of_model"] = paired_difference(right_by_row[MODEL], right)
     num_tokens = sum(len(tokenizer(chat.text, add_special_tokens=False)["input_ids"]) for chat in chats)
     result = {
         "distance": distance,
@@ -139,6 +138,9 @@ def measure_distance(
     }
     if chunk_length is not None:
         result["chunk_length"] = chunk_length
+        result["advantages"] = {
+            name: paired_difference(right_by_row[MODEL], right_by_row[name]) for name in (WINDOW, SHUFFLED_DELTA)
+        }
     return result
 
 

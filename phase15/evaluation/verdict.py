@@ -64,11 +64,9 @@ def judge_recall(measured: dict) -> dict | None:
     Compares the right answers at one distance of `recall.recall` with those of Δ = 0 and of another record's Δ.
     Returns a verdict as [`make_verdict`]; `None` for a baseline, which has no Δ.
     """
-    rows = measured["rows"]
-    if MODEL not in rows:
+    if MODEL not in measured["rows"]:
         return None
-    differences = {name: rows[name]["advantage_of_model"] for name in (WINDOW, SHUFFLED_DELTA)}
-    return make_verdict(measured["chats"], differences, SHARE, measured["distance"])
+    return make_verdict(measured["chats"], measured["advantages"], SHARE, measured["distance"])
 
 
 def make_verdict(records: int, differences: dict[str, dict], unit: str, distance: int | None = None) -> dict:

@@ -148,11 +148,14 @@ def test_the_command_writes_and_prints_every_row(evaluated, home):
         "same_llm",
         "same_llm_shuffled_delta",
         "free_running",
+        "free_running_shuffled_delta",
         "baselines",
+        "baselines_window",
+        "baselines_shuffled_delta",
     ]
     for name in results["context_recovery"]:
         assert f"- context recovery, {evaluation.display_label(name)}: " in said
-    assert list(results["free_running"]) == ["model", "window", "full_context"]
+    assert list(results["free_running"]) == ["model", "window", "shuffled_delta", "full_context"]
     assert {name for name, match in results["exact_match"].items() if match["records"] == 3} == {*rows} - {
         "first_soft_prompt",
         "shuffled_soft_prompt",

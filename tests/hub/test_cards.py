@@ -1,17 +1,16 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """The card's version and its signature; tests/hub/test_security.py has its untrusted texts."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from phase15.hub import cards
+from phase15.hub.arguments import PushArguments
 from phase15.hub.runs import Run
 from phase15.model.configuration_phase15 import VERSION
 
 
 def test_the_card_names_the_version_of_the_code(tiny, tokenizer):
-    args = SimpleNamespace(repo_id="alice/tiny", license="mit", datasets=[], base_model=None)
+    args = PushArguments(model_dir=".", repo_id="alice/tiny")
     card = str(cards.model_card(args, Run([], {}, {}), tiny, tokenizer, []))
     assert f"Staged with Phase15 {VERSION} and transformers" in card
 
