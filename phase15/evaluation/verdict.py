@@ -27,7 +27,8 @@ MEANINGS = {
 MIN_RECORDS = 10  # bootstrap intervals over fewer records are too narrow
 NATS = "nats"  # per answer token: less is better
 SHARE = "share"  # of right answers: more is better
-NEGLIGIBLE = {NATS: 0.02, SHARE: 0.02}  # an interval between −0.02 and 0.02 that holds 0 is no effect
+NEGLIGIBLE = {NATS: 0.02, SHARE: 0.02}  # an interval that holds 0 excludes an effect if it ends before these bounds
+SMALLEST_EFFECT = {NATS: 0.001, SHARE: 0.001}  # a smaller one may be significant, and is of no use
 
 
 def choose_verdict(records: int, differences: dict[str, dict], unit: str) -> str:
@@ -43,20 +44,26 @@ def choose_verdict(records: int, differences: dict[str, dict], unit: str) -> str
     if records < MIN_RECORDS or SHUFFLED_DELTA not in differences:  # a single record cannot be shuffled
         return TOO_FEW
     low, high = differences[WINDOW]["interval"]
+    if is_negligible(low, high, unit):
+        return NO_EFFECT
     if high < 0:
         return HARMS
     if low <= 0:
-        return NO_EFFECT if is_negligible(low, high, unit) else UNCERTAIN
+        return UNCERTAIN
     low, high = differences[SHUFFLED_DELTA]["interval"]
-    if low > 0:
-        return CARRIES
     if high < 0 or is_negligible(low, high, unit):
         return CARRIES_NOTHING
-    return HELPS_UNCERTAIN
+    if low <= 0:
+        return HELPS_UNCERTAIN
+    return CARRIES
 
 
 def is_negligible(low: float, high: float, unit: str) -> bool:
-    return max(-low, high) < NEGLIGIBLE[unit]
+    """Returns `True` for an interval that holds 0 and nothing far from it, or values that are all next to 0."""
+    largest = max(-low, high)
+    if low <= 0 <= high:
+        return largest < NEGLIGIBLE[unit]
+    return largest < SMALLEST_EFFECT[unit]
 
 
 def judge_recall(measured: dict) -> dict | None:

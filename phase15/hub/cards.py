@@ -215,7 +215,7 @@ def model_card(
     validation = measured.get("validation", {})
     verdict = newest.get("verdict")
     candidates = (args.base_model, model.config.base_model_name_or_path, model.config.text_config.name_or_path)
-    base_model = next((candidate for candidate in candidates if is_repo_id(candidate)), None)
+    base_model = next((candidate for candidate in candidates if candidate and is_repo_id(candidate)), None)
     ids = [recipe["dataset_name"] for recipe in run.recipes if is_hub_dataset(recipe["dataset_name"])]
     datasets = args.datasets or list(dict.fromkeys(ids)) or None  # each id once, in order
     data = args.datasets[0] if args.datasets else recipe.get("dataset_name")
