@@ -137,6 +137,8 @@ def test_the_licence_is_given_or_that_of_the_base(tiny, chat_tokenizer, tmp_path
 
     monkeypatch.setattr(tiny.config, "base_model_name_or_path", str(tmp_path))
     assert "license" not in card().to_dict(), "never guessed"
+    (tmp_path / "README.md").write_text("---\nlanguage: en\n---\n# A base\n")
+    assert "license" not in card().to_dict()
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# A base\n")
     assert card().license == "mit"
     assert card(license="apache-2.0").license == "apache-2.0"
