@@ -14,10 +14,12 @@ and from them **context recovery**, with 95 % intervals from a bootstrap over th
 
     R = (loss of the window − loss of the model) / (loss of the window − loss of full context)
 
-R with shuffled Δ is the part that a static prompt could give too. Only the rest was carried.
+R with shuffled Δ is the part that a static prompt could give too. Only the rest was carried. The report ends with a
+sentence on what Δ is worth, with intervals, and the next command.
 
 `phase15 train` ends with these rows. This command adds the untrained base, baselines that were fine-tuned on
-their own, free-running R, and exact match where answers end in `#### 72`. It writes evaluation.json and the picture.
+their own, free-running R, and exact match where answers end in `#### 72`. It writes evaluation.json, which keeps one
+entry for each data set, and the picture. Of a data set that is not the run's, all records are evaluated.
 
     phase15 eval --model_dir DIR --dataset gsm8k_train.jsonl
     phase15 eval --model_dir DIR --dataset gsm8k_train.jsonl --base BASE --baselines WINDOW LORA

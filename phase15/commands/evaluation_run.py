@@ -37,10 +37,11 @@ from phase15.evaluation.losses import (
     measure_variants,
     no_delta,
 )
-from phase15.evaluation.plots import plot_losses, plot_recall
+from phase15.evaluation.plots import check_picture, plot_losses, plot_recall
 from phase15.evaluation.recall import recall
 from phase15.evaluation.recovery import report
 from phase15.evaluation.tables import losses_table, recall_table
+from phase15.evaluation.verdict import judge_recall, next_command
 from phase15.hub.runs import find_differing_setting, read_held_out, read_run
 from phase15.loading import (
     CAUSAL_LM,
@@ -57,6 +58,9 @@ from phase15.model.modeling_phase15 import Phase15ForCausalLM
 
 def evaluate(args: EvaluationArguments):
     """Measures everything, and then writes."""
+    if args.picture:
+        check_picture(args.picture)
+    earlier = read_earlier(args)
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     source, others = check_models(args)
@@ -65,7 +69,7 @@ def evaluate(args: EvaluationArguments):
     chunk_length = config.resolve_chunk_length(*length_choices)
     tokenizer = load_tokenizer(source)
     if args.dataset == FACTS:
-        return measure_facts(args, source, tokenizer, chunk_length)
+        return measure_facts(args, source, tokenizer, chunk_length, earlier)
     examples, description, seed = validation_examples(args, tokenizer, config)
     description += describe_chunk_length(chunk_length, config)
     print(f"Evaluating {description}.")
@@ -89,7 +93,7 @@ def evaluate(args: EvaluationArguments):
         del other  # before the next is loaded
     results = {
         "model": Path(args.model_dir).resolve().name,
-        "dataset": Path(args.dataset).name if os.path.isabs(args.dataset) else args.dataset,
+        "dataset": dataset_key(args.dataset),
         "evaluated": description,
         "records": {"validation": len(examples), "generated": len(asked)},
         "chunk_length": chunk_length,
@@ -97,19 +101,92 @@ def evaluate(args: EvaluationArguments):
     }
     if numbered:
         results["exact_match"] = exact_match(answers, numbered, tokenizer)
-    results |= {
-        "seed": seed,
+    results |= {"seed": seed, **describe_call()}
+    save(args, results, earlier)
+    plot_losses(results["validation"], picture_path(args, "loss_by_chunk"))
+    print(f"\n{losses_table(results)}\n")
+    print_verdict(args, results["verdict"])
+
+
+def describe_call() -> dict:
+    """Returns the command without folders, and the versions of the libraries, for evaluation.json."""
+    return {
         "command": shlex.join(Path(word).name if os.path.isabs(word) else word for word in sys.argv),
         "versions": {package: version(package) for package in ("transformers", "torch", "datasets", "peft")},
     }
+
+
+def dataset_key(name: str) -> str:
+    """Returns the name by which evaluation.json keeps the results of a data set, without private folders."""
+    return Path(name).name if os.path.isabs(name) else os.path.normpath(name)
+
+
+def is_own_dataset(args: EvaluationArguments) -> bool:
+    """Returns `True` for the data set of the run that made the model."""
+    run = read_held_out(args.model_dir) or {}
+    return run.get("dataset_name") == Path(args.dataset).name
+
+
+def read_earlier(args: EvaluationArguments) -> dict:
+    """
+    Returns the evaluation that the output folder holds already, empty if there is none. Raises a ValueError for one of
+    another model, which would be lost.
+    """
+    if args.output_dir is None:
+        return read_run(args.model_dir).evaluation
+    earlier = read_run(args.output_dir).evaluation
+    model = Path(args.model_dir).resolve().name
+    if earlier and earlier.get("model", model) != model:
+        raise ValueError(
+            f"{args.output_dir} holds the evaluation of {earlier['model']}, not of {model}; give another --output_dir."
+        )
+    return earlier
+
+
+def save(args: EvaluationArguments, results: dict, earlier: dict):
+    """
+    Writes evaluation.json. The newest results are its top level, and `other_datasets` holds those of other data sets
+    by their names. Results of the same data set are replaced.
+    """
+    others = dict(earlier.get("other_datasets", {}))
+    if earlier:
+        others[earlier["dataset"]] = {name: value for name, value in earlier.items() if name != "other_datasets"}
+    others.pop(results["dataset"], None)
+    if others:
+        results = results | {"other_datasets": others}
     output_dir = Path(args.output_dir or args.model_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_text(output_dir / "evaluation.json", json.dumps(results, indent=2) + "\n")
-    plot_losses(results["validation"], output_dir / "loss_by_chunk.png")
-    print(f"\n{losses_table(results)}\n")
 
 
-def measure_facts(args: EvaluationArguments, source: Source, tokenizer: PreTrainedTokenizerBase, chunk_length: int):
+def picture_path(args: EvaluationArguments, name: str) -> Path:
+    """Returns the path of the picture. A data set that is not the run's has a picture of its own."""
+    if args.picture:
+        path = Path(args.picture)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+    folder = Path(args.output_dir or args.model_dir)
+    if args.dataset == FACTS or is_own_dataset(args):
+        return folder / f"{name}.png"
+    words = re.sub(r"[^\w.-]+", "_", dataset_key(args.dataset))
+    return folder / f"{name}_{words}.png"
+
+
+def print_verdict(args: EvaluationArguments, verdict: dict):
+    """Prints whether Δ helped, and the next command."""
+    run = read_run(args.model_dir)
+    recipe = run.recipes[0] if run.recipes else {}
+    print(verdict["sentence"])
+    print(next_command(verdict, args.model_dir, args.dataset, recipe, run.results.get("steps")), flush=True)
+
+
+def measure_facts(
+    args: EvaluationArguments,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    chunk_length: int,
+    earlier: dict,
+):
     """Asks for facts at every distance, in chats that were drawn for it, instead of records that a run held out."""
     run = read_held_out(args.model_dir) or {}
     recipes = read_run(args.model_dir).recipes
@@ -124,11 +201,34 @@ def measure_facts(args: EvaluationArguments, source: Source, tokenizer: PreTrain
     how = describe_chunk_length(chunk_length, source.config)
     print(f"Asking for {number} facts in each of {args.generated_records} chats{how}.")
     measured = recall(model, tokenizer, sorted(set(distances)), number, **settings)
+    verdict = judge_recall(choose_distance(measured, run.get("facts_distances", [])))
+    description = f"{number} facts in each of {args.generated_records} chats{how}"
+    results = {
+        "model": Path(args.model_dir).resolve().name,
+        "dataset": FACTS if args.facts_text is None else f"{FACTS}, {dataset_key(args.facts_text)}",
+        "evaluated": description,
+        "records": {"validation": 0, "generated": args.generated_records},
+        "chunk_length": chunk_length,
+        "validation": {},
+        "context_recovery": {},
+        "recall": measured,
+        "verdict": verdict,
+        "seed": seed,
+        **describe_call(),
+    }
+    save(args, results, earlier)
     output_dir = Path(args.output_dir or args.model_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     write_text(output_dir / "recall_evaluation.json", json.dumps(measured, indent=2) + "\n")
-    plot_recall(measured, output_dir / "recall_evaluation.png")
+    plot_recall(measured, picture_path(args, "recall_evaluation"))
     print(f"\n{recall_table(measured)}\n")
+    print_verdict(args, verdict)
+
+
+def choose_distance(measured: list[dict], trained: list[int]) -> dict:
+    """Returns the measurement of the longest trained distance, or the longest where none was trained."""
+    longest = max(trained, default=math.inf)
+    in_training = [row for row in measured if row["distance"] <= longest]
+    return max(in_training or measured, key=lambda row: row["distance"])
 
 
 def read_generation_config(folder: str) -> GenerationConfig | None:
@@ -197,7 +297,8 @@ def validation_examples(
     run = read_held_out(args.model_dir) or {}
     if run.get("dataset_name") != Path(name).name:
         run = {}
-    defaults = {"validation_split": 0.1, "shuffle_records": False, "seed": 42} | run
+    # of other data all records are fresh, so that all are evaluated
+    defaults = {"validation_split": 1.0, "shuffle_records": False, "seed": 42} | run
     share, is_shuffled, seed = (
         defaults[key] if getattr(args, key) is None else getattr(args, key)
         for key in ("validation_split", "shuffle_records", "seed")

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from phase15.hub.arguments import AGAIN, PushArguments
-from phase15.hub.cards import is_repo_id, is_unmodified, model_card, sign_card
+from phase15.hub.cards import choose_example, is_repo_id, is_unmodified, model_card, sign_card
 from phase15.hub.runs import answer_in_new_process, dump_yaml, read_run, strip_folders
 from phase15.loading import check_kind, load_phase15, resolve_source
 
@@ -53,7 +53,9 @@ def stage(args: PushArguments, folder: Path):
     model, tokenizer = load_phase15(source)
     for name in ("is_local", "local_files_only"):  # how it was loaded here is private
         tokenizer.init_kwargs.pop(name, None)
-    if source_holds_base(source) or not is_repo_id(model.config.base_model_name_or_path):
+    # a base that is not on the Hub could not be fetched
+    has_base = source_holds_base(source) or not is_repo_id(model.config.base_model_name_or_path)
+    if has_base:
         model.save_pretrained(folder, max_shard_size=args.max_shard_size)
     else:
         model.save_hypernet(folder)
@@ -69,26 +71,29 @@ def stage(args: PushArguments, folder: Path):
         if (source / name).is_file():
             shutil.copy(source / name, folder / name)
     pictures = [name for name in PICTURES if (folder / name).is_file()]
-    card = model_card(args, run, model, tokenizer, pictures)
-    (folder / "README.md").write_text(sign_card(str(card)), encoding="utf-8")
 
-    question = "What is a soft prompt?"
-    max_new_tokens = 2 * model.config.chunk_length
-    if tokenizer.chat_template is None:
-        query = tokenizer(question)["input_ids"]
+    example = choose_example(run, tokenizer)
+    if isinstance(example.prompt, str):
+        query = tokenizer(example.prompt)["input_ids"]
     else:
-        chat = [{"role": "user", "content": question}]
         try:
-            query = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+            query = tokenizer.apply_chat_template(example.prompt, add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
         except Exception as error:  # templates can raise anything
             raise ValueError(f"{source}: the chat template cannot be used: {error}") from error
     inputs = {"input_ids": torch.tensor([query]), "attention_mask": torch.ones(1, len(query), dtype=torch.long)}
     try:
-        here = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0, len(query) :].tolist()
+        output = model.generate(**inputs, max_new_tokens=example.max_new_tokens, do_sample=False)
     except FloatingPointError as error:
         raise FloatingPointError(f"{source}: {error}") from error
+    here = output[0, len(query) :].tolist()
+    # the answer of the model that is published, whatever the run saved
+    example = example._replace(answer=tokenizer.decode(here, skip_special_tokens=True))
+    card = model_card(args, run, model, tokenizer, pictures, example, has_base)
+    (folder / "README.md").write_text(sign_card(str(card)), encoding="utf-8")
     try:
-        there = answer_in_new_process(folder, query, max_new_tokens)
+        there = answer_in_new_process(folder, query, example.max_new_tokens)
     except ValueError as error:  # the staged folder is gone when this is read
         raise ValueError(str(error).replace(str(folder), f"{source}, as staged,")) from error
     if there != here:

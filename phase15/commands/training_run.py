@@ -2,6 +2,7 @@
 """The work of `phase15 train`: plans the runs, prepares a trainer, trains, compares, reports."""
 
 import json
+import shlex
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,14 +19,23 @@ from transformers.utils import logging
 
 from phase15.cli.errors import one_line_errors
 from phase15.cli.files import write_text
-from phase15.data.examples import Phase15Stream, prepare_data, read_first
+from phase15.data.examples import Phase15Stream, prepare_data, read_first, split_record
 from phase15.data.facts import Chat, fresh_chats
 from phase15.data.records import Phase15RecordError, open_records, read_texts
 from phase15.evaluation.plots import plot_losses, plot_recall, plot_training
 from phase15.evaluation.recall import encode_chats, format_chat, recall
 from phase15.evaluation.recovery import compare, compare_baseline
 from phase15.evaluation.tables import losses_table, recall_table
-from phase15.hub.runs import answer_in_new_process, check_same_run, held_out_settings, read_run, save_recipe
+from phase15.evaluation.verdict import judge_recall, next_command
+from phase15.hub.runs import (
+    answer_in_new_process,
+    check_same_run,
+    held_out_settings,
+    read_commit,
+    read_run,
+    save_recipe,
+)
+from phase15.model.configuration_phase15 import VERSION
 from phase15.training.arguments import Phase15ModelArguments
 from phase15.training.checkpoints import (
     Phase15CheckpointError,
@@ -42,6 +52,8 @@ from phase15.training.trainer import FullContextTrainer, Phase15Trainer, check_o
 
 
 logger = logging.get_logger("phase15.train")
+CARD_DISTANCE = 128  # maximum words between facts and questions in the example of a model card
+CARD_NEW_TOKENS = 64  # of the answer in a model card
 
 
 def prepare(run: TrainingRun) -> Phase15Trainer:
@@ -143,8 +155,11 @@ def train(trainer: Phase15Trainer, run: TrainingRun, program: str = "phase15 tra
             if trainer.is_world_process_zero():
                 held_out = held_out_settings(run.data, run.training)
                 texts = read_texts(recipe.get("facts_text"))
-                evaluate_and_report(trainer, model, run.model, result, held_out, texts)
-                show_answers(trainer, run.model, held_out, texts)
+                results = evaluate_and_report(trainer, model, run.model, result, held_out, texts)
+                example = show_answers(trainer, run, held_out, texts)
+                if example is not None:
+                    save_results(trainer, results | {"example": example})
+                report_verdict(results, run)
     return not stop.has_stopped
 
 
@@ -204,8 +219,8 @@ def evaluate_and_report(
     result: TrainOutput,
     held_out: dict,
     texts: list[str] | None,
-):
-    """Compares the model with its controls, and writes results.json and the pictures."""
+) -> dict:
+    """Compares the model with its controls, and writes results.json and the pictures. Returns the results."""
     args = trainer.args
     output_dir = Path(args.output_dir)
     with explain_write_errors(output_dir):
@@ -222,6 +237,7 @@ def evaluate_and_report(
         "device": torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type,
         "processes": args.world_size,
         "versions": {package: version(package) for package in ("transformers", "torch", "datasets", "peft")},
+        "phase15": {"version": VERSION, "commit": read_commit()},
         "validation": {},
     }
     if trainer.eval_dataset is not None:
@@ -242,16 +258,41 @@ def evaluate_and_report(
         settings = {"facts_per_chat": held_out["facts_per_chat"], "batch_size": args.per_device_eval_batch_size}
         with trainer.accelerator.autocast():
             results["recall"] = recall(model, trainer.processing_class, sorted(distances), texts=texts, **settings)
+        longest = max(held_out["facts_distances"])
+        verdict = judge_recall(next(row for row in results["recall"] if row["distance"] == longest))
+        if verdict is not None:
+            results["verdict"] = verdict
         results["chat"] = chat_to_show(held_out, texts).messages[:-1]
         with explain_write_errors(output_dir):
             plot_recall(results["recall"], output_dir / "recall.png")
     with explain_write_errors(output_dir):
         (output_dir / "evaluation.json").unlink(missing_ok=True)  # of an earlier run's model
-        write_text(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
+    save_results(trainer, results)
     if results["validation"]:
         print(f"\n{losses_table(results)}\n")
     if "recall" in results:
         print(f"\n{recall_table(results['recall'])}\n")
+    return results
+
+
+def save_results(trainer: Phase15Trainer, results: dict):
+    output_dir = Path(trainer.args.output_dir)
+    with explain_write_errors(output_dir):
+        write_text(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
+
+
+def report_verdict(results: dict, run: TrainingRun):
+    """Prints whether Δ helped, and the next command, as the last lines of a run."""
+    folder = run.training.output_dir
+    if "verdict" in results:
+        verdict = results["verdict"]
+        print(f"\n{verdict['sentence']}")
+        print(next_command(verdict, folder, run.data.dataset_name, run.recipe, results["steps"]), flush=True)
+    elif run.model.baseline is None:
+        print("\nNothing was validated, so that it is not known if Δ helps.")
+        print(
+            f"Next, evaluate other records: phase15 eval --model_dir {shlex.quote(folder)} --dataset FILE", flush=True
+        )
 
 
 def chat_to_show(held_out: dict, texts: list[str] | None) -> Chat:
@@ -259,40 +300,68 @@ def chat_to_show(held_out: dict, texts: list[str] | None) -> Chat:
     return chat
 
 
-def show_one_chat(trainer: Phase15Trainer, held_out: dict, texts: list[str] | None):
-    """Prints a fresh chat at the longest distance, with the answers of the saved model in new processes."""
+def show_one_chat(trainer: Phase15Trainer, held_out: dict, texts: list[str] | None) -> dict:
+    """
+    Prints a fresh chat at the longest distance, with the answers of the saved model in new processes. Returns the
+    example of the model card, a chat that fits on a page, with the model's answer.
+    """
     chat = chat_to_show(held_out, texts)
+    distance = min(max(held_out["facts_distances"]), CARD_DISTANCE)
+    (short_chat,) = fresh_chats(distance, 1, held_out["facts_per_chat"], seed=1, texts=texts)
     tokenizer = trainer.processing_class
-    (example,) = encode_chats([chat], tokenizer)
 
-    def answer(no_delta: bool) -> str:
+    def answer(shown: Chat, no_delta: bool) -> str:
+        (example,) = encode_chats([shown], tokenizer)
         output = answer_in_new_process(trainer.args.output_dir, example.query, 2 * len(example.answer), no_delta)
         return tokenizer.decode(output, skip_special_tokens=True)
 
     with ThreadPoolExecutor() as pool:  # side by side: each takes seconds to import
-        answers = pool.map(answer, (False, True))
-    print(f"Saved to {trainer.args.output_dir}. Loaded in new processes:\n\n{format_chat(chat, *answers)}")
+        futures = [pool.submit(answer, chat, False), pool.submit(answer, chat, True)]
+        if distance != max(held_out["facts_distances"]):
+            futures.append(pool.submit(answer, short_chat, False))
+        answers = [future.result() for future in futures]
+    print(f"Saved to {trainer.args.output_dir}. Loaded in new processes:\n\n{format_chat(chat, *answers[:2])}")
+    (example,) = encode_chats([short_chat], tokenizer)
+    return {
+        "prompt": short_chat.messages[:-1],
+        "max_new_tokens": 2 * len(example.answer),
+        "answer": answers[2] if len(answers) == 3 else answers[0],
+    }
 
 
-def show_answers(trainer: Phase15Trainer, model_args: Phase15ModelArguments, held_out: dict, texts: list[str] | None):
-    """Prints an answer of the saved model in a new process, if a Phase15 folder was saved."""
-    is_adapter = model_args.stage == "lora" and not model_args.merge_adapter
-    if is_adapter or model_args.baseline not in (None, "window"):
-        return
+def show_answers(trainer: Phase15Trainer, run: TrainingRun, held_out: dict, texts: list[str] | None) -> dict | None:
+    """
+    Prints an answer of the saved model in a new process, if a Phase15 folder was saved. Returns the example of the
+    model card: `prompt`, a text or messages; `max_new_tokens`; and `answer`.
+    """
+    is_adapter = run.model.stage == "lora" and not run.model.merge_adapter
+    if is_adapter or run.model.baseline not in (None, "window"):
+        return None
     if "facts_distances" in held_out:
-        show_one_chat(trainer, held_out, texts)
-    else:
-        answer_one_question(trainer)
+        return show_one_chat(trainer, held_out, texts)
+    return answer_one_question(trainer, run)
 
 
-def answer_one_question(trainer: Phase15Trainer):
-    """Loads the saved model in a new process, and prints its answer to the first query."""
+def answer_one_question(trainer: Phase15Trainer, run: TrainingRun) -> dict:
+    """Loads the saved model in a new process, and prints its answer to the first query. Returns both."""
     print(f"Saved to {trainer.args.output_dir}. Loaded in a new process:")
     first = trainer.data_collator([next(iter(trainer.train_dataset))])
     query = first["input_ids"][first["labels"] == -100].tolist()
-    answer = answer_in_new_process(trainer.args.output_dir, query, max_new_tokens=64)
+    output = answer_in_new_process(trainer.args.output_dir, query, max_new_tokens=CARD_NEW_TOKENS)
+    answer = trainer.processing_class.decode(output, skip_special_tokens=True)
     print("Q:", trainer.processing_class.decode(query, skip_special_tokens=True).strip())
-    print("A:", trainer.processing_class.decode(answer, skip_special_tokens=True))
+    print("A:", answer)
+    prompt = read_prompt(run, int(first["records"][0]))
+    return {"prompt": prompt, "max_new_tokens": CARD_NEW_TOKENS, "answer": answer}
+
+
+def read_prompt(run: TrainingRun, number: int) -> str | list[dict]:
+    """Returns the query of a record as text or messages, before the chat template."""
+    data = run.data
+    records = open_records(data.dataset_name, data.dataset_config, data.dataset_train_split, data.streaming)
+    _, fields = read_first(records, data.dataset_name)
+    record = next(record for record in records if record["number"] == number)
+    return split_record(record["fields"], fields, record["where"]).query
 
 
 def train_all(argv: list[str], program: str):

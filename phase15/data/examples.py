@@ -485,4 +485,4 @@ def prepare_data(data_args, training_args, records: IterableDataset, tokenizer: 
     return training, validation, Phase15DataCollator(pad_token_id)
 
 
-__all__ = ["Phase15Encoder", "Phase15Stream", "load_examples", "prepare_data", "read_first"]
+__all__ = ["Phase15Encoder", "Phase15Stream", "load_examples", "prepare_data", "read_first", "split_record"]

@@ -24,7 +24,7 @@ class EvaluationArguments:
     )
     validation_split: float | None = field(
         default=None,
-        metadata={"help": "Share of the records, from the end, to evaluate; default: that of the run, else 0.1."},
+        metadata={"help": "Share of the records, from the end, to evaluate; default: as in the run, else 1."},
     )
     max_records: int | None = field(
         default=None, metadata={"help": "Evaluate up to N of them; default: as in the run."}
@@ -53,6 +53,10 @@ class EvaluationArguments:
     device: str | None = field(default=None, metadata={"help": "Where to compute; cuda if there is one, else cpu."})
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder of the figures and the picture; default: model_dir."}
+    )
+    picture: str | None = field(
+        default=None,
+        metadata={"help": "Picture file, as .png, .pdf or another format of matplotlib; default: in output_dir."},
     )
 
     def __post_init__(self):

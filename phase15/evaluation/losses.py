@@ -34,7 +34,10 @@ BASELINE_FULL_CONTEXT = "baseline_full_context"
 SAME_LLM = "same_llm"
 NOT_CARRIED = "same_llm_shuffled_delta"
 FREE_RUNNING = "free_running"
+FREE_NOT_CARRIED = "free_running_shuffled_delta"
 OWN_BASELINES = "baselines"
+BASELINES_WINDOW = "baselines_window"
+BASELINES_NOT_CARRIED = "baselines_shuffled_delta"
 LABELS = {
     MODEL: "the model",
     WINDOW: "Δ = 0",
@@ -46,7 +49,10 @@ LABELS = {
     SAME_LLM: "same LLM",
     NOT_CARRIED: "same LLM, with shuffled Δ",
     FREE_RUNNING: "same LLM, free-running",
+    FREE_NOT_CARRIED: "same LLM, free-running, with shuffled Δ",
     OWN_BASELINES: "baselines fine-tuned on their own",
+    BASELINES_WINDOW: "baselines fine-tuned on their own, with Δ = 0",
+    BASELINES_NOT_CARRIED: "baselines fine-tuned on their own, with shuffled Δ",
 }
 
 
@@ -123,12 +129,19 @@ def measure_free_running(
     def score(batch: list[Example], histories: list[Example]) -> Losses:
         return phase15_losses(model, batch, histories, chunk_length)
 
+    def score_with_shuffled_delta(batch: list[Example], others: list[Example], histories: list[Example]) -> Losses:
+        return shuffled_delta_losses(model, batch, others, chunk_length, histories=histories)
+
     def score_with_full_context(batch: list[Example], histories: list[Example]) -> Losses:
         return llm_losses_given(model.llm, batch, histories, chunk_length)
 
     losses = {MODEL: measure(MODEL, batch_size, score, examples, histories)}
     with no_delta(model):
         losses[WINDOW] = measure(WINDOW, batch_size, score, examples, histories)
+    if len(examples) > 1:
+        others = histories[1:] + histories[:1]
+        lists = (examples, others, histories)
+        losses[SHUFFLED_DELTA] = measure(SHUFFLED_DELTA, batch_size, score_with_shuffled_delta, *lists)
     losses[FULL_CONTEXT] = measure(FULL_CONTEXT, batch_size, score_with_full_context, examples, histories)
     return losses
 
@@ -269,12 +282,14 @@ def shuffled_delta_losses(
     chunk_length: int,
     bin_size: int | None = None,
     score: Callable = cross_entropy,
+    histories: list[Example] | None = None,
 ) -> Losses:
     """
     Scores each example given its own window, but with the Δ of another example at every step. The recursion of the
     other example runs beside it. After its end, Δ is computed from its last soft prompt and no token. The arguments
-    are those of [`phase15_losses`].
+    are those of [`phase15_losses`]; the histories are the examples by default.
     """
+    histories = histories or examples
 
     def use_the_other_delta(module, inputs, delta: torch.Tensor) -> torch.Tensor:
         return delta[len(examples) :].repeat(2, 1, 1)  # the second half of the batch holds the others
@@ -282,7 +297,7 @@ def shuffled_delta_losses(
     both = examples + others
     hook = model.hypernet.register_forward_hook(use_the_other_delta)
     try:
-        losses = phase15_losses(model, both, both, chunk_length, bin_size, score)
+        losses = phase15_losses(model, both, histories + others, chunk_length, bin_size, score)
     finally:
         hook.remove()
     return Losses(losses.nats[: len(examples)], losses.tokens[: len(examples)])
@@ -362,9 +377,12 @@ def sum_bins(losses: torch.Tensor, answer_length: torch.LongTensor, bin_size: in
 
 __all__ = [
     "BASE",
+    "BASELINES_NOT_CARRIED",
+    "BASELINES_WINDOW",
     "BASELINE_FULL_CONTEXT",
     "BASELINE_WINDOW",
     "FIRST_SOFT_PROMPT",
+    "FREE_NOT_CARRIED",
     "FREE_RUNNING",
     "FULL_CONTEXT",
     "MODEL",

@@ -17,6 +17,9 @@ def plot_recall(distances: list[dict], path: str | Path):
             rows = [measured["rows"][name] for measured in distances]
             right = [100 * row["right"] for row in rows]
             (line,) = axes.plot(words, right, marker="o", label=display_label(name))
+            if "right_interval" in rows[0]:  # not in a folder saved before 2026-12-01
+                bounds = [[100 * bound for bound in row["right_interval"]] for row in rows]
+                draw_band(axes, words, bounds, line.get_color())
             if "completed" in rows[0]:  # not in a folder saved before 2026-11-27
                 completed = [100 * row["completed"] for row in rows]
                 axes.plot(words, completed, "--", color=line.get_color())
@@ -34,7 +37,11 @@ def plot_losses(results: dict[str, dict], path: str | Path):
             if variant in (FIRST_SOFT_PROMPT, SHUFFLED_SOFT_PROMPT):
                 continue
             label = f"{display_label(variant)} ({result['loss']:.3f})".replace("$", r"\$")  # `$` would begin a formula
-            axes.plot(result["loss_by_chunk"], marker="o", markersize=3, label=label)
+            (line,) = axes.plot(result["loss_by_chunk"], marker="o", markersize=3, label=label)
+            if "interval_by_chunk" in result:  # only an evaluation has intervals
+                bounds = result["interval_by_chunk"]
+                draw_band(axes, list(range(len(bounds))), bounds, line.get_color())
+        only_whole_numbers(axes)
         axes.set(xlabel="chunk index", ylabel="nats per answer token", title="Validation loss by chunk")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
@@ -50,6 +57,7 @@ def plot_training(log_history: list[dict], path: str | Path):
             evaluation_steps = [log["step"] for log in evaluations]
             evaluation_losses = [log["eval_loss"] for log in evaluations]
             axes.plot(evaluation_steps, evaluation_losses, marker="o", label="validation loss")
+        only_whole_numbers(axes)
         axes.set(xlabel="step", ylabel="nats per answer token", title="Training")
         share = axes.twinx()
         share.plot(steps, [log["delta_share"] for log in logs], "--", color="grey")
@@ -57,9 +65,32 @@ def plot_training(log_history: list[dict], path: str | Path):
         axes.legend(loc="center right")
 
 
+def draw_band(axes, positions: list[int], bounds: list[list[float]], color):
+    """Draws intervals, one for each position, as a band."""
+    lows = [low for low, _ in bounds]
+    highs = [high for _, high in bounds]
+    axes.fill_between(positions, lows, highs, color=color, alpha=0.15, linewidth=0)
+
+
+def only_whole_numbers(axes):
+    """Keeps the ticks of an axis of steps or chunks at whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def check_picture(path: str | Path):
+    """Raises a ValueError for the name of a picture whose format matplotlib cannot write."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    suffixes = sorted(FigureCanvasBase.get_supported_filetypes())
+    if Path(path).suffix.lower().removeprefix(".") not in suffixes:
+        raise ValueError(f"`picture` is {path}, but it must end in one of: {', '.join(suffixes)}.")
+
+
 @contextmanager
 def picture(path: str | Path):
-    """Yields the axes of a new picture, which is saved when the block ends. Equal drawings give equal bytes."""
+    """Yields the axes of a new picture, which is saved when the block ends. Equal drawings give equal PNG files."""
     import matplotlib  # here, since it takes a second
 
     matplotlib.use("Agg")
@@ -71,4 +102,4 @@ def picture(path: str | Path):
     pyplot.close(figure)
 
 
-__all__ = ["picture", "plot_losses", "plot_recall", "plot_training"]
+__all__ = ["check_picture", "picture", "plot_losses", "plot_recall", "plot_training"]

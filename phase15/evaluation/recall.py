@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,6 +28,7 @@ from phase15.evaluation.losses import (
     phase15_losses,
     shuffled_delta_losses,
 )
+from phase15.evaluation.recovery import confidence_interval, paired_difference, resampled_loss
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 
 
@@ -66,10 +68,12 @@ def recall(
 
     Returns:
         `list[dict]`: for each distance `distance`; `chunk_length`, of a Phase15 model; `tokens`, the mean number of
-        tokens between facts and questions; `facts`, the number of questions; and `rows`, by the keys of losses.py,
-        with `right`, the share of facts in the greedy answer; `completed`, the share of values that are the most
-        likely tokens after the reference answer up to them, since an LLM may know a fact and phrase it otherwise; and
-        `nats` per token of the reference.
+        tokens between facts and questions; `facts` and `chats`, the numbers of questions and of chats; `rows`, by the
+        keys of losses.py; and `advantages`, of a Phase15 model over its controls, by their keys, as
+        `recovery.paired_difference` of shares of right answers. A row has `right`, the share of facts in the greedy
+        answer, and its 95 % `right_interval` from a bootstrap over the chats; `completed`, the share of values that
+        are the most likely tokens after the reference answer up to them, since an LLM may know a fact and phrase it
+        otherwise; and `nats` per token of the reference.
     """
     model.eval()
     if isinstance(model, Phase15ForCausalLM):
@@ -100,29 +104,43 @@ def measure_distance(
     longest = max(len(example.answer) for example in examples)
     num_facts = sum(len(chat.answers) for chat in chats)
     values = [find_values(chat, example.answer, tokenizer) for chat, example in zip(chats, examples, strict=True)]
+    facts_by_chat = torch.tensor([[len(chat.answers)] for chat in chats])
+    right_by_row = {}
     rows = {}
     for name, variant in make_variants(model, chunk_length).items():
         with variant.context:
             answers = greedy_answers(
                 name, variant.model, tokenizer, queries, batch_size, longest, chunk_length=chunk_length
             )
-        num_right = 0
+        counts = []
         for chat, answer in zip(chats, answers, strict=True):
-            num_right += chat.count_right(tokenizer.decode(answer))
+            counts.append([chat.count_right(tokenizer.decode(answer))])
+        right = Losses(torch.tensor(counts, dtype=torch.float64), facts_by_chat)  # right answers in place of nats
+        right_by_row[name] = right
         losses = measure(name, batch_size, partial(variant.score_batch, score=cross_entropy), examples)
         missed = measure(name, batch_size, partial(variant.score_batch, score=misses), examples).nats  # (B, longest)
         num_completed = 0
         for row, chat_values in zip(missed, values, strict=True):
             num_completed += sum(not row[positions].any() for positions in chat_values)
         rows[name] = {
-            "right": num_right / num_facts,
+            "right": right.nats.sum().item() / num_facts,
+            "right_interval": confidence_interval(resampled_loss(right)),
             "completed": num_completed / num_facts,
             "nats": losses.nats.sum().item() / losses.tokens.sum().item(),
         }
     num_tokens = sum(len(tokenizer(chat.text, add_special_tokens=False)["input_ids"]) for chat in chats)
-    result = {"distance": distance, "tokens": num_tokens / len(chats), "facts": num_facts, "rows": rows}
+    result = {
+        "distance": distance,
+        "tokens": num_tokens / len(chats),
+        "facts": num_facts,
+        "chats": len(chats),
+        "rows": rows,
+    }
     if chunk_length is not None:
         result["chunk_length"] = chunk_length
+        result["advantages"] = {
+            name: paired_difference(right_by_row[MODEL], right_by_row[name]) for name in (WINDOW, SHUFFLED_DELTA)
+        }
     return result
 
 

@@ -3,7 +3,24 @@
 
 import re
 
-from phase15.evaluation.losses import display_label
+from phase15.evaluation.losses import (
+    BASELINES_NOT_CARRIED,
+    BASELINES_WINDOW,
+    FREE_NOT_CARRIED,
+    FREE_RUNNING,
+    NOT_CARRIED,
+    OWN_BASELINES,
+    SAME_LLM,
+    display_label,
+)
+
+
+# Context recoveries that are shown only together with those of the controls. Within one LLM, Δ = 0 has 0 % itself.
+CONTROLS = {
+    SAME_LLM: (NOT_CARRIED,),
+    FREE_RUNNING: (FREE_NOT_CARRIED,),
+    OWN_BASELINES: (BASELINES_WINDOW, BASELINES_NOT_CARRIED),
+}
 
 
 WORDS = re.compile(r"[\w ',.;:%=()/+@-]*")  # plain words in Markdown, except for
@@ -74,9 +91,20 @@ def code_fence(text: str, min_length: int) -> str:
 
 
 def recovery_lines(results: dict[str, dict]) -> list[str]:
-    """Returns the context recoveries as items of a list in Markdown."""
+    """
+    Returns the context recoveries as items of a list in Markdown, each before those of Δ = 0 and shuffled Δ in the
+    same measure. A recovery without these, as of a folder saved before 2026-12-01, is not shown.
+    """
+    recoveries = results.get("context_recovery", {})
     lines = []
-    for name, result in results.get("context_recovery", {}).items():
+    for name, result in recoveries.items():
+        missing = [control for control in CONTROLS.get(name, ()) if control not in recoveries]
+        if missing and result["recovery"] is not None:
+            controls = " and ".join(display_label(control) for control in missing)
+            lines.append(
+                f"- context recovery, {display_label(name)}: not shown, since this was not measured: {controls}"
+            )
+            continue
         if result["recovery"] is None:
             low, high = result["gap_interval"]
             value = "undefined: full context is not better than the window"
@@ -84,6 +112,8 @@ def recovery_lines(results: dict[str, dict]) -> list[str]:
         else:
             low, high = result["interval"]
             value = f"{result['recovery']:.1%}, 95 % interval [{low:.1%}, {high:.1%}]"
+            if name in (SAME_LLM, FREE_RUNNING):
+                value += " (Δ = 0: 0 % by definition)"
         lines.append(f"- context recovery, {cell(display_label(name))}: {value}")
     return lines
 

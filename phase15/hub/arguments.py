@@ -21,7 +21,12 @@ class PushArguments:
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of a commit."})
     commit_message: str = field(default="Upload Phase15 model", metadata={"help": "Title of the commit."})
     max_shard_size: str = field(default="5GB", metadata={"help": "Weights above this are split in several files."})
-    license: str = field(default="apache-2.0", metadata={"help": "Of the weights; the base model's must allow it."})
+    license: str | None = field(
+        default=None, metadata={"help": "Of the weights; the base model's must allow it; default: that of its card."}
+    )
+    language: list[str] | None = field(
+        default=None, metadata={"help": "ISO 639 codes of the languages, such as en; default: of embedded data only."}
+    )
     base_model: str | None = field(
         default=None, metadata={"help": "Hub id of the base LLM, where the model was not made from a Hub id."}
     )

@@ -205,6 +205,22 @@ def rename_old_keys(results: dict) -> dict:
     return renamed
 
 
+def read_commit() -> str | None:
+    """
+    Returns the commit of this checkout, with "-dirty" after it if files were changed since; `None` where the code is
+    not a git checkout, or git is not installed.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # a wheel may lie inside the checkout of another project
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return result.stdout.strip() or None
+
+
 LOAD_AND_ANSWER = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -287,6 +303,7 @@ __all__ = [
     "dump_yaml",
     "find_differing_setting",
     "held_out_settings",
+    "read_commit",
     "read_held_out",
     "read_run",
     "save_recipe",

@@ -148,11 +148,14 @@ def test_the_command_writes_and_prints_every_row(evaluated, home):
         "same_llm",
         "same_llm_shuffled_delta",
         "free_running",
+        "free_running_shuffled_delta",
         "baselines",
+        "baselines_window",
+        "baselines_shuffled_delta",
     ]
     for name in results["context_recovery"]:
         assert f"- context recovery, {evaluation.display_label(name)}: " in said
-    assert list(results["free_running"]) == ["model", "window", "full_context"]
+    assert list(results["free_running"]) == ["model", "window", "shuffled_delta", "full_context"]
     assert {name for name, match in results["exact_match"].items() if match["records"] == 3} == {*rows} - {
         "first_soft_prompt",
         "shuffled_soft_prompt",
@@ -237,6 +240,52 @@ def test_scores_are_those_of_the_length_with_which_the_model_speaks(home, tmp_pa
     assert saved["validation"]["model"] != trained["validation"]["model"]
 
 
+def test_each_data_set_keeps_its_own_results(home, tmp_path):
+    """A file that is not the run's is scored whole, and replaces only what it left before."""
+    lines = (home / "data.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "other.jsonl").write_text("".join(lines[:12]))
+    folder = tmp_path / "results"
+    settings = {"generated_records": 0, "max_records": None}
+    other = settings | {"dataset": str(tmp_path / "other.jsonl")}
+
+    def run(flags) -> dict:
+        eval_sft.evaluate(arguments(home, folder, **flags))
+        return json.loads((folder / "evaluation.json").read_text())
+
+    own = run(settings)
+    picture = (folder / "loss_by_chunk.png").read_bytes()
+    both = run(other)
+    assert both["dataset"] == "other.jsonl" and both["records"]["validation"] == 12, "all of it, not a tenth"
+    assert both["other_datasets"] == {"data.jsonl": own}
+    assert (folder / "loss_by_chunk.png").read_bytes() == picture
+    assert (folder / "loss_by_chunk_other.jsonl.png").is_file()
+    again = run(other | {"max_records": 5})
+    assert again["records"]["validation"] == 5 and again["other_datasets"] == {"data.jsonl": own}
+    last = run(settings)
+    assert last == own | {"other_datasets": {"other.jsonl": {k: v for k, v in again.items() if k != "other_datasets"}}}
+
+
+def test_results_of_another_model_are_not_replaced(home, tmp_path):
+    eval_sft.evaluate(arguments(home, tmp_path, generated_records=0, max_records=2))
+    with pytest.raises(ValueError, match="holds the evaluation of model, not of window"):
+        eval_sft.evaluate(arguments(home, tmp_path, model_dir=str(home / "window")))
+
+
+def test_the_picture_has_any_format_of_matplotlib(home, tmp_path):
+    path = tmp_path / "new" / "losses.pdf"
+    eval_sft.evaluate(arguments(home, tmp_path, generated_records=0, max_records=2, picture=str(path)))
+    assert path.read_bytes().startswith(b"%PDF") and not (tmp_path / "loss_by_chunk.png").exists()
+
+
+def test_the_report_ends_with_the_verdict_and_the_next_command(evaluated):
+    folder, said = evaluated
+    verdict = json.loads((folder / "evaluation.json").read_text())["verdict"]
+    *_, sentence, following = said.strip().splitlines()
+    assert sentence == verdict["sentence"] and following.startswith("Next, ") and "phase15 " in following
+    rows = {"window", "shuffled_delta", *(f"baseline_{name}" for name in BASELINES)}
+    assert set(verdict["differences"]) == rows and verdict["records"] == 10
+
+
 def test_answers_without_numbers_have_no_exact_match(home, tmp_path):
     (tmp_path / "words.jsonl").write_text('{"prompt": "Why", "completion": " it is 4"}\n' * 3)
     eval_sft.evaluate(arguments(home, tmp_path, dataset=str(tmp_path / "words.jsonl"), validation_split=1.0))
@@ -289,6 +338,7 @@ BAD = {
     "no records": ({"max_records": 0}, r"no record to evaluate"),
     "no batch": ({"batch_size": 0}, r"batch_size.* 0"),
     "too long a chunk": ({"chunk_length": 9999}, r"`chunk_length` is 9999, but it must be an integer from 1 to"),
+    "no picture": ({"picture": "losses.doc"}, r"`picture` is losses\.doc, but it must end in one of: .*pdf.*png"),
     "a file": ({"output_dir": "{home}/data.jsonl"}, r"output_dir.*file"),
 }
 
@@ -312,7 +362,10 @@ def test_facts_are_asked_for_by_distance(talker, tmp_path, capsys):
     eval_sft.evaluate(eval_sft.EvaluationArguments(**arguments, device="cpu"))
     measured = json.loads((folder / "recall_evaluation.json").read_text())
     assert measured == recall(model, tokenizer, [3, 6], 4, 2) and (folder / "recall_evaluation.png").is_file()
-    assert "| words between (8 facts each) |" in capsys.readouterr().out
+    assert "| words between (8 facts each) |" in (output := capsys.readouterr().out)
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert evaluation["recall"] == measured and evaluation["dataset"] == "facts"
+    assert "Too few records for a verdict (2 of at least 10): " in output and evaluation["verdict"]["distance"] == 6
     settings, spoken = folder / "generation_config.json", 2 * model.config.chunk_length
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chunk_length": spoken}))
     for given, expected in (({}, spoken), ({"chunk_length": 5}, 5)):

@@ -59,3 +59,27 @@ def test_equal_drawings_are_equal_files(tmp_path):
             axes.plot([1, 2])
     first = (tmp_path / "a.png").read_bytes()
     assert first[:4] == b"\x89PNG" and first == (tmp_path / "b.png").read_bytes()
+
+
+def test_axes_of_chunks_and_steps_have_whole_numbers(drawn):
+    plots.plot_losses({"model": {"loss": 1.5, "loss_by_chunk": [1.0, 2.0]}}, "x.png")
+    plots.plot_training([{"step": step, "loss": 3.0, "delta_share": 0.0} for step in (1, 2)], "x.png")
+    for axes in drawn:
+        assert all(float(tick).is_integer() for tick in axes.get_xticks())
+
+
+def test_known_intervals_are_bands(drawn):
+    bounds = [[0.5, 1.5], [1.0, 3.0]]
+    plots.plot_losses({"model": {"loss": 1.5, "loss_by_chunk": [1.0, 2.0], "interval_by_chunk": bounds}}, "x.png")
+    rows = [{"model": {"right": 0.5, "right_interval": [0.4, 0.6]}}] * 2
+    plots.plot_recall([{"distance": words, "rows": row} for words, row in zip((0, 512), rows, strict=True)], "x.png")
+    for axes, expected in zip(drawn, ({0.5, 1.5, 1.0, 3.0}, {40.0, 60.0}), strict=True):
+        (band,) = axes.collections
+        assert {round(float(y), 6) for _, y in band.get_paths()[0].vertices} == expected
+
+
+@pytest.mark.parametrize("name", ["x.doc", "x", "pdf"])
+def test_a_format_that_no_picture_has_is_refused(name):
+    plots.check_picture("a/x.PDF")
+    with pytest.raises(ValueError, match="`picture` is .*svg"):
+        plots.check_picture(name)
