@@ -262,17 +262,20 @@ def check_batch(tokens, attention_mask, cache, labels=None):
     """Raises a ValueError for arguments of `forward` that have another kind or shape."""
     shape = None if tokens is None else tuple(tokens.shape)
     is_embeds = shape is not None and len(shape) == 3 and tokens.is_floating_point()
-    if shape is None or (len(shape) != 2 and not is_embeds):
+    if shape is None:
+        raise ValueError("Give `input_ids` of shape (batch_size, sequence_length), or `inputs_embeds`.")
+    if len(shape) != 2 and not is_embeds:
         raise ValueError(f"`input_ids` must have shape (batch_size, sequence_length), not {shape}.")
     if len(shape) == 2 and tokens.is_floating_point():
         raise ValueError(f"`input_ids` must hold integers, not {tokens.dtype}.")
     shape = shape[:2]
+    name = "inputs_embeds" if is_embeds else "input_ids"
     seen_tokens = 0 if cache is None else cache.seen_tokens
     mask_shape = None if attention_mask is None else tuple(attention_mask.shape)
     if mask_shape not in (None, shape, (shape[0], seen_tokens + shape[1])):
-        raise ValueError(f"`attention_mask` has shape {mask_shape}, but `input_ids` {shape}.")
+        raise ValueError(f"`attention_mask` has shape {mask_shape}, but `{name}` {shape}.")
     if labels is not None and labels.shape != shape:
-        raise ValueError(f"`labels` has shape {tuple(labels.shape)}, but `input_ids` {shape}.")
+        raise ValueError(f"`labels` has shape {tuple(labels.shape)}, but `{name}` {shape}.")
     if labels is not None and cache is not None:
         raise ValueError("`labels` cannot be given with `cache` or `use_cache=True`.")
 

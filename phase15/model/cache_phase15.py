@@ -74,6 +74,10 @@ class Phase15Cache(Cache):
         return -1  # unlimited
 
     @property
+    def max_cache_len(self) -> int:
+        return -1  # PEFT's prefix tuning reads it, before its own cache is refused
+
+    @property
     def batch_size(self) -> int:
         return -1 if self.soft_prompt is None else self.soft_prompt.length.shape[0]
 

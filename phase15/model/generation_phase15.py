@@ -113,6 +113,8 @@ class Phase15GenerationMixin(GenerationMixin):
         prompt = input_ids if inputs_embeds is None else inputs_embeds
         num_columns = 1 if prompt is None else prompt.shape[1]  # without a prompt the library starts from BOS
         cache = pop_cache(kwargs)
+        if has_tuned_prompt(self):
+            check_tuned_prompt(cache, settings, compile)
         check_prompt(num_columns, kwargs.get("attention_mask"), cache)
         check_state(state, prompt, cache)
         check_embeddings(inputs_embeds, input_ids, cache, settings, compile)
@@ -184,9 +186,11 @@ class Phase15GenerationMixin(GenerationMixin):
             prompt_mask = attention_mask[:, :prompt_length].bool()
             prompt_mask = prompt_mask.repeat_interleave(num_rows // len(attention_mask), dim=0)
         texts = []
+        num_virtual = cache.message_end - prompt_length  # tokens that PEFT has put before the prompt
         for ids, mask, answer_length in zip(sequences, prompt_mask, lengths, strict=True):
             prompt = [None if token == UNKNOWN else token for token in ids[:prompt_length][mask].tolist()]
-            texts.append(prompt + ids[prompt_length : prompt_length + answer_length].tolist())
+            answer_ids = ids[prompt_length : prompt_length + answer_length].tolist()
+            texts.append([None] * num_virtual + prompt + answer_ids)
         before = cache.state
         if before is not None:
             before = before.select_rows(row.tolist())
@@ -318,6 +322,24 @@ def check_embeddings(
     }.items():
         if is_given:
             raise ValueError(f"`inputs_embeds` cannot be given with {reason}.")
+
+
+def has_tuned_prompt(model) -> bool:
+    """Returns `True` while PEFT generates with prompt tuning: it replaces this method of the model that it wraps."""
+    method = vars(model).get("prepare_inputs_for_generation")
+    return method is not None and getattr(method, "__self__", None) is not model
+
+
+def check_tuned_prompt(cache: Cache | None, settings: dict[str, Any], compile: bool | None):
+    """Raises a ValueError for what cannot work with virtual tokens before the prompt."""
+    check_compile(compile, "a tuned prompt of PEFT")
+    if settings.get("use_cache") is False:
+        raise ValueError("`use_cache=False` does not work with a tuned prompt of PEFT: leave it out.")
+    if cache is not None:
+        raise ValueError(
+            "`cache` does not work with a tuned prompt of PEFT, whose virtual tokens are not in `inputs`: go on from "
+            "the output's `state`."
+        )
 
 
 def check_state(state: Phase15State | None, input_ids: torch.LongTensor | None, cache: Cache | None):

@@ -411,7 +411,14 @@ class Phase15Model(Phase15RecursionMixin, Phase15PreTrainedModel):
         labels: torch.LongTensor | None = None,
         cache: Phase15Cache | None = None,
     ) -> Rows:
-        """Checks a batch and left-aligns its rows: see [`Rows.from_batch`]."""
+        """Checks a batch and left-aligns its rows: see [`Rows.from_batch`]. Embeddings get the model's dtype."""
+        if tokens is not None and tokens.dim() == 3 and tokens.is_floating_point():
+            hidden_size = self.config.text_config.hidden_size
+            if tokens.shape[2] != hidden_size:
+                raise ValueError(
+                    f"`inputs_embeds` are {tokens.shape[2]} wide, but the model's embeddings {hidden_size}."
+                )
+            tokens = tokens.to(self.dtype)
         vocab_size = self.config.text_config.vocab_size
         return Rows.from_batch(tokens, attention_mask, query_lengths, labels, vocab_size=vocab_size, cache=cache)
 

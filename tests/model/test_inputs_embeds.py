@@ -97,6 +97,14 @@ def test_what_forward_cannot_do_with_embeddings(tiny):
         tiny(ids, inputs_embeds=embed(tiny, ids))
     with pytest.raises(ValueError, match="`input_ids` must have shape"):
         tiny(inputs_embeds=ids[..., None])
+    with pytest.raises(ValueError, match="are 31 wide, but the model's embeddings 32"):
+        tiny(inputs_embeds=embed(tiny, ids)[..., :31])
+    with pytest.raises(ValueError, match="Give `input_ids` of shape .*, or `inputs_embeds`"):
+        tiny()
+    with pytest.raises(ValueError, match=r"`attention_mask` has shape \(1, 3\), but `inputs_embeds` \(1, 4\)"):
+        tiny(inputs_embeds=embed(tiny, ids), attention_mask=torch.ones(1, 3))
+    half = tiny(inputs_embeds=embed(tiny, ids).half(), use_cache=True).logits[:, -1]
+    assert_close(half, tiny(ids, use_cache=True).logits[:, -1], atol=1e-2, rtol=1e-2)
     cache = Phase15Cache(tiny.config)
     tiny(ids, **{CACHE_NAME: cache})
     with pytest.raises(ValueError, match="cannot be given with a `cache`"):
@@ -154,12 +162,28 @@ def test_a_tuned_model_generates_after_its_prompt(tiny, kind):
     long_mask = torch.cat([torch.ones(len(ids), NUM_VIRTUAL, dtype=torch.long), mask], dim=1)
     settings = {"max_new_tokens": 2 * CHUNK + 1, "do_sample": False, "pad_token_id": 0}
     expected = tiny.generate(inputs_embeds=embeds, attention_mask=long_mask, **settings)
-    got = tuned.generate(input_ids=ids, attention_mask=mask, **settings)
-    assert torch.equal(got[:, ids.shape[1] :], expected)
+    got = tuned.generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **settings)
+    assert torch.equal(got.sequences[:, ids.shape[1] :], expected)
+    lengths = [NUM_VIRTUAL + len(row) + expected.shape[1] for row in ROWS]
+    assert got.state.num_tokens.tolist() == lengths and set(got.state.text_digests) == {None}
+    for arguments, message in (
+        ({"use_cache": False}, "`use_cache=False` does not work with a tuned prompt"),
+        ({"compile": True}, "`compile=True` cannot be honoured with a tuned prompt"),
+        ({CACHE_NAME: got.past_key_values}, "`cache` does not work with a tuned prompt"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tuned.generate(input_ids=ids, attention_mask=mask, **settings, **arguments)
+    again = tuned.generate(input_ids=ids, attention_mask=mask, state=got.state, **settings)
+    assert again.shape == got.sequences.shape
+    assert torch.equal(
+        tiny.generate(ids, attention_mask=mask, **settings)[:, : ids.shape[1]], ids
+    )  # no longer wrapped
 
 
-def test_prefix_tuning_is_refused(tiny):
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_prefix_tuning_is_refused(tiny, call):
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=NUM_VIRTUAL)
+    ids = random_ids(1, VOCAB // 10)
     with pytest.raises(ValueError, match="must be a Phase15Cache") as error:
-        get_peft_model(tiny, config)(input_ids=random_ids(1, VOCAB // 10))
+        getattr(get_peft_model(tiny, config), call)(input_ids=ids, attention_mask=torch.ones_like(ids))
     assert "\n" not in str(error.value)
