@@ -147,6 +147,12 @@ def test_the_recorded_revision_of_the_base(trained, tmp_path, monkeypatch):
     trained.config.base_model_name_or_path = "user/base"
     trained.config.base_revision = "a" * 40
     trained.save_hypernet(tmp_path / "adapter")
+    cache = tmp_path / "cache" / "models--user--base"
+    for name, revision in (("main", "a" * 40), ("v1", "b" * 40)):
+        (cache / "snapshots" / revision).mkdir(parents=True)
+        (cache / "snapshots" / revision / "config.json").write_text("{}")
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / name).write_text(revision)
     calls = []
 
     def load_base(name, **kwargs):
@@ -155,11 +161,12 @@ def test_the_recorded_revision_of_the_base(trained, tmp_path, monkeypatch):
 
     adapter_load = adapter_phase15.load_base
     monkeypatch.setattr(adapter_phase15, "load_base", load_base)
-    Phase15ForCausalLM.from_pretrained(tmp_path / "adapter", token="secret", revision="main")
+    options = {"token": "secret", "revision": "main", "cache_dir": tmp_path / "cache"}
+    model = Phase15ForCausalLM.from_pretrained(tmp_path / "adapter", **options)
+    assert model.config.base_revision == "a" * 40
     ((name, kwargs),) = calls
     assert name == "user/base" and kwargs["revision"] == "a" * 40 and kwargs["token"] == "secret"
-    trained.llm.config._commit_hash = "b" * 40
-    assert adapter_phase15.describe_base("user/base", trained.llm) == {
+    assert adapter_phase15.describe_base("user/base", cache_dir=tmp_path / "cache", revision="v1") == {
         "base_model_name_or_path": "user/base",
         "base_revision": "b" * 40,
     }
@@ -174,17 +181,17 @@ def test_a_copy_of_a_base_keeps_the_id_of_the_hub(trained, folder):
     assert (model.config.base_model_name_or_path, model.config.base_revision) == (base, None)
 
 
-def test_a_part_of_a_repository_has_no_name(trained, bases):
+def test_a_part_of_a_repository_has_no_name(bases):
     parts = {"gguf_file": "x.gguf", "subfolder": "part"}
     for name, value in parts.items():
-        described = adapter_phase15.describe_base("user/base", trained.llm, **{name: value})
+        described = adapter_phase15.describe_base("user/base", **{name: value})
         assert described == {"base_model_name_or_path": None, "base_revision": None}
-        described = adapter_phase15.describe_base(bases["llama"], trained.llm, **{name: value})
+        described = adapter_phase15.describe_base(bases["llama"], **{name: value})
         assert described["base_model_name_or_path"] == str(Path(bases["llama"], value))
 
 
 def test_arguments_of_from_pretrained(trained, folder, tmp_path):
-    """Fields of the config count, the base gets what is about an LLM, and the weights are one file whatever is asked."""
+    """Fields of the config count, the base gets those of an LLM, and the weights are one file whatever is asked."""
     trained.merge(tmp_path / "whole")
     for name in (folder, tmp_path / "whole"):
         model = Phase15ForCausalLM.from_pretrained(name, chunk_length=5, attn_implementation="eager")
