@@ -33,6 +33,7 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "
 OWN_ARGUMENTS = (
     "revision",
     "code_revision",
+    "adapter_kwargs",
     "subfolder",
     "ignore_mismatched_sizes",
     "output_loading_info",

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import HubServer
-from reference import SIZES, random_ids, randomise_alpha
-from transformers import AutoModelForCausalLM
+from reference import LLM_SIZES, SIZES, random_ids, randomise_alpha
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
 
@@ -61,8 +61,9 @@ def run(command: list, shell: dict) -> str:
 
 
 @pytest.mark.slow
-def test_the_base_is_fetched_at_the_commit_that_it_had(bases, chat_tokenizer, tmp_path):
-    base = AutoModelForCausalLM.from_pretrained(bases["llama"])
+def test_the_base_is_fetched_at_the_commit_that_it_had(chat_tokenizer, tmp_path):
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**LLM_SIZES | {"vocab_size": len(chat_tokenizer)}))
     base.save_pretrained(tmp_path / "base")
     chat_tokenizer.save_pretrained(tmp_path / "base")
     model = randomise_alpha(Phase15ForCausalLM.from_base(tmp_path / "base", **SIZES))
