@@ -33,6 +33,7 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "
 OWN_ARGUMENTS = (
     "revision",
     "code_revision",
+    "adapter_kwargs",
     "subfolder",
     "ignore_mismatched_sizes",
     "output_loading_info",
@@ -51,19 +52,20 @@ def base_digest(llm: PreTrainedModel) -> str | None:
 
 def describe_base(
     base: str | os.PathLike,
-    llm: PreTrainedModel,
     gguf_file: str | None = None,
     subfolder: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
     **_,
 ) -> dict[str, str | None]:
     """
-    Returns the fields of a config that name a base. A path of this machine is absolute; a part of a repository on the
-    Hub has no name that `load_base` takes, so it is `None`.
+    Returns the fields of a config that name a base that has been loaded. A path of this machine is absolute; a part of
+    a repository on the Hub has no name that `load_base` takes, so it is `None`.
 
     Args:
         base (`str` or `os.PathLike`): as `load_base` was given it.
-        llm (`PreTrainedModel`): the base.
         gguf_file, subfolder (`str`, *optional*): arguments of `from_pretrained` that name a part of a folder.
+        revision, cache_dir (*optional*): arguments of `from_pretrained`.
     """
     name = str(base)
     if os.path.exists(name):
@@ -71,7 +73,9 @@ def describe_base(
         return {"base_model_name_or_path": os.path.abspath(path), "base_revision": None}
     if gguf_file or subfolder:
         return {"base_model_name_or_path": None, "base_revision": None}
-    return {"base_model_name_or_path": name, "base_revision": getattr(llm.config, "_commit_hash", None)}
+    # From the cache, which has the files that were loaded: the branch on the Hub may have moved since.
+    file = Path(cached_file(name, "config.json", revision=revision, cache_dir=cache_dir, local_files_only=True))
+    return {"base_model_name_or_path": name, "base_revision": file.parent.name}  # snapshots/COMMIT/config.json
 
 
 def place_of_base(config: Phase15Config, folder: str | os.PathLike) -> str:
@@ -154,7 +158,7 @@ def load_hypernet(
     # The id of a base on the Hub stays, if the one on this machine is a copy: other machines know it.
     is_copy = is_checked and config.base_revision is not None and os.path.exists(base)
     if not is_copy:
-        config.update(describe_base(base, llm))
+        config.update(describe_base(base, **kwargs))
     config.base_digest = None  # the model has its base
     config.text_config = llm.config
     model = cls.from_llm(config, llm)

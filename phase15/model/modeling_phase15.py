@@ -745,7 +745,7 @@ class Phase15ForCausalLM(
         config_kwargs = {name: kwargs.pop(name) for name in names}
         llm, loading_info = load_base(base, **kwargs)
         attention = llm.config._attn_implementation  # which making a config around it would set to the default
-        config_kwargs = describe_base(base, llm, **kwargs) | config_kwargs
+        config_kwargs = describe_base(base, **kwargs) | config_kwargs
         config = Phase15Config(text_config=llm.config, attn_implementation=attention, **config_kwargs)
         model = cls.from_llm(config, llm)
         embeddings = llm.get_input_embeddings().weight

@@ -65,8 +65,8 @@ def test_a_folder_holds_nothing_of_the_base(trained, folder):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
 def test_any_dtype(trained, folder, dtype):
-    """The digest of the base is that of bfloat16, whatever it is loaded in, except float16, which rounds twice."""
-    model = Phase15ForCausalLM.from_pretrained(folder, dtype=dtype, check_base=dtype != torch.float16)
+    """The digest of the base is that of bfloat16, whatever it is loaded in. float16 would round twice: not checked."""
+    model = Phase15ForCausalLM.from_pretrained(folder, dtype=dtype)
     assert model.llm.dtype == dtype
     assert model.hypernet.alpha.dtype == (torch.float32 if dtype == torch.float16 else dtype)
     assert torch.allclose(logits(model).float(), logits(trained), atol=0.5)
@@ -97,7 +97,10 @@ def test_a_base_inside_the_folder_moves_with_it(bases, tmp_path):
     model.save_hypernet(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["base_model_name_or_path"] == "base"
     (tmp_path / "run").rename(tmp_path / "moved")
-    assert torch.equal(logits(Phase15ForCausalLM.from_pretrained(tmp_path / "moved")), logits(model))
+    moved = Phase15ForCausalLM.from_pretrained(tmp_path / "moved")
+    assert torch.equal(logits(moved), logits(model))
+    moved.save_hypernet(tmp_path / "elsewhere")  # from where the path is another
+    assert torch.equal(logits(Phase15ForCausalLM.from_pretrained(tmp_path / "elsewhere")), logits(model))
 
 
 def test_another_base_is_refused(trained, folder, tmp_path, bases):
@@ -109,6 +112,8 @@ def test_another_base_is_refused(trained, folder, tmp_path, bases):
     model = Phase15ForCausalLM.from_pretrained(folder, base=tmp_path / "other", check_base=False)
     assert torch.equal(model.hypernet.alpha, trained.hypernet.alpha)
     assert not torch.equal(logits(model), logits(trained))
+    model.save_hypernet(tmp_path / "on_the_other")  # which it names, and its digest
+    assert torch.equal(logits(Phase15ForCausalLM.from_pretrained(tmp_path / "on_the_other")), logits(model))
     with pytest.raises(ValueError, match="`model_type` qwen2, but the HyperNetwork's LLM has llama"):
         Phase15ForCausalLM.from_pretrained(folder, base=bases["qwen2"], check_base=False)
 
@@ -142,6 +147,12 @@ def test_the_recorded_revision_of_the_base(trained, tmp_path, monkeypatch):
     trained.config.base_model_name_or_path = "user/base"
     trained.config.base_revision = "a" * 40
     trained.save_hypernet(tmp_path / "adapter")
+    cache = tmp_path / "cache" / "models--user--base"
+    for name, revision in (("main", "a" * 40), ("v1", "b" * 40)):
+        (cache / "snapshots" / revision).mkdir(parents=True)
+        (cache / "snapshots" / revision / "config.json").write_text("{}")
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / name).write_text(revision)
     calls = []
 
     def load_base(name, **kwargs):
@@ -150,14 +161,65 @@ def test_the_recorded_revision_of_the_base(trained, tmp_path, monkeypatch):
 
     adapter_load = adapter_phase15.load_base
     monkeypatch.setattr(adapter_phase15, "load_base", load_base)
-    Phase15ForCausalLM.from_pretrained(tmp_path / "adapter", token="secret", revision="main")
+    options = {"token": "secret", "revision": "main", "cache_dir": tmp_path / "cache"}
+    model = Phase15ForCausalLM.from_pretrained(tmp_path / "adapter", **options)
+    assert model.config.base_revision == "a" * 40
     ((name, kwargs),) = calls
     assert name == "user/base" and kwargs["revision"] == "a" * 40 and kwargs["token"] == "secret"
-    trained.llm.config._commit_hash = "b" * 40
-    assert adapter_phase15.describe_base("user/base", trained.llm) == {
+    assert adapter_phase15.describe_base("user/base", cache_dir=tmp_path / "cache", revision="v1") == {
         "base_model_name_or_path": "user/base",
         "base_revision": "b" * 40,
     }
+
+
+def test_a_copy_of_a_base_keeps_the_id_of_the_hub(trained, folder):
+    base = trained.config.base_model_name_or_path
+    edit(folder, base_model_name_or_path="user/base", base_revision="a" * 40)
+    model = Phase15ForCausalLM.from_pretrained(folder, base=base)
+    assert (model.config.base_model_name_or_path, model.config.base_revision) == ("user/base", "a" * 40)
+    model = Phase15ForCausalLM.from_pretrained(folder, base=base, check_base=False)
+    assert (model.config.base_model_name_or_path, model.config.base_revision) == (base, None)
+
+
+def test_a_part_of_a_repository_has_no_name(bases):
+    parts = {"gguf_file": "x.gguf", "subfolder": "part"}
+    for name, value in parts.items():
+        described = adapter_phase15.describe_base("user/base", **{name: value})
+        assert described == {"base_model_name_or_path": None, "base_revision": None}
+        described = adapter_phase15.describe_base(bases["llama"], **{name: value})
+        assert described["base_model_name_or_path"] == str(Path(bases["llama"], value))
+
+
+def test_arguments_of_from_pretrained(trained, folder, tmp_path):
+    """Fields of the config count, the base gets those of an LLM, and the weights are one file whatever is asked."""
+    trained.merge(tmp_path / "whole")
+    for name in (folder, tmp_path / "whole"):
+        model = Phase15ForCausalLM.from_pretrained(name, chunk_length=5, attn_implementation="eager")
+        assert model.config.chunk_length == 5 and model.llm.config._attn_implementation == "eager"
+    trained.save_hypernet(tmp_path / "sharded", max_shard_size="1KB")
+    assert torch.equal(logits(Phase15ForCausalLM.from_pretrained(tmp_path / "sharded")), logits(trained))
+
+
+def test_the_damaged_file_is_named(trained, folder, tmp_path):
+    base = shutil.copytree(trained.config.base_model_name_or_path, tmp_path / "base")
+    for place, message in ((base, f"The weights of the base {base} cannot be read"), (folder, str(folder))):
+        file = Path(place, "model.safetensors")
+        file.write_bytes(file.read_bytes()[:-9])
+        with pytest.raises(ValueError, match=message) as error:
+            load_strictly(Phase15ForCausalLM.from_pretrained, folder, base=base)
+        assert "\n" not in str(error.value)
+
+
+def test_weights_without_a_digest_are_not_compared(trained, folder, monkeypatch):
+    """As of a quantised base: one warning, and no folder without the base."""
+    warnings = []
+    monkeypatch.setattr(adapter_phase15.logger, "warning_once", warnings.append)
+    monkeypatch.setattr(adapter_phase15, "base_digest", lambda llm: None)
+    model = Phase15ForCausalLM.from_pretrained(folder)
+    assert len(warnings) == 1 and "is not checked: its weights are quantised or offloaded" in warnings[0]
+    with pytest.raises(ValueError, match="have no digest: save both"):
+        model.save_hypernet(folder.parent / "again")
+    assert not (folder.parent / "again").exists()
 
 
 @pytest.mark.parametrize("damage", ["missing", "left over", "of another shape"])

@@ -88,6 +88,10 @@ def test_the_page_s_rule_trains_is_saved_and_loads_elsewhere(gru_slots, bases, t
     here = Phase15ForCausalLM.from_pretrained(tmp_path / "again")
     assert here.generate(ids, **settings).tolist() == expected[1]
 
+    model.save_hypernet(tmp_path / "adapter")  # the rule travels without the base, too
+    assert elsewhere(tmp_path / "adapter", ids, tmp_path / "whole", tmp_path) == expected
+    assert Phase15ForCausalLM.from_pretrained(tmp_path / "adapter").generate(ids, **settings).tolist() == expected[1]
+
 
 def test_padding_does_not_reach_the_page_s_rule(gru_slots, bases):
     """Batched and padded rows give what each row gives alone."""

@@ -223,6 +223,42 @@ def test_a_stage_resumes(stage, recipe, tmp_path):
     assert losses_of(resumed.state.log_history) == losses_of(whole.state.log_history)
 
 
+def test_checkpoints_of_stage_hypernet_hold_no_base(recipe, tmp_path, caplog):
+    """They are loaded as folders, resume, also as the best model, and so does a checkpoint that holds the base."""
+    recipe |= {"stage": "hypernet", "max_steps": 4, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    recipe |= {"load_best_model_at_end": True, "validation_split": 0.3}
+    path = write(recipe, tmp_path, output_dir=str(tmp_path / "whole"))
+    whole, *_ = prepare([path])
+    whole.train()
+    for folder in (tmp_path / "whole").glob("checkpoint-*"):
+        assert all(name.startswith("model.hypernet.") for name in load_file(folder / "model.safetensors"))
+        assert (
+            Phase15ForCausalLM.from_pretrained(folder).config.base_model_name_or_path == recipe["model_name_or_path"]
+        )
+    shutil.rmtree(tmp_path / "whole" / "checkpoint-4")
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    for earlier in (False, True):
+        if earlier:
+            Phase15ForCausalLM.from_pretrained(checkpoint).merge(checkpoint)
+        resumed, *_ = prepare([path])
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+        assert not changed(state(whole.model), state(resumed.model))
+    assert not [record for record in caplog.records if "missing keys" in record.getMessage()]
+
+
+def test_what_a_run_without_a_base_to_fetch_saves(recipe, tmp_path):
+    """A base that exists only in the run's start is saved; asked otherwise, the run ends at its start."""
+    first, *_ = prepare([write(recipe, tmp_path, stage="full")])
+    first.save_model(tmp_path / "stage1")
+    recipe = {**recipe, "model_name_or_path": str(tmp_path / "stage1"), "stage": "hypernet"}
+    second, *_ = prepare([write(recipe, tmp_path)])
+    assert second.model.saves_base
+    with pytest.raises(ValueError, match="`save_only_hypernet` needs a base that loading can fetch.*stage1"):
+        prepare([write(recipe, tmp_path, save_only_hypernet=True)])
+    with pytest.raises(ValueError, match="`save_only_hypernet` is for stage hypernet"):
+        prepare([write(recipe, tmp_path, stage="full", save_only_hypernet=True)])
+
+
 class NoEpoch(TrainerCallback):
     """Fails where a run without end would begin, too."""
 
