@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that one GPU is to measure at TinyLlama's shape, random weights: decoding, training, loading, the CUDA graphs
-# against the library's loop, the server, and one long answer. What tells most comes first. 25 minutes at most.
+# against the library's loop, reading into a state, the server, and one long answer. What tells most comes first. 25 minutes at most.
 #
 #     bash benchmarks/gpu.sh                       one card of 80 GB
 #     OUT=outputs/gpu LIMIT=1500 bash benchmarks/gpu.sh

@@ -60,7 +60,7 @@ LABELS = {
     "phase15_chunk_by_chunk": "phase15, chunk by chunk",
     "phase15_compiled": "phase15, compiled",
     "phase15_int8": "phase15, int8 weights",
-    "phase15_small": "phase15, HyperNetwork of 3.4 M",
+    "phase15_small": "phase15, the facts recipe's HyperNetwork",
     "phase15_small_reads_layers": "the same, reads 2 layers",
     "server": "scripts.serve",
     "server_before": "serve.py of the earlier checkout",

@@ -137,7 +137,7 @@ def measure_length(
     read_times = measure_in_turn(reads, args.rounds, clock)
 
     asks: dict[str, Callable] = {}
-    sizes = {}
+    sizes = {"base_reads_again": 0}  # nothing is kept between questions
     for name, model in models.items():
         text = model.read(ids, progress_bar=False)
         asks[name] = partial(ask_state, model, text, question)
@@ -159,7 +159,7 @@ def measure_length(
             "seconds_to_read": median(read_times.get(name)),
             "read_speedup": median(read_speedups),
             "read_speedup_range": value_range(read_speedups),
-            "bytes": sizes.get(name, 0),  # a base that reads again keeps nothing
+            "bytes": sizes[name],
             "seconds_of_a_question": median(ask_times.get(name)),
             "question_speedup": median(question_speedups),
             "question_speedup_range": value_range(question_speedups),
