@@ -226,7 +226,7 @@ def model_card(
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=base_model,
-        base_model_relation="finetune" if base_model else None,
+        base_model_relation=("finetune" if has_base else "adapter") if base_model else None,
         datasets=datasets,
         tags=["phase15", "soft-prompt", "hypernetwork", "recursive-memory", "custom_code"],
         model_name=name,

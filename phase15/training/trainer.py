@@ -1,6 +1,7 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """`Phase15Trainer`, whose loss unrolls the chunks, with its meters; and a trainer of full-context baselines."""
 
+import json
 import math
 import os
 import shutil
@@ -25,6 +26,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_
 
 from phase15.cli.files import sync
 from phase15.evaluation.losses import sums_by_chunk
+from phase15.model.adapter_phase15 import relative_base
 from phase15.model.base_phase15 import SIZES
 from phase15.model.configuration_phase15 import Phase15Config
 from phase15.model.modeling_phase15 import Phase15ForCausalLM
@@ -324,6 +326,7 @@ class Phase15Trainer(Trainer):
                     model.save_pretrained(staging)
                     self.processing_class.save_pretrained(staging)
             if self.args.should_save:
+                make_base_relative(staging, output_dir)
                 for path in staging.iterdir():
                     sync(path)
                     os.replace(path, output_dir / path.name)
@@ -353,6 +356,17 @@ class Phase15Trainer(Trainer):
                 write_manifest(folder)
                 rotate_checkpoints(str(output_dir), limit, self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
+
+
+def make_base_relative(staging: Path, output_dir: Path):
+    """Names a base that lies inside the output folder by its path from there, so that both can move."""
+    path = staging / "config.json"
+    if not path.is_file():  # an adapter of PEFT
+        return
+    values = json.loads(path.read_text("utf-8"))
+    if values.get("base_digest") is not None:
+        values["base_model_name_or_path"] = relative_base(values["base_model_name_or_path"], output_dir)
+        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def add_sizes(folder: Path, model: torch.nn.Module):

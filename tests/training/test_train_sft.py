@@ -799,6 +799,7 @@ def test_a_recipe_names_the_one_before_it(two_runs, capsys):
     assert (last["stage"], before["baseline"]) == ("hypernet", "full_context") and "after" not in last
     base, own = (load_file(path / "model.safetensors") for path in (folder / "base", folder))
     assert all(name.startswith("model.hypernet.") for name in own)  # stage hypernet saves no base
+    assert json.loads((folder / "config.json").read_text())["base_model_name_or_path"] == "base"  # both can move
     weights = Phase15ForCausalLM.from_pretrained(folder).llm.state_dict()
     assert all(torch.equal(weights[name], weight) for name, weight in base.items())
     results = json.loads((folder / "results.json").read_text())
