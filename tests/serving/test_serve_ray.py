@@ -46,6 +46,7 @@ def client(chatter, chat_tokenizer, tmp_path_factory):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
     command = [sys.executable, "-m", "scripts.serve_ray", "--model_dir", f"{NAME}/", "--port", port]
     command += ["--min_replicas", "2", "--max_replicas", "2", "--num_lanes", "4", "--api_key", "key"]
+    command += ["--state_dir", "states"]
     log = folder / "log"
     with (
         log.open("w") as file,
@@ -109,6 +110,24 @@ def test_a_conversation_goes_back_to_the_replica_that_keeps_it(client, chatter, 
             cached_tokens = answer.usage.prompt_tokens_details.cached_tokens
             assert cached_tokens == 0 if turn == 0 else cached_tokens > 0
             talk += [{"role": "assistant", "content": "Yes."}, *chat(f"Turn {turn}?")]
+
+
+def test_a_state_that_one_replica_made_is_found_by_all(client, chatter, chat_tokenizer):
+    state = client.post("/states", body={"messages": chat("I live in Rome. " * 9)}, cast_to=object)
+    own = chatter.read_chat(chat("I live in Rome. " * 9), chat_tokenizer)
+    assert state["num_tokens"] == int(own.num_tokens[0])
+    question = own.next_turn(chat("Where?"), chat_tokenizer)["input_ids"]
+    output = chatter.generate(question, state=own, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    text = chat_tokenizer.decode(output[0, question.shape[1] :], skip_special_tokens=True)
+    with ThreadPoolExecutor(8) as pool:  # more than one replica answers at a time
+        answers = pool.map(lambda _: ask(client, chat("Where?"), extra_body={"state": state["id"]}), range(16))
+        assert {answer.choices[0].message.content for answer in answers} == {text}
+    for _ in range(4):
+        assert client.get(f"/states/{state['id']}", cast_to=object) == state
+    assert client.delete(f"/states/{state['id']}", cast_to=object)["deleted"]
+    with pytest.raises(openai.NotFoundError):
+        for _ in range(9):
+            ask(client, chat("Where?"), extra_body={"state": state["id"]})
 
 
 def test_errors_are_those_of_one_server(client):
