@@ -100,7 +100,8 @@ def test_two_replicas_serve_and_one_dies_and_no_later_request_fails(client, chat
 
 
 def test_a_conversation_goes_back_to_the_replica_that_keeps_it(client, chatter, chat_tokenizer):
-    talks = [chat(f"Conversation {index}: {PROMPTS[index % len(PROMPTS)]}") for index in range(8)]
+    # They differ from the first token on: a prefix that they shared would be kept.
+    talks = [chat(f"{index}. {PROMPTS[index % len(PROMPTS)]}") for index in range(8)]
     for turn in range(4):
         for talk in talks:
             answer = ask(client, talk)
