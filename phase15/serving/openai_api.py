@@ -84,9 +84,12 @@ class Server:
             chunk_length=arguments.chunk_length,
         )
         folder = None if arguments.state_dir is None else Path(arguments.state_dir)
-        self.store = StateStore(model, folder, arguments.max_state_bytes)
+        states_folder = None if folder is None else folder / "states"
+        self.store = StateStore(model, states_folder, arguments.max_state_bytes)
+        self.prefixes: StateStore | None = None  # apart, so that prompts do not remove what clients have made
         if folder is not None:
-            lanes.conversations = StoredConversations(lanes, self.store)
+            self.prefixes = StateStore(model, folder / "prefixes", arguments.max_state_bytes)
+            lanes.conversations = StoredConversations(lanes, self.prefixes)
         self.worker = LaneWorker(lanes, arguments.max_waiting, self.store)
 
     @classmethod
@@ -130,6 +133,8 @@ class Server:
     async def stop(self):
         await run_in_threadpool(self.worker.stop)
         await run_in_threadpool(self.store.flush)
+        if self.prefixes is not None:
+            await run_in_threadpool(self.prefixes.flush)
 
     def is_alive(self) -> bool:
         return self.worker.thread.is_alive()
@@ -173,7 +178,8 @@ class Server:
             raise busy_error(self.arguments) from None
         async for _ in call.pieces():
             pass
-        state_id = f"state-{secrets.token_urlsafe(24)}"
+        # The time in the id survives a restart with it.
+        state_id = f"state-{int(time.time()):x}-{secrets.token_urlsafe(24)}"
         state = await run_in_threadpool(self.keep_state, state_id, request, before, salt)
         return self.describe_state(state_id, state)
 
@@ -181,14 +187,15 @@ class Server:
         """Returns a request that reads the text of a body, and the state before it."""
         before = self.find_state(parse_state_id(body), salt)
         ids = parse_text(body, self.tokenizer)
+        name = "input" if body.get("messages") is None else "messages"
         if len(ids) > self.arguments.max_state_tokens:
             maximum = self.arguments.max_state_tokens
             message = f"the text has {len(ids):,} tokens, but this server reads {maximum:,} at most."
-            raise ApiError(message, "input", code="context_length_exceeded")
+            raise ApiError(message, name, code="context_length_exceeded")
         try:
-            return make_reading_request(self.model, ids, state=before, salt=salt, name="input"), before
+            return make_reading_request(self.model, ids, state=before, salt=salt, name=name), before
         except ValueError as error:
-            raise ApiError(str(error), "input") from error
+            raise ApiError(str(error), name) from error
 
     def keep_state(
         self, state_id: str, request: Phase15Request, before: Phase15State | None, salt: bytes
@@ -203,6 +210,7 @@ class Server:
         return {
             "id": state_id,
             "object": "state",
+            "created": int(state_id.split("-")[1], 16),
             "model": self.arguments.name,
             "num_tokens": int(state.num_tokens[0]),
             "bytes": state.nbytes,
@@ -494,11 +502,15 @@ async def read_body(request: Request, max_bytes: int) -> dict:
     return body
 
 
-async def cancel_on_disconnect(request: Request, answer: Answer):
-    """Frees the lanes of a client that disconnects."""
+async def wait_for_disconnect(request: Request):
     message = await request.receive()
     while message["type"] != "http.disconnect":
         message = await request.receive()
+
+
+async def cancel_on_disconnect(request: Request, answer: Answer):
+    """Frees the lanes of a client that disconnects."""
+    await wait_for_disconnect(request)
     answer.cancel()
 
 
@@ -564,7 +576,16 @@ def build_app(server: Server) -> FastAPI:
     async def make_state(request: Request) -> Response:
         salt = check_key(request)
         body = await read_body(request, server.arguments.max_body_bytes)
-        return JSONResponse(await server.read_state(body, salt))
+        reading = asyncio.create_task(server.read_state(body, salt))
+        watcher = asyncio.create_task(wait_for_disconnect(request))
+        try:
+            await asyncio.wait({reading, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                raise ClientDisconnect  # nobody would learn the id; the lane is free at the next chunk boundary
+            return JSONResponse(reading.result())
+        finally:
+            watcher.cancel()
+            reading.cancel()
 
     @app.get("/v1/states/{state_id}")
     async def get_state(request: Request, state_id: str) -> Response:

@@ -26,6 +26,7 @@ logger = logging.get_logger("transformers.phase15.serve")
 
 SUFFIX = ".safetensors"
 MAX_UNWRITTEN = 256  # states that wait for the disk; more are not written
+SCAN_EVERY = 256  # writes after which the folder's size is measured anew, since other servers may write, too
 STALE_SECONDS = 3600  # a temporary file of this age was left by a process that was killed
 
 
@@ -45,7 +46,7 @@ def state_name(state_id: str, salt: bytes) -> str:
 class StateStore:
     """
     States by name, in memory and in a folder, the least recently used of which are removed at a limit of bytes. The
-    limit holds for memory and for the folder.
+    limit holds for memory and for the folder, each.
 
     Args:
         model (`Phase15ForCausalLM`): has read the states.
@@ -58,18 +59,17 @@ class StateStore:
         self.folder = folder
         self.max_bytes = max_bytes
         self.states: OrderedDict[str, Phase15State] = OrderedDict()
+        self.num_bytes = 0  # of the states in memory
         self.lock = threading.RLock()
+        self._written: set[str] = set()  # names whose files this process has written or read
+        self._num_writes = 0
+        self._folder_bytes = 0
+        self._has_warned = False
         self._unwritten: queue.Queue = queue.Queue(MAX_UNWRITTEN)
         self._writer: threading.Thread | None = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             remove_stale(folder)
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the states in memory, in bytes."""
-        with self.lock:
-            return sum(state.nbytes for state in self.states.values())
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}{SUFFIX}"
@@ -78,15 +78,24 @@ class StateStore:
         """Returns a state, which is now the most recently used, from memory or the folder; None if there is none."""
         with self.lock:
             state = self.states.get(name)
-            if state is not None:
-                self.states.move_to_end(name)
-        if self.folder is None:
-            return state
+        if self.folder is None and state is None:
+            return None
         if state is None:
             state = self._load(name)
+        elif name in self._written and not self.path(name).is_file():
+            self._forget(name)  # another server has removed it
+            return None
         if state is not None:
-            touch(self.path(name))
+            self.mark_used(name)
         return state
+
+    def mark_used(self, name: str):
+        """Makes a state the most recently used, in memory and on disk."""
+        with self.lock:
+            if name in self.states:
+                self.states.move_to_end(name)
+        if self.folder is not None:
+            touch(self.path(name))
 
     def _load(self, name: str) -> Phase15State | None:
         path = self.path(name)
@@ -95,8 +104,11 @@ class StateStore:
         try:
             state = Phase15State.from_pretrained(path, self.model)
         except (OSError, ValueError) as error:  # another model's, or damaged: as if it were not there
-            logger.warning_once(f"A kept state is not used: {error}")
+            if not self._has_warned:
+                logger.warning(f"Kept states are not used if they are damaged or another model's: {error}")
+            self._has_warned = True
             return None
+        self._written.add(name)
         state = state.to("cpu")
         self._add(name, state)
         return state
@@ -117,16 +129,24 @@ class StateStore:
 
     def _add(self, name: str, state: Phase15State):
         with self.lock:
+            self._forget(name)
             self.states[name] = state
-            self.states.move_to_end(name)
+            self.num_bytes += state.nbytes
             while self.num_bytes > self.max_bytes and len(self.states) > 1:
-                self.states.popitem(last=False)
+                self._forget(next(iter(self.states)))
+
+    def _forget(self, name: str) -> bool:
+        """Removes a state from memory, and returns `True` if it was there."""
+        with self.lock:
+            state = self.states.pop(name, None)
+            if state is not None:
+                self.num_bytes -= state.nbytes
+            return state is not None
 
     def delete(self, name: str) -> bool:
         """Removes a state, and returns `True` if there was one."""
         self.flush()  # what is still to be written would come back
-        with self.lock:
-            is_known = self.states.pop(name, None) is not None
+        is_known = self._forget(name)
         if self.folder is not None and self.path(name).is_file():
             self.path(name).unlink(missing_ok=True)
             is_known = True
@@ -142,7 +162,8 @@ class StateStore:
             name, state = self._unwritten.get()
             try:
                 state.save_pretrained(self.path(name))
-                self._trim()
+                self._written.add(name)
+                self._count_write(self.path(name).stat().st_size)
             except OSError as error:  # such as a full disk: the state stays in memory
                 logger.warning(f"{self.path(name)} could not be written: {error}")
             except Exception:  # the thread goes on with the next
@@ -150,8 +171,16 @@ class StateStore:
             finally:
                 self._unwritten.task_done()
 
-    def _trim(self):
-        """Removes the files that were used least recently, until the rest fits."""
+    def _count_write(self, size: int):
+        """Trims the folder if it has passed its limit, by its last measured size and what was written since."""
+        is_due = self._num_writes % SCAN_EVERY == 0
+        self._num_writes += 1
+        self._folder_bytes += size
+        if is_due or self._folder_bytes > self.max_bytes:
+            self._folder_bytes = self._trim()
+
+    def _trim(self) -> int:
+        """Removes the files that were used least recently, until the rest fits. Returns the size of the rest."""
         entries = []
         for path in self.folder.glob(f"*{SUFFIX}"):
             try:
@@ -162,9 +191,10 @@ class StateStore:
         total = sum(size for _, size, _ in entries)
         for _, size, path in sorted(entries, key=lambda entry: entry[0])[:-1]:
             if total <= self.max_bytes:
-                return
+                break
             path.unlink(missing_ok=True)
             total -= size
+        return total
 
 
 def touch(path: Path):
@@ -205,6 +235,7 @@ class StoredConversations(KeptConversations):
     def find(self, key: bytes) -> SoftPrompt | None:
         soft_prompt = super().find(key)
         if soft_prompt is not None:
+            self.store.mark_used(self.name(key))
             return soft_prompt
         state = self.store.get(self.name(key))
         if state is None:

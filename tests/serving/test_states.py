@@ -15,11 +15,12 @@ pytest.importorskip("prometheus_client", reason="the same")
 from reference import answer_ids  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
+from phase15.model.continuous_batching_phase15 import Phase15ContinuousBatchProcessor  # noqa: E402
 from phase15.model.state_phase15 import Phase15State, encode_turn  # noqa: E402
 from phase15.serving import states  # noqa: E402
 from phase15.serving.arguments import Phase15ServerArguments  # noqa: E402
 from phase15.serving.openai_api import Server, build_app  # noqa: E402
-from phase15.serving.states import StateStore, salt_of_key  # noqa: E402
+from phase15.serving.states import StateStore, StoredConversations, salt_of_key  # noqa: E402
 
 
 pytestmark = pytest.mark.extra
@@ -83,6 +84,7 @@ def test_questions_to_a_state_are_answered_as_by_generate(client, chatter, chat_
     ids = encode_turn([{"role": "user", "content": DOCUMENT}], chat_tokenizer, is_first=True)
     expected = chatter.read(ids)
     assert state["object"] == "state" and state["num_tokens"] == len(ids) and state["bytes"] == expected.nbytes
+    assert abs(state["created"] - time.time()) < 60
     question = encode_turn(QUESTION, chat_tokenizer, is_first=False, add_generation_prompt=True)
     for _ in range(2):  # the state is not changed
         answer = ask(client, state=state["id"])
@@ -130,6 +132,7 @@ def test_a_state_can_be_deleted(client):
         ({"input": "a", "state": 3}, "state"),
         ({"input": "a", "echo": True}, "echo"),
         ({"input": "a " * 400}, "input"),
+        ({"messages": [{"role": "user", "content": "a " * 400}]}, "messages"),
     ],
 )
 def test_a_bad_body_is_named(chatter, chat_tokenizer, body, param):
@@ -152,8 +155,8 @@ def test_ids_cannot_be_guessed_and_belong_to_their_key(chatter, chat_tokenizer, 
         assert client.get(url).status_code == 401
         assert client.delete(url, headers=headers("two")).status_code == 404
         assert client.post("/v1/states", json={"input": "a"}, headers=headers("three")).status_code == 401
-        names = "".join(os.listdir(tmp_path / "states"))
-        assert "one" not in names and url.rpartition("/")[2] not in names
+        names = "".join(os.listdir(tmp_path / "states" / "states"))
+        assert "safetensors" in names and "one" not in names and url.rpartition("/")[2] not in names
 
 
 def test_a_client_cannot_confirm_the_text_of_another(chatter, chat_tokenizer, tmp_path):
@@ -205,7 +208,7 @@ def test_files_that_are_damaged_or_of_another_model_are_not_used(chatter, chat_t
     with serving(chatter, chat_tokenizer, state_dir=str(folder)) as client:
         state = make(client, input=DOCUMENT)
         ask(client, messages=messages)
-    for path in folder.iterdir():
+    for path in folder.rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-5])
     with serving(chatter, chat_tokenizer, state_dir=str(folder)) as client:
         answer = ask(client, messages=messages)
@@ -262,6 +265,40 @@ def test_a_disk_that_cannot_be_written_loses_only_the_file(chatter, texts, tmp_p
 
 def raises(*_):
     raise OSError(28, "No space left on device")
+
+
+def test_what_one_server_deletes_is_gone_for_another(chatter, texts, tmp_path):
+    first = StateStore(chatter, tmp_path, 10**9)
+    second = StateStore(chatter, tmp_path, 10**9)
+    first.put("state-0", texts[0])
+    first.flush()
+    assert second.get("state-0") is not None  # now in the memory of both
+    assert first.delete("state-0")
+    assert second.get("state-0") is None and first.get("state-0") is None
+    assert second.num_bytes == 0 and not second.delete("state-0")
+
+
+def test_a_prefix_in_use_stays_on_disk(chatter, tmp_path):
+    lanes = Phase15ContinuousBatchProcessor(chatter, 1, max_kept_conversations=9)
+    store = StateStore(chatter, tmp_path, 10**9)
+    kept = StoredConversations(lanes, store)
+    soft_prompt = chatter.read([5] * 7).soft_prompt
+    for key in (b"hot", b"cold"):
+        kept.add(key, soft_prompt)
+        store.flush()
+        time.sleep(0.02)
+    assert kept.find(b"hot") is not None
+    times = {key: store.path(kept.name(key)).stat().st_mtime for key in (b"hot", b"cold")}
+    assert times[b"hot"] > times[b"cold"] and list(store.states)[-1] == kept.name(b"hot")
+
+
+def test_the_size_in_memory_is_a_running_total(chatter, texts):
+    store = StateStore(chatter, None, 10**9)
+    for name, state in (("a", texts[0]), ("b", texts[1]), ("a", texts[2])):
+        store.put(name, state)
+    assert store.num_bytes == sum(state.nbytes for state in store.states.values()) == 2 * texts[0].nbytes
+    store.delete("a")
+    assert store.num_bytes == texts[1].nbytes
 
 
 def test_what_a_killed_server_left_is_removed(chatter, tmp_path, monkeypatch):
