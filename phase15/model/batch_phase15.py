@@ -263,7 +263,9 @@ def check_batch(tokens, attention_mask, cache, labels=None):
     shape = None if tokens is None else tuple(tokens.shape)
     is_embeds = shape is not None and len(shape) == 3 and tokens.is_floating_point()
     if shape is None:
-        raise ValueError("Give `input_ids` of shape (batch_size, sequence_length), or `inputs_embeds`.")
+        raise ValueError(
+            "`input_ids` must have shape (batch_size, sequence_length), not None; or give `inputs_embeds`."
+        )
     if len(shape) != 2 and not is_embeds:
         raise ValueError(f"`input_ids` must have shape (batch_size, sequence_length), not {shape}.")
     if len(shape) == 2 and tokens.is_floating_point():

@@ -99,7 +99,7 @@ def test_what_forward_cannot_do_with_embeddings(tiny):
         tiny(inputs_embeds=ids[..., None])
     with pytest.raises(ValueError, match="are 31 wide, but the model's embeddings 32"):
         tiny(inputs_embeds=embed(tiny, ids)[..., :31])
-    with pytest.raises(ValueError, match="Give `input_ids` of shape .*, or `inputs_embeds`"):
+    with pytest.raises(ValueError, match="`input_ids` must have shape .*, not None; or give `inputs_embeds`"):
         tiny()
     with pytest.raises(ValueError, match=r"`attention_mask` has shape \(1, 3\), but `inputs_embeds` \(1, 4\)"):
         tiny(inputs_embeds=embed(tiny, ids), attention_mask=torch.ones(1, 3))

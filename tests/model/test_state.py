@@ -32,6 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import TextIteratorStreamer
+from transformers.utils import logging as transformers_logging
 
 from phase15 import Phase15State
 from phase15.evaluation.losses import no_delta
@@ -144,6 +145,7 @@ def test_texts_that_cannot_be_read(tiny, ids, message):
 
 
 def test_a_long_text_shows_a_bar_and_a_short_one_does_not(tiny, capfd):
+    transformers_logging.enable_progress_bar()  # an earlier test in this process may have turned them off
     tiny.read(DOCUMENT)
     assert "Reading" not in capfd.readouterr().err
     step = tiny.model.step
