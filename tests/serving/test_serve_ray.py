@@ -117,9 +117,9 @@ def test_a_state_that_one_replica_made_is_found_by_all(client, chatter, chat_tok
     state = client.post("/states", body={"messages": chat("I live in Rome. " * 9)}, cast_to=object)
     own = chatter.read_chat(chat("I live in Rome. " * 9), chat_tokenizer)
     assert state["num_tokens"] == int(own.num_tokens[0])
-    question = own.next_turn(chat("Where?"), chat_tokenizer)["input_ids"]
-    output = chatter.generate(question, state=own, max_new_tokens=20, do_sample=False, pad_token_id=0)
-    text = chat_tokenizer.decode(output[0, question.shape[1] :], skip_special_tokens=True)
+    question = own.next_turn(chat("Where?"), chat_tokenizer)
+    output = chatter.generate(**question, state=own, max_new_tokens=20, do_sample=False)
+    text = chat_tokenizer.decode(output[0, question["input_ids"].shape[1] :], skip_special_tokens=True)
     with ThreadPoolExecutor(8) as pool:  # more than one replica answers at a time
         answers = pool.map(lambda _: ask(client, chat("Where?"), extra_body={"state": state["id"]}), range(16))
         assert {answer.choices[0].message.content for answer in answers} == {text}
