@@ -1,7 +1,9 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
 """States of a server: made, asked, kept on disk, forgotten; and what clients may learn of each other's texts."""
 
+import asyncio
 import contextlib
+import json
 import os
 import threading
 import time
@@ -309,6 +311,34 @@ def test_what_a_killed_server_left_is_removed(chatter, tmp_path, monkeypatch):
     monkeypatch.setattr(states, "STALE_SECONDS", -1)
     StateStore(chatter, tmp_path, 10**9)
     assert not left.exists()
+
+
+def test_a_client_that_leaves_frees_the_lane_that_reads(chatter, chat_tokenizer):
+    server = Server(chatter, chat_tokenizer, Phase15ServerArguments(model_dir=NAME, num_lanes=1))
+    body = json.dumps({"input": DOCUMENT * 200}).encode()
+    messages = [{"type": "http.request", "body": body}, {"type": "http.disconnect"}]
+    scope = {"type": "http", "method": "POST", "path": "/v1/states", "headers": [], "query_string": b""}
+    statuses = []
+
+    async def receive():
+        if len(messages) == 1:  # the client waits until its text has a lane
+            while not server.worker.lanes.lanes:
+                await asyncio.sleep(0.01)
+        return messages.pop(0)
+
+    async def send(message):
+        statuses.append(message.get("status"))
+
+    async def leave():
+        await server.start()
+        await build_app(server)(scope, receive, send)
+        while server.worker.lanes.has_requests:
+            await asyncio.sleep(0.01)
+        await server.stop()
+
+    asyncio.run(leave())
+    assert statuses[0] == 400 and not server.store.states
+    assert 'phase15_requests_total{reason="cancelled"} 1.0' in server.metrics().decode()
 
 
 def test_a_lane_goes_on_while_a_long_text_is_read(client, chatter, chat_tokenizer):
