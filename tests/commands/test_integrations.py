@@ -330,9 +330,9 @@ def naive_loss_and_accuracy(model, records) -> tuple[float, float]:
 def test_sft_trainer_reads_prompts_as_queries_and_has_our_loss(form, sft, model, tokenizer):
     records = records_of(tokenizer, form)
     expected, _ = naive_loss_and_accuracy(model, records)
-    read = model.model.read
+    read = model.model.read_segments
     lengths = []
-    model.model.read = lambda sp, ids, length, *states: (
+    model.model.read_segments = lambda sp, ids, length, *states: (
         lengths.extend(length.tolist()) or read(sp, ids, length, *states)
     )
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "bf16": False}
@@ -342,7 +342,7 @@ def test_sft_trainer_reads_prompts_as_queries_and_has_our_loss(form, sft, model,
     assert_close(losses[0], expected, atol=1e-4, rtol=1e-4)
     assert losses[2] < losses[1] < losses[0]
     assert sorted(lengths[:4]) == sorted(query for _, query in records) and len(lengths) == 3 * 4
-    del model.model.read
+    del model.model.read_segments
     metrics = trainer.evaluate()
     expected = naive_loss_and_accuracy(model, records)
     assert_close((metrics["eval_loss"], metrics["eval_mean_token_accuracy"]), expected, atol=1e-4, rtol=1e-4)
