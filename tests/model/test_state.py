@@ -284,6 +284,17 @@ def test_the_state_after_an_answer_has_read_all_of_it(tiny, uncompiled, mode):
         assert output.state.num_tokens[row] == len(text)
 
 
+def test_the_states_of_several_beams_follow_their_own_prompts(tiny):
+    prompts = [random_ids(length, seed=length) for length in (3, 6, 9)]
+    ids, mask = pad(prompts)
+    output = generate(
+        tiny, ids, attention_mask=mask, num_beams=4, num_return_sequences=2, return_dict_in_generate=True
+    )
+    for row, sequence in enumerate(output.sequences):
+        expected = after(tiny, prompts[row // 2], sequence[ids.shape[1] :])
+        assert_close(used(output.state, row), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_answers_of_a_batch_end_at_their_end_tokens(tiny):
     """Rows of different lengths: padding after an end token is not read."""
     prompts = [random_ids(length, seed=length) for length in (3, 6, 9, 4)]
@@ -562,6 +573,12 @@ def test_the_digest_of_a_model_follows_its_weights(tiny):
     with no_delta(tiny):
         assert tiny.model.model_digest() != digest
     assert tiny.model.model_digest() == digest
+    with torch.no_grad():
+        tiny.get_input_embeddings().weight[3, 0] += 1
+    assert tiny.model.model_digest() != digest
+    with torch.no_grad():
+        tiny.get_input_embeddings().weight[3, 0] -= 1
+    digest = tiny.model.model_digest()
     tiny(WHOLE, labels=WHOLE).loss.backward()
     torch.optim.SGD([tiny.hypernet.layers[0].up_proj.weight], lr=1.0).step()
     assert tiny.model.model_digest() != digest
