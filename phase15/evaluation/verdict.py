@@ -1,5 +1,5 @@
 # Copyright 2026 The Phase15 authors. Licensed under the Apache License, Version 2.0.
-"""The last lines of a report: a sentence that says if Δ helped, with intervals, and the next command."""
+"""The last lines of a report: a sentence on whether Δ helped, with intervals, and the next command."""
 
 import shlex
 from collections.abc import Callable

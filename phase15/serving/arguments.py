@@ -107,7 +107,7 @@ class Phase15ServerArguments:
             key = os.environ.get("PHASE15_API_KEY")
         if key is None:
             return []
-        keys = key.split()
+        keys = [line.strip() for line in key.splitlines() if line.strip()]
         if not keys:
             raise ValueError(f"{source} is empty, but it must hold the API key.")
         return keys

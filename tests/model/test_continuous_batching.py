@@ -270,7 +270,8 @@ def test_log_probabilities_are_those_of_forward(model, way):
 @pytest.fixture
 def reads(monkeypatch) -> list[int]:
     """Tokens of every step that reads a query."""
-    lengths, read = [], Phase15ForCausalLM.read_segments
+    lengths = []
+    read = Phase15ForCausalLM.read_segments
 
     def reading(self, soft_prompt, ids, length, *args):
         lengths.extend(length.tolist())

@@ -25,8 +25,8 @@ def test_the_key_is_read_from_a_file_or_the_environment(tmp_path, monkeypatch):
     assert Phase15ServerArguments().read_keys() == []
     monkeypatch.setenv("PHASE15_API_KEY", "one")
     assert Phase15ServerArguments().read_keys() == ["one"]
-    (tmp_path / "key").write_text("two\nthree\n")
-    assert Phase15ServerArguments(api_key=str(tmp_path / "key")).read_keys() == ["two", "three"]
+    (tmp_path / "key").write_text("two\n\nthree of them \n")
+    assert Phase15ServerArguments(api_key=str(tmp_path / "key")).read_keys() == ["two", "three of them"]
     (tmp_path / "key").write_text("\n")
     with pytest.raises(ValueError, match="is empty, but it must hold the API key"):
         Phase15ServerArguments(api_key=str(tmp_path / "key")).read_keys()
